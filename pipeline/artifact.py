@@ -1,0 +1,58 @@
+"""A variant's directory: built aside, sealed with a manifest of what was asked and what the built files hold."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline import paths
+from pipeline.checkpoint import read_json
+from pipeline.manifest import Manifest, building, read_manifest, seal, tool_versions
+from pipeline.params import OnnxInt4, OpenvinoInt4, Params, Variant
+from pipeline.recipe import Matrix, summary
+
+TOOLS = {
+    "openvino": ("openvino", "openvino-tokenizers", "nncf", "optimum-intel", "torch", "transformers"),
+    "onnx": ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers"),
+}
+
+
+@contextmanager
+def building_variant(
+    params: Params, *, model: str, name: str, read_matrices: Callable[[Path], list[Matrix]]
+) -> Iterator[Path]:
+    """Yield the directory to build variant `name` of `model` in; when the block ends it gets its manifest and name.
+
+    `read_matrices` reads back what the built files hold.
+    """
+    variant, source = params.get_variant(name), paths.source(model)
+    origin = read_manifest(source)
+    context = {"max_position_embeddings": read_json(source / "config.json")["max_position_embeddings"]}
+    if isinstance(variant, OpenvinoInt4) and variant.npu:
+        context |= variant.npu.model_dump()
+    with building(paths.variant(model, name)) as build:
+        yield build
+        seal(
+            build,
+            Manifest(
+                name=f"{model}/{name}",
+                model=model,
+                variant=name,
+                source=origin.source,
+                license=origin.license,
+                recipe={"asked": variant.model_dump(exclude_none=True), "achieved": summary(read_matrices(build))},
+                eos_token_ids=origin.eos_token_ids,
+                context=context,
+                runtime=_runtime(variant),
+                tools=tool_versions(*TOOLS["onnx" if isinstance(variant, OnnxInt4) else "openvino"]),
+            ),
+        )
+
+
+def _runtime(variant: Variant) -> dict[str, Any]:
+    if isinstance(variant, OnnxInt4):
+        directml = variant.execution_provider == "dml"
+        package, devices = ("onnxruntime-genai-winml", ["GPU"]) if directml else ("onnxruntime-genai", ["CPU"])
+        return {"requires": {package: tool_versions("onnxruntime-genai")["onnxruntime-genai"]}, "devices": devices}
+    npu = isinstance(variant, OpenvinoInt4) and variant.npu
+    return {"requires": tool_versions("openvino-genai"), "devices": ["NPU"] if npu else ["CPU", "GPU"]}

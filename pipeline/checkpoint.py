@@ -1,0 +1,153 @@
+"""A checkpoint on disk in Hugging Face's layout: its config, its tensors' shapes, its conversion to float16."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE", "NOTICE.txt")
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 2_000_000_000  # what `to_float16` holds in memory at once
+MAX_HEADER = 100_000_000  # the limit of the safetensors format
+
+
+def is_wanted(name: str, *, code: bool = False) -> bool:
+    """Return whether a file of a repository belongs to a checkpoint: weights as safetensors, configs, tokenizer, licence.
+
+    `code` also admits the repository's Python modules. Only files of the top folder are wanted.
+    """
+    return (
+        name in (*CONFIG_FILES, *LICENCE_FILES, INDEX)
+        or (name.endswith(".safetensors") and "/" not in name and name.startswith("model"))
+        or (code and name.endswith(".py") and "/" not in name)
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; raise PipelineError when it is missing or not a JSON object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise PipelineError(f"{path} is missing: the checkpoint is incomplete, download it again.") from error
+    except (ValueError, RecursionError) as error:
+        raise PipelineError(f"{path} is not valid JSON ({error}): download it again.") from error
+    if not isinstance(content, dict):
+        raise PipelineError(f"{path} does not hold a JSON object: download it again.")
+    return content
+
+
+def shards(checkpoint: Path) -> list[Path]:
+    """Return the safetensors files of `checkpoint`; raise PipelineError when there is none or one is missing."""
+    if (checkpoint / INDEX).exists():
+        names = sorted(set(read_json(checkpoint / INDEX).get("weight_map", {}).values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not is_wanted(str(name)) or not (checkpoint / name).is_file()]
+    if missing or not names:
+        raise PipelineError(
+            f"{checkpoint} lacks {missing[0] if missing else 'its weights'}: a checkpoint needs model.safetensors, or "
+            "an index with all its shards; pickle weights (.bin, .pt) are refused."
+        )
+    return [checkpoint / name for name in names]
+
+
+def tensor_shapes(checkpoint: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return dtype and shape of every tensor of `checkpoint` by name, from the shards' headers alone.
+
+    Format: https://huggingface.co/docs/safetensors. Raises PipelineError when a shard is truncated or damaged.
+    """
+    tensors: dict[str, tuple[str, list[int]]] = {}
+    for shard in shards(checkpoint):
+        size = shard.stat().st_size
+        with shard.open("rb") as stream:
+            try:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                if length > min(MAX_HEADER, size - 8):
+                    raise ValueError("its header is longer than the file")
+                header = json.loads(stream.read(length))
+                header.pop("__metadata__", None)
+                if size != 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0):
+                    raise ValueError("its size differs from what its header says")
+                tensors |= {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()}
+            except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise PipelineError(f"{shard} is damaged ({error}): download it again.") from error
+    return tensors
+
+
+def check(checkpoint: Path) -> None:
+    """Raise PipelineError unless `checkpoint` is a complete checkpoint of the Phi-3 architecture with a tokenizer."""
+    config = read_json(checkpoint / "config.json")
+    if config.get("architectures") != ["Phi3ForCausalLM"]:
+        raise PipelineError(
+            f"{checkpoint / 'config.json'} says architectures {config.get('architectures')}: this pipeline builds "
+            "Phi3ForCausalLM only."
+        )
+    tensor_shapes(checkpoint)
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise PipelineError(f"{checkpoint / 'tokenizer.json'} is missing: the runtimes need the fast tokenizer's file.")
+
+
+def eos_token_ids(checkpoint: Path) -> list[int]:
+    """Return all token ids that end generation: those of generation_config.json, else of config.json, sorted."""
+    generation = checkpoint / "generation_config.json"
+    for content in (read_json(generation) if generation.exists() else {}, read_json(checkpoint / "config.json")):
+        if (eos := content.get("eos_token_id")) is not None:
+            return sorted({eos} if isinstance(eos, int) else set(eos))
+    raise PipelineError(f"{checkpoint} names no eos_token_id: generation would never stop; add it to config.json.")
+
+
+def to_float16(checkpoint: Path, target: Path, *, progress: Callable[[str], None]) -> None:
+    """Write `checkpoint` to the directory `target` with all weights in float16, holding one small shard in memory.
+
+    Raises PipelineError when a weight does not fit into float16.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    weight_map: dict[str, str] = {}
+    batch: dict[str, Any] = {}
+    held = 0
+
+    def flush() -> None:
+        nonlocal batch, held
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(batch, target / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(batch, name))
+        batch, held = {}, 0
+
+    for shard in shards(checkpoint):
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                tensor = tensors.get_tensor(name).to(torch.float16)
+                if not torch.isfinite(tensor).all():
+                    raise PipelineError(f"{shard}: {name} has values beyond float16 (±65504): it has no FP16 form.")
+                batch[name] = tensor
+                held += tensor.nbytes
+                if held >= SHARD_BYTES:
+                    flush()
+        progress(f"{shard.name} in float16")
+    if batch:
+        flush()
+    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")
+    for path in checkpoint.iterdir():
+        if path.name in CONFIG_FILES or path.suffix == ".py":
+            (target / path.name).write_bytes(path.read_bytes())
+    config = read_json(target / "config.json") | {"dtype": "float16"}
+    config.pop("torch_dtype", None)
+    (target / "config.json").write_text(json.dumps(config, indent=2), "utf-8")

@@ -1,0 +1,167 @@
+"""ONNX Runtime GenAI models: build them with onnxruntime-genai's builder, and read back what they really hold."""
+
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.params import OnnxInt4
+from pipeline.process import stream_lines
+from pipeline.recipe import Matrix, Role
+
+MODEL = ("model.onnx", "model.onnx.data")
+CONFIG = "genai_config.json"
+REQUIRED = (*MODEL, CONFIG, "tokenizer.json", "tokenizer_config.json")
+WEIGHTS = MODEL[1]
+INT4 = 4
+
+
+def build_int4(
+    checkpoint: Path,
+    target: Path,
+    *,
+    recipe: OnnxInt4,
+    trust_remote_code: bool,
+    log: Path,
+    progress: Callable[[str], None],
+) -> None:
+    """Write the INT4 ONNX model of `checkpoint` for the recipe's execution provider into the directory `target`.
+
+    The builder runs as a process of its own; its output goes to `log`, and to `progress` a line for every few layers.
+
+    Raises PipelineError when the builder fails or leaves a file out.
+    """
+    options = {
+        "algo_config": recipe.algorithm,
+        "is_symmetric": recipe.symmetric,
+        "block_size": recipe.block_size,
+        "hf_remote": trust_remote_code,
+        "hf_token": False,
+    }
+    if recipe.int8:
+        options["matmul_mixed_precision"] = ",".join(f"{selector}:int8" for selector in recipe.int8)
+    with tempfile.TemporaryDirectory(prefix=".builder-", dir=target.parent) as cache:
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        command += ["-i", str(checkpoint), "-o", str(target), "-c", cache, "-p", "int4", "-e", recipe.execution_provider]
+        command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
+        for line in stream_lines(command, log):
+            layer = re.match(r"Reading layer (\d+)", line)
+            if layer and int(layer[1]) % 8 == 0:
+                progress(f"builder: layer {layer[1]}")
+            elif line.startswith("Saving"):
+                progress("builder: quantizing and saving" if "ONNX" in line else f"builder: {line.strip()}")
+    missing = [name for name in REQUIRED if not (target / name).is_file()]
+    if missing:
+        raise PipelineError(f"the onnxruntime-genai builder wrote no {missing[0]}. Its log is {log}.")
+
+
+def read_matrices(directory: Path) -> list[Matrix]:
+    """Return every weight matrix of the ONNX model in `directory` as it is stored, without reading the weights.
+
+    Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (MatMulNBits,
+    GatherBlockQuantized). A matrix that the embedding shares with the head is listed once, as the embedding.
+    """
+    import onnx
+
+    model = onnx.load(directory / MODEL[0], load_external_data=False)
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    shared = {output: node.input[0] for node in model.graph.node if node.op_type == "Reshape" for output in node.output}
+    built: dict[str, Matrix] = {}
+    for node in model.graph.node:
+        attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if node.op_type == "MatMulNBits":
+            matrix = Matrix(
+                _name(node.name),
+                _role(node.name),
+                rows=attributes["N"],
+                columns=attributes["K"],
+                bits=attributes.get("bits", INT4),
+                group_size=attributes["block_size"],
+                symmetric=len([name for name in node.input if name]) == 3,
+            )
+            built.setdefault(node.input[1], matrix)
+        elif node.op_type == "GatherBlockQuantized":
+            weight = shared.get(node.input[0], node.input[0])
+            bits = attributes.get("bits", INT4)
+            rows, blocks = shapes[node.input[2]]
+            matrix = Matrix(
+                _name(node.name),
+                "embedding",
+                rows,
+                blocks * attributes["block_size"],
+                bits,
+                attributes["block_size"],
+                symmetric=len(node.input) == 3,
+            )
+            built[weight] = matrix
+        elif node.op_type in ("MatMul", "Gather") and (weight := next((i for i in node.input if i in shapes), None)):
+            shape = shapes[weight]
+            if len(shape) == 2:
+                rows, columns = shape if node.op_type == "Gather" else reversed(shape)
+                built.setdefault(weight, Matrix(_name(node.name), _role(node.name), rows, columns))
+    return list(built.values())
+
+
+def expected_form(matrix: Matrix, *, recipe: OnnxInt4, config: dict[str, Any], adjust_group_size: bool) -> Matrix:
+    """Return `matrix` as `recipe` stores it."""
+    bits = 8 if _is_int8(matrix, config, recipe) else INT4
+    return replace(matrix, bits=bits, group_size=recipe.block_size, symmetric=recipe.symmetric)
+
+
+def expected_size(
+    source: list[Matrix], *, recipe: OnnxInt4, config: dict[str, Any], adjust_group_size: bool
+) -> float:
+    """Return the bytes of weights that the builder's `recipe` leads to for a checkpoint with `source` and `config`."""
+    directml = recipe.execution_provider == "dml"
+    scale_bytes = 2 if directml else 4
+    parts = [part for matrix in source for part in (_split_qkv(matrix, config) if directml else [matrix])]
+    forms = (expected_form(part, recipe=recipe, config=config, adjust_group_size=adjust_group_size) for part in parts)
+    return sum(form.size(scale_bytes=scale_bytes) for form in forms) + _rotary_caches(config) * scale_bytes
+
+
+def _is_int8(matrix: Matrix, config: dict[str, Any], recipe: OnnxInt4) -> bool:
+    # mixed_layers is llama.cpp's choice: the value and down projections of the first and the last eighth of the layers
+    # and of every third between; all of qkv where the CPU model keeps it fused.
+    if matrix.role == "head" or (matrix.role == "embedding" and config.get("tie_word_embeddings", False)):
+        return "last_matmul" in recipe.int8
+    layer = re.search(r"layers\.(\d+)\.", matrix.name)
+    if layer is None or "mixed_layers" not in recipe.int8:
+        return False
+    index, count = int(layer[1]), config["num_hidden_layers"]
+    upgraded = index < count / 8 or index >= 7 * count / 8 or (index - round(count / 8)) % 3 == 2
+    return upgraded and any(part in matrix.name for part in ("v_proj", "down_proj"))
+
+
+def _split_qkv(matrix: Matrix, config: dict[str, Any]) -> list[Matrix]:
+    if "qkv_proj" not in matrix.name:
+        return [matrix]
+    head = _head_size(config)
+    rows = {"q": config["num_attention_heads"] * head}
+    rows |= dict.fromkeys("kv", config["num_key_value_heads"] * head)
+    return [replace(matrix, name=matrix.name.replace("qkv_", f"{n}_"), rows=count) for n, count in rows.items()]
+
+
+def _rotary_caches(config: dict[str, Any]) -> float:
+    """Elements of the cosine and sine tables: one pair, or with LongRoPE one for long and one for short contexts."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    factor = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    short, long = config["original_max_position_embeddings"], config["max_position_embeddings"]
+    return (long if short == long else short + long) * _head_size(config) * factor
+
+
+def _head_size(config: dict[str, Any]) -> int:
+    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+
+
+def _name(node: str) -> str:
+    return re.sub(r"/(MatMul|Gather)(BlockQuantized)?(_Q\d)?$", "", node).strip("/").replace("/", ".")
+
+
+def _role(node: str) -> Role:
+    if "embed_tokens" in node:
+        return "embedding"
+    return "head" if "lm_head" in node else "layer"

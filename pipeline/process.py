@@ -1,0 +1,126 @@
+"""How a stage runs as a process: one at a time per artifact, never outliving `dvc repro`, errors as sentences."""
+
+import contextlib
+import ctypes
+import errno
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from filelock import FileLock, Timeout
+
+from pipeline.errors import PipelineError
+from pipeline.paths import ARTIFACTS
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def stage_command(function: Callable[..., None]) -> click.Command:
+    """Return the command line of a stage: `function`'s parameters as arguments, its name as the stage's.
+
+    A PipelineError, a full disk or lack of memory ends with one sentence and status 1, Ctrl-C with status 130.
+    """
+    stage = function.__module__.rsplit(".", 1)[-1] if function.__module__ != "__main__" else Path(sys.argv[0]).stem
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+
+    @functools.wraps(function)
+    def run(**arguments: str) -> None:
+        cell = "@".join([stage, "-".join(arguments[name] for name in names)])
+        end_with_parent()
+        started = time.monotonic()
+        try:
+            with _lock(cell):
+                click.echo(f"{cell}: started")
+                function(**arguments)
+        except PipelineError as error:
+            _fail(f"{cell}: {error}")
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _fail(f"{cell}: the disk is full ({error.filename or 'while writing'}): free some space and run again.")
+        except MemoryError:
+            _fail(f"{cell}: not enough memory: close other programs, or build on a machine with more.")
+        except KeyboardInterrupt:
+            _fail(f"{cell}: interrupted; nothing half-built was left, run again to continue.", status=130)
+        click.echo(f"{cell}: done in {time.monotonic() - started:.1f} s, peak memory {peak_memory() / 1e9:.2f} GB")
+
+    command = click.command(name=stage, help=function.__doc__)(run)
+    for name in names:
+        command = click.argument(name)(command)
+    return command
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this process when its parent dies, so that no stage outlives a killed `dvc repro`."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def peak_memory() -> int:
+    """Return the largest resident memory of this process or of any child that has ended, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(usage) * (1 if sys.platform == "darwin" else 1024)
+
+
+def stream_lines(arguments: list[str], log: Path, **options: Any) -> Iterator[str]:
+    """Run a program, keep its output in `log`, and yield it line by line.
+
+    Raises PipelineError with the last lines when the program fails. It ends with this process.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    tail: list[str] = []
+    with (
+        log.open("w", encoding="utf-8") as stream,
+        subprocess.Popen(
+            arguments,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            **options,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                stream.write(line)
+                tail = [*tail[-4:], line.strip()]
+                yield line
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise PipelineError(f"{arguments[0]} failed: {' / '.join(filter(None, tail))}. The whole log is {log}.")
+
+
+@contextlib.contextmanager
+def _lock(cell: str) -> Iterator[None]:
+    path = ARTIFACTS / ".locks" / f"{cell}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout:
+        raise PipelineError("another process is building this: wait for it to end, or stop it.") from None
+
+
+def _fail(message: str, *, status: int = 1) -> None:
+    click.echo(f"error: {message}" if status == 1 else message, err=True)
+    # A library's thread or atexit hook must not turn a clear end into a hang.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(status)

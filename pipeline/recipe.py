@@ -1,0 +1,74 @@
+"""What a recipe does to each weight matrix: expected from the checkpoint's shapes, or read back from a built file."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+CHANNEL_WISE = -1
+Role = Literal["embedding", "head", "layer"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix of shape (rows, columns); a row's weights meet one input vector.
+
+    `bits` is 16 for an uncompressed one, `group_size` the number of weights along a row that share a scale.
+    """
+
+    name: str
+    role: Role
+    rows: int
+    columns: int
+    bits: int = 16
+    group_size: int = CHANNEL_WISE
+    symmetric: bool = True
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def format(self) -> str:
+        """A name such as `int4-sym-g128`, `int8-asym-channel` or `f16`."""
+        if self.bits == 16:
+            return "f16"
+        group = "channel" if self.group_size == CHANNEL_WISE else f"g{self.group_size}"
+        return f"int{self.bits}-{'sym' if self.symmetric else 'asym'}-{group}"
+
+    def size(self, *, scale_bytes: int = 2) -> float:
+        """Return the bytes of weights, scales and zero points."""
+        if self.bits == 16:
+            return self.elements * 2
+        groups = self.rows * (1 if self.group_size == CHANNEL_WISE else -(-self.columns // self.group_size))
+        zero_points = 0 if self.symmetric else groups * self.bits / 8
+        return self.elements * self.bits / 8 + groups * scale_bytes + zero_points
+
+
+def matrices(tensors: dict[str, tuple[str, list[int]]]) -> list[Matrix]:
+    """Return the weight matrices of a Phi-3 checkpoint from `tensors` (dtype and shape by name).
+
+    Without an own head the embedding is the head, too; it is then listed once.
+    """
+    roles: dict[str, Role] = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
+    return [
+        Matrix(name, roles.get(name, "layer"), *shape) for name, (_, shape) in sorted(tensors.items()) if len(shape) == 2
+    ]
+
+
+def int4_ratio(built: Iterable[Matrix]) -> float:
+    """Return the share of the layers' weights that are INT4."""
+    layers = [matrix for matrix in built if matrix.role == "layer"]
+    return sum(matrix.elements for matrix in layers if matrix.bits == 4) / sum(matrix.elements for matrix in layers)
+
+
+def summary(built: list[Matrix]) -> dict[str, Any]:
+    """Return the manifest's account of a built file: share of all weights by format, and each matrix's format."""
+    weights = Counter[str]()
+    for matrix in built:
+        weights[matrix.format] += matrix.elements
+    return {
+        "int4_ratio": round(int4_ratio(built), 4),
+        "formats": {name: round(count / weights.total(), 4) for name, count in sorted(weights.items())},
+        "matrices": {matrix.name: matrix.format for matrix in sorted(built, key=lambda matrix: matrix.name)},
+    }

@@ -1,0 +1,110 @@
+"""What the source model says: the ids, the rendered chats and the greedy answers that every variant is held to."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from pipeline.runtimes import Message, Runtime
+
+# What tokenizer conversions are known to get wrong.
+TEXTS = (
+    "Hello, world!",
+    "  two leading spaces",
+    " one leading space",
+    "trailing space ",
+    "tab\tnewline\n\n  indent",
+    "Grüße aus Zürich – l'été à l'Élysée",
+    "Привет, мир! Γειά σου Κόσμε",
+    "你好,世界。こんにちは、世界。안녕하세요",
+    "مرحبا بالعالم नमस्ते दुनिया สวัสดี",
+    "😀 👩‍👩‍👧‍👦 🇨🇭 🎉",
+    "3.14159 12,345 2026-11-21 0x1F",
+    "def f(x):\n    return x + 1\n",
+    "don't I'M we'll you're",
+)
+CHATS: tuple[list[Message], ...] = (
+    [{"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": " spaces and\nlines "}],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello! 你好"},
+        {"role": "user", "content": "Who are you?"},
+    ],
+)
+
+
+class Text(BaseModel):
+    """A text, its token ids, and what these decode to without special tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    text: str
+    ids: list[int]
+    decoded: str
+
+
+class Chat(BaseModel):
+    """A dialogue and its rendering by the chat template."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    messages: list[Message]
+    rendered: str
+
+
+class Answer(BaseModel):
+    """The greedy answer to one question, with the rendered prompt's ids and the answer's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    question: str
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str
+    stopped: bool
+
+
+class Reference(BaseModel):
+    """The content of reference.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    texts: list[Text]
+    chats: list[Chat]
+    eos_token_ids: list[int]
+    answers: list[Answer]
+
+
+def ask(runtime: Runtime, question: str, *, max_new_tokens: int) -> Answer:
+    """Return the runtime's greedy answer to `question`."""
+    prompt_ids = runtime.encode(runtime.render_chat([{"role": "user", "content": question}]))
+    generation = runtime.generate(prompt_ids, max_new_tokens=max_new_tokens)
+    return Answer(
+        question=question,
+        prompt_ids=prompt_ids,
+        ids=generation.ids,
+        text=runtime.decode(generation.ids),
+        stopped=generation.stopped,
+    )
+
+
+def make_reference(
+    source: Runtime, *, prompts: list[str], max_new_tokens: int, eos_token_ids: list[int], progress: Callable[[str], None]
+) -> Reference:
+    """Return what `source`, the source model, says to every probe and to `prompts`."""
+    answers = []
+    for question in prompts:
+        answers.append(ask(source, question, max_new_tokens=max_new_tokens))
+        progress(f"{question} {answers[-1].text.strip()}")
+    rendered = [Chat(messages=messages, rendered=source.render_chat(messages)) for messages in CHATS]
+    texts = [*TEXTS, *(chat.rendered for chat in rendered)]  # the rendered chats hold the special tokens
+    ids = [source.encode(text) for text in texts]
+    return Reference(
+        texts=[Text(text=text, ids=i, decoded=source.decode(i)) for text, i in zip(texts, ids, strict=True)],
+        chats=rendered,
+        eos_token_ids=eos_token_ids,
+        answers=answers,
+    )
+
+
+def read_reference(path: Path) -> Reference:
+    """Return the content of `path`, which this pipeline's reference stage wrote."""
+    return Reference.model_validate(json.loads(path.read_bytes()))

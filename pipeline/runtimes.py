@@ -1,0 +1,276 @@
+"""One protocol over the runtimes that load an artifact, and the source model in torch; one class each."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.params import Npu
+
+Message = dict[str, str]
+# The settings of the usual OpenVINO tutorial for a single user on a laptop.
+LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedily generated token ids, without the prompt; times in seconds."""
+
+    ids: list[int]
+    stopped: bool  # by an eos token, not by the limit
+    time_to_first_token: float
+    time_per_token: float  # of the tokens after the first
+
+
+class Runtime(Protocol):
+    """What the checks need of a loaded model."""
+
+    name: str
+    device: str
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, with no special tokens added."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of `ids`, special tokens left out."""
+
+    def render_chat(self, messages: list[Message]) -> str:
+        """Return `messages` in the chat template, ready for the assistant's turn."""
+
+    def eos_token_ids(self) -> list[int]:
+        """Return the ids that end generation, sorted."""
+
+    def generate(self, ids: list[int], *, max_new_tokens: int) -> Generation:
+        """Continue `ids` greedily."""
+
+    def logits(self, ids: list[int]) -> Any:
+        """Return the float32 logits at each position, shape (len(ids), vocabulary)."""
+
+
+class OpenvinoGenai:
+    """openvino-genai on a device; with `npu` the NPU's static-shape pipeline, compiled for the CPU."""
+
+    name = "openvino-genai"
+
+    def __init__(self, directory: Path, *, device: str, npu: Npu | None = None) -> None:
+        import openvino_genai
+
+        self._directory = directory
+        options: dict[str, Any] = {}
+        self.device = device
+        if npu:
+            self.device = "CPU (NPU static pipeline)"
+            options = {
+                "NPUW_DEVICES": "CPU",
+                "NPU_USE_NPUW": "YES",
+                "NPUW_ONLINE_PIPELINE": "NONE",
+                "MAX_PROMPT_LEN": npu.max_prompt_len,
+                "MIN_RESPONSE_LEN": npu.min_response_len,
+            }
+        self._pipeline = openvino_genai.LLMPipeline(directory, "NPU" if npu else device, **options)
+        self._tokenizer = self._pipeline.get_tokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).input_ids.data[0]
+        return [int(token) for token in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids))
+
+    def render_chat(self, messages: list[Message]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+    def eos_token_ids(self) -> list[int]:
+        return sorted(self._pipeline.get_generation_config().stop_token_ids)
+
+    def generate(self, ids: list[int], *, max_new_tokens: int) -> Generation:
+        import numpy as np
+        import openvino
+        import openvino_genai
+
+        config = self._pipeline.get_generation_config()
+        config.max_new_tokens, config.do_sample = max_new_tokens, False
+        prompt = np.array([ids], dtype=np.int64)
+        result = self._pipeline.generate(
+            openvino_genai.TokenizedInputs(openvino.Tensor(prompt), openvino.Tensor(np.ones_like(prompt))), config
+        )
+        return Generation(
+            ids=list(result.tokens[0]),
+            stopped=result.finish_reasons[0] == openvino_genai.GenerationFinishReason.STOP,
+            time_to_first_token=result.perf_metrics.get_ttft().mean / 1000,
+            time_per_token=result.perf_metrics.get_tpot().mean / 1000,
+        )
+
+    def logits(self, ids: list[int]) -> Any:
+        import numpy as np
+        import openvino
+
+        device = "CPU" if self.device.startswith("CPU") else self.device
+        compiled = openvino.Core().compile_model(self._directory / "openvino_model.xml", device)
+        prompt = np.array([ids], dtype=np.int64)
+        inputs = {
+            "input_ids": prompt,
+            "attention_mask": np.ones_like(prompt),
+            "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, dtype=np.int32),
+        }
+        return np.asarray(compiled(inputs)["logits"][0], dtype=np.float32)
+
+
+class OnnxGenai:
+    """onnxruntime-genai on the CPU provider, whatever provider the model was built for."""
+
+    name = "onnxruntime-genai"
+    device = "CPUExecutionProvider"
+
+    def __init__(self, directory: Path) -> None:
+        import onnxruntime_genai
+
+        self._directory = directory
+        config = onnxruntime_genai.Config(str(directory))
+        config.clear_providers()
+        self._model = onnxruntime_genai.Model(config)
+        self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
+
+    def encode(self, text: str) -> list[int]:
+        return [int(token) for token in self._tokenizer.encode(text)]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids))
+
+    def render_chat(self, messages: list[Message]) -> str:
+        return str(self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True))
+
+    def eos_token_ids(self) -> list[int]:
+        return sorted(int(token) for token in self._tokenizer.eos_token_ids)
+
+    def generate(self, ids: list[int], *, max_new_tokens: int) -> Generation:
+        generator = self._generator(len(ids) + max_new_tokens)
+        started = time.perf_counter()
+        generator.append_tokens(ids)
+        generated: list[int] = []
+        first = started
+        while not generator.is_done():
+            generator.generate_next_token()
+            generated.append(int(generator.get_next_tokens()[0]))
+            if len(generated) == 1:
+                first = time.perf_counter()
+        rest = time.perf_counter() - first
+        return Generation(
+            ids=generated,
+            stopped=bool(generated) and generated[-1] in self.eos_token_ids(),
+            time_to_first_token=first - started,
+            time_per_token=rest / max(len(generated) - 1, 1),
+        )
+
+    def logits(self, ids: list[int]) -> Any:
+        import numpy as np
+
+        generator = self._generator(len(ids) + 1)
+        generator.append_tokens(ids)
+        return np.asarray(generator.get_output("logits")[0], dtype=np.float32)
+
+    def _generator(self, max_length: int) -> Any:
+        import onnxruntime_genai
+
+        parameters = onnxruntime_genai.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=max_length, do_sample=False)
+        return onnxruntime_genai.Generator(self._model, parameters)
+
+
+class _Transformers:
+    """What the two runtimes with transformers' interface share."""
+
+    _model: Any
+
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def render_chat(self, messages: list[Message]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+    def eos_token_ids(self) -> list[int]:
+        eos = self._model.generation_config.eos_token_id
+        return [eos] if isinstance(eos, int) else sorted(eos or [])
+
+    def generate(self, ids: list[int], *, max_new_tokens: int) -> Generation:
+        import torch
+
+        times = [time.perf_counter()]
+
+        class Clock:
+            def put(self, value: Any) -> None:
+                times.append(time.perf_counter())
+
+            def end(self) -> None: ...
+
+        prompt = torch.tensor([ids])
+        output = self._model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=Clock(),
+        )
+        generated = [int(token) for token in output[0, len(ids) :]]
+        started, first = times[0], times[2]  # the streamer is first given the prompt
+        return Generation(
+            ids=generated,
+            stopped=bool(generated) and generated[-1] in self.eos_token_ids(),
+            time_to_first_token=first - started,
+            time_per_token=(times[-1] - first) / max(len(generated) - 1, 1),
+        )
+
+    def logits(self, ids: list[int]) -> Any:
+        import numpy as np
+        import torch
+
+        prompt = torch.tensor([ids])
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                position_ids=torch.arange(len(ids))[None],
+            )
+        return np.asarray(output.logits[0].float(), dtype=np.float32)
+
+
+class OptimumIntel(_Transformers):
+    """The tutorial's route to an IR: OVModelForCausalLM with a latency configuration."""
+
+    name = "optimum-intel"
+
+    def __init__(self, directory: Path, *, device: str) -> None:
+        from optimum.intel import OVModelForCausalLM
+
+        super().__init__(directory)
+        self.device = device
+        self._model = OVModelForCausalLM.from_pretrained(
+            directory, device=device, ov_config=LATENCY, local_files_only=True
+        )
+
+
+class Torch(_Transformers):
+    """The source checkpoint itself, in the precision it is stored in."""
+
+    name = "transformers"
+    device = "CPU (torch)"
+
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+        from transformers import AutoModelForCausalLM
+
+        super().__init__(directory, trust_remote_code=trust_remote_code)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+        ).eval()

@@ -1,0 +1,138 @@
+"""The checks that catch what silently goes wrong in a conversion; each has a name and tells expected and actual."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.params import OpenvinoInt4, Validate, Variant
+from pipeline.recipe import Matrix, int4_ratio
+from pipeline.reference import Answer, Reference
+from pipeline.runtimes import Runtime
+
+CHECKS = (
+    "files",
+    "recipe",
+    "size",
+    "tokenizer",
+    "chat-template",
+    "eos",
+    "finite",
+    "empty",
+    "loop",
+    "stop",
+    "answer",
+)
+LOOP_REPEATS, LOOP_TOKENS = 4, 24  # a loop: so many repeats at the end, and at least so many tokens in all
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed check: its name, and what was expected and found instead."""
+
+    check: str
+    expected: Any
+    actual: Any
+
+    def __str__(self) -> str:
+        expected, actual = (json.dumps(value, ensure_ascii=False)[:300] for value in (self.expected, self.actual))
+        return f"check '{self.check}' failed: expected {expected}, got {actual}"
+
+
+def check_recipe(
+    built: list[Matrix], expected: list[Matrix], *, source: list[Matrix], recipe: Variant
+) -> Iterator[Failure]:
+    """Compare the matrices read back from a built file with the forms that the recipe gives them."""
+    for matrix, form in zip(built, expected, strict=True):
+        if matrix.format != form.format:
+            yield Failure("recipe", f"{form.format} for {form.name}", matrix.format)
+            return
+    elements = {role: sum(m.elements for m in source if m.role == role) for role in ("embedding", "head", "layer")}
+    found = {role: sum(m.elements for m in built if m.role == role) for role in elements}
+    if found != elements:
+        yield Failure("recipe", {"weights": elements}, {"weights": found})
+    elif isinstance(recipe, OpenvinoInt4):
+        # NNCF fills up to the ratio with whole matrices.
+        step = max(m.elements for m in source if m.role == "layer") / elements["layer"]
+        if not recipe.ratio - step <= int4_ratio(built) <= recipe.ratio + 1e-6:
+            yield Failure("recipe", f"INT4 ratio {recipe.ratio} (-{step:.3f})", round(int4_ratio(built), 4))
+
+
+def check_size(actual: int, expected: float, *, tolerance: float) -> Iterator[Failure]:
+    """Compare the bytes of the weights' file with what the recipe predicts."""
+    if abs(actual - expected) > tolerance * expected:
+        yield Failure("size", f"{expected / 1e6:.1f} MB ±{tolerance:.0%}", f"{actual / 1e6:.1f} MB")
+
+
+def check_tokenizer(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
+    """Compare ids and round trip of many scripts, digits, spaces and special tokens with the source's."""
+    for probe in reference.texts:
+        ids = runtime.encode(probe.text)
+        if ids != probe.ids:
+            yield Failure("tokenizer", {"text": probe.text, "ids": probe.ids}, ids)
+        elif (decoded := runtime.decode(ids)) != probe.decoded:
+            yield Failure("tokenizer", {"ids": ids, "decoded": probe.decoded}, decoded)
+        else:
+            continue
+        return
+
+
+def check_chat_template(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
+    """Compare the rendered chats with the source's."""
+    for chat in reference.chats:
+        if (rendered := runtime.render_chat(chat.messages)) != chat.rendered:
+            yield Failure("chat-template", chat.rendered, rendered)
+            return
+
+
+def check_eos(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
+    """Compare the ids that end generation with the source's: Phi-3 chats stop at any of three."""
+    if (eos := runtime.eos_token_ids()) != reference.eos_token_ids:
+        yield Failure("eos", reference.eos_token_ids, eos)
+
+
+def check_finite(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
+    """Look for NaN and infinity in the logits of the source's first answer."""
+    import numpy as np
+
+    answer = reference.answers[0]
+    finite = np.isfinite(runtime.logits(answer.prompt_ids + answer.ids))
+    if not finite.all():
+        yield Failure("finite", "finite logits", f"{int((~finite).sum())} of {finite.size} are not finite")
+
+
+def check_answers(answers: Iterable[Answer], reference: Reference, *, params: Validate) -> Iterator[Failure]:
+    """Compare each answer with the source's: not empty, no loop, ends by itself, and says the same."""
+    for answer, source in zip(answers, reference.answers, strict=True):
+        if not answer.text.strip():
+            yield Failure("empty", source.text, answer.text)
+        elif is_loop(answer.ids) and not is_loop(source.ids):
+            yield Failure("loop", source.text, answer.text)
+        elif source.stopped and not answer.stopped:
+            yield Failure("stop", f"an end within {params.max_new_tokens} tokens, as: {source.text}", answer.text)
+        elif recall(answer, source) < params.min_recall:
+            yield Failure("answer", {"question": source.question, "answer": source.text}, answer.text)
+
+
+def is_loop(ids: list[int]) -> bool:
+    """Return whether `ids` ends in LOOP_REPEATS repeats of the same tokens, LOOP_TOKENS or more in all."""
+    for period in range(1, len(ids) // LOOP_REPEATS + 1):
+        length = max(period * LOOP_REPEATS, LOOP_TOKENS)
+        if length <= len(ids) and all(ids[-i] == ids[-i - period] for i in range(1, length - period + 1)):
+            return True
+    return False
+
+
+def recall(answer: Answer, source: Answer) -> float:
+    """Return the share of the words that `source` adds to its question in its first sentence which `answer` has too.
+
+    "The capital of France is Paris." adds "paris" to "What is the capital of France?".
+    """
+    sentence = re.split(r"(?<=[.!?])\s|\n", source.text.strip(), maxsplit=1)[0]
+    added = _words(sentence) - _words(source.question)
+    return len(added & _words(answer.text)) / len(added) if added else 1.0
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))

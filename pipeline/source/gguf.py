@@ -1,0 +1,138 @@
+"""A Llama checkpoint in GGUF, rewritten as the same mathematics in the Phi-3 architecture.
+
+GGUF format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+CONTROL_TOKEN = 3  # a value of tokenizer.ggml.token_type
+
+
+def convert_gguf(gguf_file: Path, target: Path) -> None:
+    """Write `gguf_file` into the directory `target` as a float32 Phi-3 checkpoint with its tokenizer.
+
+    The logits of the result equal the Llama original's: q, k, v become `qkv_proj` and gate, up become
+    `gate_up_proj`, concatenated on the output dimension.
+
+    Raises PipelineError when the file is not a complete GGUF of a Llama with a byte-level BPE tokenizer.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(gguf_file)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        kind = metadata["general.architecture"], metadata["tokenizer.ggml.model"]
+        if kind != ("llama", "gpt2"):
+            raise PipelineError(
+                f"{gguf_file.name} holds a {kind[0]} model with a {kind[1]} tokenizer: only a llama model with a gpt2 "
+                "(byte-level BPE) tokenizer can be rewritten as Phi-3."
+            )
+        _write_weights(reader, metadata, target)
+        _write_config(metadata, target)
+        _write_tokenizer(metadata, target)
+    except (ValueError, KeyError, IndexError) as error:
+        raise PipelineError(
+            f"{gguf_file.name} is not a complete GGUF file ({error!r}): fetch it again, or check the pinned package."
+        ) from error
+
+
+def _write_weights(reader: Any, metadata: dict[str, Any], target: Path) -> None:
+    import numpy as np
+    from gguf.quants import dequantize
+    from safetensors.numpy import save_file
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def weight(*names: str) -> Any:
+        return np.concatenate([dequantize(tensors[name].data, tensors[name].tensor_type) for name in names])
+
+    def rotated(name: str, heads: int) -> Any:
+        # GGUF interleaves the two halves that rotary embedding pairs; transformers keeps them apart.
+        interleaved = weight(name)
+        return interleaved.reshape(heads, -1, 2, interleaved.shape[1]).swapaxes(1, 2).reshape(interleaved.shape)
+
+    weights = {
+        "model.embed_tokens.weight": weight("token_embd.weight"),
+        "model.norm.weight": weight("output_norm.weight"),
+    }
+    for layer in range(metadata["llama.block_count"]):
+        source, block = f"blk.{layer}", f"model.layers.{layer}"
+        weights |= {
+            f"{block}.input_layernorm.weight": weight(f"{source}.attn_norm.weight"),
+            f"{block}.self_attn.qkv_proj.weight": np.concatenate(
+                [
+                    rotated(f"{source}.attn_q.weight", metadata["llama.attention.head_count"]),
+                    rotated(f"{source}.attn_k.weight", metadata["llama.attention.head_count_kv"]),
+                    weight(f"{source}.attn_v.weight"),
+                ]
+            ),
+            f"{block}.self_attn.o_proj.weight": weight(f"{source}.attn_output.weight"),
+            f"{block}.post_attention_layernorm.weight": weight(f"{source}.ffn_norm.weight"),
+            f"{block}.mlp.gate_up_proj.weight": weight(f"{source}.ffn_gate.weight", f"{source}.ffn_up.weight"),
+            f"{block}.mlp.down_proj.weight": weight(f"{source}.ffn_down.weight"),
+        }
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_config(metadata: dict[str, Any], target: Path) -> None:
+    from transformers import GenerationConfig, Phi3Config
+
+    token_ids = {
+        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
+    }
+    Phi3Config(
+        architectures=["Phi3ForCausalLM"],
+        dtype="float32",
+        hidden_size=metadata["llama.embedding_length"],
+        intermediate_size=metadata["llama.feed_forward_length"],
+        num_hidden_layers=metadata["llama.block_count"],
+        num_attention_heads=metadata["llama.attention.head_count"],
+        num_key_value_heads=metadata["llama.attention.head_count_kv"],
+        vocab_size=metadata["llama.vocab_size"],
+        rms_norm_eps=metadata["llama.attention.layer_norm_rms_epsilon"],
+        max_position_embeddings=metadata["llama.context_length"],
+        original_max_position_embeddings=metadata["llama.context_length"],
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": metadata["llama.rope.freq_base"],
+            "partial_rotary_factor": 1.0,
+        },
+        sliding_window=None,
+        tie_word_embeddings=True,
+        **token_ids,
+    ).save_pretrained(target)
+    GenerationConfig(**token_ids).save_pretrained(target)
+
+
+def _write_tokenizer(metadata: dict[str, Any], target: Path) -> None:
+    # transformers' own conversion picks another pre-tokenizer and decoder, and makes eos the bos token.
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    types = metadata["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True) for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=tokens[metadata["tokenizer.ggml.bos_token_id"]],
+        eos_token=tokens[metadata["tokenizer.ggml.eos_token_id"]],
+        pad_token=tokens[metadata["tokenizer.ggml.padding_token_id"]],
+        unk_token=tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+        chat_template=metadata["tokenizer.chat_template"],
+        model_max_length=metadata["llama.context_length"],
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(target)

@@ -1,0 +1,137 @@
+"""A checkpoint from the Hugging Face Hub: a pinned commit, an allow-list of files, every byte checked."""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import is_wanted
+from pipeline.errors import PipelineError
+from pipeline.params import COMMIT, HubSource
+
+CACHED_LFS_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def fetch(source: HubSource, target: Path, *, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Download the checkpoint of `source` into the directory `target` and return its origin with the resolved commit.
+
+    HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub; offline, the snapshot in its cache
+    is used. Files that are already in `target` with the right hash are not fetched again, a partial one is continued.
+
+    Raises PipelineError when the repository cannot be reached or read, lists a hostile path, has no safetensors,
+    does not fit on the disk, or serves a file whose hash differs from the listing's.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    if constants.HF_HUB_OFFLINE:
+        return _from_cache(source, target, progress=progress)
+    with _sentences(source):
+        info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
+    siblings = info.siblings or []
+    for sibling in siblings:
+        _refuse_hostile_path(source, sibling.rfilename)
+    if not info.sha or not COMMIT.fullmatch(info.sha) or (COMMIT.fullmatch(source.revision) and info.sha != source.revision):
+        raise PipelineError(f"{source.repo}: asked for {source.revision}, the Hub answered with commit {info.sha}.")
+    wanted = [s for s in siblings if is_wanted(s.rfilename, code=source.trust_remote_code)]
+    if not any(sibling.rfilename.endswith(".safetensors") for sibling in wanted):
+        raise PipelineError(
+            f"{source.repo} at {info.sha} has no safetensors weights; pickle weights (.bin, .pt) are never loaded, since "
+            "they can run code: choose a revision or a conversion with safetensors."
+        )
+    missing = [sibling for sibling in wanted if not _is_intact(target / sibling.rfilename, sibling)]
+    _check_space(target, sum(sibling.size or 0 for sibling in missing))
+    for number, sibling in enumerate(missing, start=1):
+        progress(f"{source.repo}: {sibling.rfilename} ({(sibling.size or 0) / 1e6:.1f} MB, {number} of {len(missing)})")
+        with _sentences(source):
+            hf_hub_download(source.repo, sibling.rfilename, revision=info.sha, local_dir=target)
+        if not _is_intact(target / sibling.rfilename, sibling):
+            (target / sibling.rfilename).unlink()
+            raise PipelineError(
+                f"{source.repo}: {sibling.rfilename} arrived with another hash than the Hub lists; it was deleted. Run "
+                "again; if it happens twice, the server or a proxy damages it."
+            )
+    return {"hub": source.repo, "revision": info.sha}
+
+
+def _from_cache(source: HubSource, target: Path, *, progress: Callable[[str], None]) -> dict[str, Any]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(snapshot_download(source.repo, revision=source.revision, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise PipelineError(
+            f"HF_HUB_OFFLINE is set and {source.repo} at {source.revision} is not in the Hugging Face cache: unset it, or "
+            f"run `hf download {source.repo} --revision {source.revision}` while online."
+        ) from error
+    for path in sorted(snapshot.iterdir()):
+        if not is_wanted(path.name, code=source.trust_remote_code):
+            continue
+        progress(f"{source.repo}: {path.name} from the Hugging Face cache")
+        shutil.copyfile(path, target / path.name)
+        # In the cache an LFS file is a link to a blob that is named by its SHA-256.
+        blob = path.resolve().name
+        if CACHED_LFS_BLOB.fullmatch(blob) and _sha256(target / path.name) != blob:
+            raise PipelineError(f"{path} is damaged in the Hugging Face cache: delete it and download it again.")
+    return {"hub": source.repo, "revision": snapshot.name}
+
+
+def _refuse_hostile_path(source: HubSource, name: str) -> None:
+    # huggingface_hub before 1.26 writes outside local_dir when a server lists such names.
+    parts = re.split(r"[/\\]", name)
+    if "\\" in name or ":" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+        raise PipelineError(f"{source.repo} lists the file {name!r}, a path that leads out of its folder: nothing was downloaded.")
+
+
+def _is_intact(path: Path, sibling: Any) -> bool:
+    if not path.is_file():
+        return False
+    if sibling.lfs:
+        return _sha256(path) == str(sibling.lfs.sha256)
+    content = path.read_bytes()  # git's own object id; these files are small
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == sibling.blob_id
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target).free
+    if needed > free:
+        raise PipelineError(
+            f"the checkpoint needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free: make room first."
+        )
+
+
+@contextmanager
+def _sentences(source: HubSource) -> Iterator[None]:
+    import httpx
+    from huggingface_hub import constants, errors
+
+    what = f"{source.repo} at {source.revision}"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise PipelineError(
+            f"{source.repo} is gated: accept its terms on {constants.ENDPOINT}/{source.repo}, then set HF_TOKEN or run "
+            "`hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise PipelineError(
+            f"{source.repo} does not exist on {constants.ENDPOINT}, or is private: correct `repo` in params.yaml, or set "
+            "HF_TOKEN."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise PipelineError(f"{what} does not exist: correct `revision` in params.yaml.") from error
+    except errors.LocalEntryNotFoundError as error:
+        raise PipelineError(f"{what}: {constants.ENDPOINT} cannot be reached; check the network, then run again.") from error
+    except (errors.HfHubHTTPError, httpx.HTTPError) as error:
+        raise PipelineError(
+            f"{what}: {constants.ENDPOINT} cannot be reached or failed ({str(error).splitlines()[0]}); run again to "
+            "continue where it stopped."
+        ) from error

@@ -1,0 +1,31 @@
+"""Stage build_onnx."""
+
+import click
+
+from pipeline import onnx_genai, paths
+from pipeline.artifact import building_variant
+from pipeline.errors import PipelineError
+from pipeline.params import OnnxInt4, load_params
+from pipeline.process import stage_command
+
+
+@stage_command
+def main(model: str, variant: str) -> None:
+    """Build the INT4 ONNX Runtime GenAI model VARIANT from the source checkpoint of MODEL."""
+    params = load_params()
+    recipe = params.get_variant(variant)
+    if not isinstance(recipe, OnnxInt4):
+        raise PipelineError(f"variants.{variant} is made by the stage {recipe.stage}, not by this one.")
+    with building_variant(params, model=model, name=variant, read_matrices=onnx_genai.read_matrices) as build:
+        onnx_genai.build_int4(
+            paths.source(model),
+            build,
+            recipe=recipe,
+            trust_remote_code=params.get_model(model).source.trust_remote_code,
+            log=paths.log(model, variant),
+            progress=click.echo,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Stage download."""
+
+import click
+
+from pipeline import paths
+from pipeline.checkpoint import eos_token_ids, read_json
+from pipeline.manifest import Manifest, building, seal, tool_versions
+from pipeline.params import load_params
+from pipeline.process import stage_command
+from pipeline.source import fetch_checkpoint
+
+
+@stage_command
+def main(model: str) -> None:
+    """Fetch the source checkpoint of MODEL, checked."""
+    entry = load_params().get_model(model)
+    with building(paths.source(model), resume=True) as build:
+        origin = fetch_checkpoint(entry.source, build, progress=click.echo)
+        config = read_json(build / "config.json")
+        seal(
+            build,
+            Manifest(
+                name=f"{model}/source",
+                model=model,
+                variant="source",
+                source=origin,
+                license=entry.license,
+                recipe={},
+                eos_token_ids=eos_token_ids(build),
+                context={"max_position_embeddings": config["max_position_embeddings"]},
+                runtime={},
+                tools=tool_versions("transformers", "tokenizers", "huggingface-hub"),
+            ),
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Stage validate."""
+
+import json
+
+import click
+
+from pipeline import paths
+from pipeline.manifest import replace_file
+from pipeline.params import load_params
+from pipeline.process import stage_command
+from pipeline.reference import read_reference
+from pipeline.validation import validate
+
+
+@stage_command
+def main(model: str, variant: str) -> None:
+    """Prove VARIANT of MODEL: load it, let it answer, and compare it with the source model."""
+    params = load_params()
+    metrics, evidence = validate(
+        paths.variant(model, variant),
+        variant=params.get_variant(variant),
+        model=params.get_model(model),
+        source=paths.source(model),
+        reference=read_reference(paths.reference(model)),
+        params=params.validate_,
+        progress=click.echo,
+    )
+    replace_file(paths.validation(model, variant), json.dumps(evidence, indent=2, ensure_ascii=False))
+    replace_file(paths.metrics(model, variant), json.dumps(metrics, indent=2))
+
+
+if __name__ == "__main__":
+    main()
