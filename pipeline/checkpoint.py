@@ -27,7 +27,7 @@ MAX_HEADER = 100_000_000  # the limit of the safetensors format
 
 
 def is_wanted(name: str, *, code: bool = False) -> bool:
-    """Return whether a file of a repository belongs to a checkpoint: weights as safetensors, configs, tokenizer, licence.
+    """Return whether a file belongs to a checkpoint: weights as safetensors, configs, tokenizer, licence.
 
     `code` also admits the repository's Python modules. Only files of the top folder are wanted.
     """

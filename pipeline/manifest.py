@@ -41,7 +41,9 @@ class Manifest(BaseModel):
     variant: str
     source: dict[str, Any]
     license: str
-    recipe: dict[str, Any] = Field(description="'asked' as in params.yaml, 'achieved' as read back from the built files")
+    recipe: dict[str, Any] = Field(
+        description="'asked' as in params.yaml, 'achieved' as read back from the built files"
+    )
     eos_token_ids: list[int]
     context: dict[str, int] = Field(description="limits in tokens")
     runtime: dict[str, Any] = Field(description="what an application needs to load it")
@@ -98,7 +100,9 @@ def read_manifest(directory: Path) -> Manifest:
         content = path.read_bytes()
         manifest = Manifest.model_validate_json(content)
     except FileNotFoundError as error:
-        raise PipelineError(f"{path} is missing: {directory} is not a finished artifact; build or pull it again.") from error
+        raise PipelineError(
+            f"{path} is missing: {directory} is not a finished artifact; build or pull it again."
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -35,7 +35,7 @@ def build_int4(
 
     Raises PipelineError when the builder fails or leaves a file out.
     """
-    options = {
+    options: dict[str, str | int] = {
         "algo_config": recipe.algorithm,
         "is_symmetric": recipe.symmetric,
         "block_size": recipe.block_size,
@@ -46,14 +46,27 @@ def build_int4(
         options["matmul_mixed_precision"] = ",".join(f"{selector}:int8" for selector in recipe.int8)
     with tempfile.TemporaryDirectory(prefix=".builder-", dir=target.parent) as cache:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-        command += ["-i", str(checkpoint), "-o", str(target), "-c", cache, "-p", "int4", "-e", recipe.execution_provider]
+        command += [
+            "-i",
+            str(checkpoint),
+            "-o",
+            str(target),
+            "-c",
+            cache,
+            "-p",
+            "int4",
+            "-e",
+            recipe.execution_provider,
+        ]
         command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
         for line in stream_lines(command, log):
             layer = re.match(r"Reading layer (\d+)", line)
             if layer and int(layer[1]) % 8 == 0:
                 progress(f"builder: layer {layer[1]}")
-            elif line.startswith("Saving"):
-                progress("builder: quantizing and saving" if "ONNX" in line else f"builder: {line.strip()}")
+            elif line.startswith("Saving ONNX model"):
+                progress("builder: quantizing")
+            elif line.startswith("Saving GenAI config"):
+                progress("builder: saved")
     missing = [name for name in REQUIRED if not (target / name).is_file()]
     if missing:
         raise PipelineError(f"the onnxruntime-genai builder wrote no {missing[0]}. Its log is {log}.")
@@ -112,9 +125,7 @@ def expected_form(matrix: Matrix, *, recipe: OnnxInt4, config: dict[str, Any], a
     return replace(matrix, bits=bits, group_size=recipe.block_size, symmetric=recipe.symmetric)
 
 
-def expected_size(
-    source: list[Matrix], *, recipe: OnnxInt4, config: dict[str, Any], adjust_group_size: bool
-) -> float:
+def expected_size(source: list[Matrix], *, recipe: OnnxInt4, config: dict[str, Any], adjust_group_size: bool) -> float:
     """Return the bytes of weights that the builder's `recipe` leads to for a checkpoint with `source` and `config`."""
     directml = recipe.execution_provider == "dml"
     scale_bytes = 2 if directml else 4
@@ -150,7 +161,7 @@ def _rotary_caches(config: dict[str, Any]) -> float:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     factor = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     short, long = config["original_max_position_embeddings"], config["max_position_embeddings"]
-    return (long if short == long else short + long) * _head_size(config) * factor
+    return float((long if short == long else short + long) * _head_size(config) * factor)
 
 
 def _head_size(config: dict[str, Any]) -> int:

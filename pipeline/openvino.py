@@ -93,8 +93,8 @@ def quantize_int4(
         )
     except nncf.InvalidGroupSizeError as error:
         raise PipelineError(
-            f"group size {recipe.group_size} does not divide the width of every layer: choose another group_size, or set "
-            f"group_size_fallback: adjust for this model ({str(error).splitlines()[0]})"
+            f"group size {recipe.group_size} does not divide the width of every layer: choose another group_size, "
+            f"or set group_size_fallback: adjust for this model ({str(error).splitlines()[0]})"
         ) from error
     progress("saving the IR")
     openvino.save_model(model, target / MODEL[0], compress_to_fp16=False)
@@ -144,7 +144,7 @@ def expected_form(
         return replace(matrix, bits=16, group_size=CHANNEL_WISE, symmetric=True)
     if matrix.role != "layer" or matrix.bits != 4:
         return replace(matrix, bits=8, group_size=CHANNEL_WISE, symmetric=False)
-    group_size = recipe.group_size
+    group_size: int = recipe.group_size
     while adjust_group_size and group_size > MIN_GROUP_SIZE and matrix.columns % group_size:
         group_size //= 2
     return replace(matrix, group_size=group_size, symmetric=recipe.symmetric)

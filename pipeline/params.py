@@ -87,7 +87,7 @@ class Model(Block):
     source: Source
     license: str = Field(min_length=1, description="SPDX identifier of the source model's licence")
     group_size_fallback: Literal["error", "adjust"] = Field(
-        description="when a layer's width is no multiple of an INT4 group: refuse it, or give that layer a smaller group"
+        description="when an INT4 group does not divide a layer's width: refuse, or give that layer a smaller one"
     )
 
 

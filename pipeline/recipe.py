@@ -52,7 +52,9 @@ def matrices(tensors: dict[str, tuple[str, list[int]]]) -> list[Matrix]:
     """
     roles: dict[str, Role] = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
     return [
-        Matrix(name, roles.get(name, "layer"), *shape) for name, (_, shape) in sorted(tensors.items()) if len(shape) == 2
+        Matrix(name, roles.get(name, "layer"), rows=shape[0], columns=shape[1])
+        for name, (_, shape) in sorted(tensors.items())
+        if len(shape) == 2
     ]
 
 

@@ -87,7 +87,12 @@ def ask(runtime: Runtime, question: str, *, max_new_tokens: int) -> Answer:
 
 
 def make_reference(
-    source: Runtime, *, prompts: list[str], max_new_tokens: int, eos_token_ids: list[int], progress: Callable[[str], None]
+    source: Runtime,
+    *,
+    prompts: list[str],
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    progress: Callable[[str], None],
 ) -> Reference:
     """Return what `source`, the source model, says to every probe and to `prompts`."""
     answers = []

@@ -257,7 +257,7 @@ class OptimumIntel(_Transformers):
         super().__init__(directory)
         self.device = device
         self._model = OVModelForCausalLM.from_pretrained(
-            directory, device=device, ov_config=LATENCY, local_files_only=True
+            str(directory), export=False, device=device, ov_config=LATENCY, local_files_only=True
         )
 
 

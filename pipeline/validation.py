@@ -49,9 +49,7 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
     expected_size = backend.expected_size(original, **options)
     return [
         *smoke.check_recipe(built, forms, source=original, recipe=variant),
-        *smoke.check_size(
-            (directory / backend.WEIGHTS).stat().st_size, expected_size, tolerance=params.size_tolerance
-        ),
+        *smoke.check_size((directory / backend.WEIGHTS).stat().st_size, expected_size, tolerance=params.size_tolerance),
     ]
 
 
@@ -112,9 +110,7 @@ def validate(
         "time_to_first_token_s": round(median(g.time_to_first_token for g in runtime.generations), 4),
         "tokens_per_second": round(1 / median(g.time_per_token for g in runtime.generations), 2),
         "peak_memory_bytes": memory,
-        "answer_recall": round(
-            sum(map(smoke.recall, answers, reference.answers)) / len(answers), 4
-        ),
+        "answer_recall": round(sum(map(smoke.recall, answers, reference.answers)) / len(answers), 4),
         "runtime": runtime.name,
         "device": runtime.device,
     }

@@ -33,13 +33,17 @@ def fetch(source: HubSource, target: Path, *, progress: Callable[[str], None]) -
     siblings = info.siblings or []
     for sibling in siblings:
         _refuse_hostile_path(source, sibling.rfilename)
-    if not info.sha or not COMMIT.fullmatch(info.sha) or (COMMIT.fullmatch(source.revision) and info.sha != source.revision):
+    if (
+        not info.sha
+        or not COMMIT.fullmatch(info.sha)
+        or (COMMIT.fullmatch(source.revision) and info.sha != source.revision)
+    ):
         raise PipelineError(f"{source.repo}: asked for {source.revision}, the Hub answered with commit {info.sha}.")
     wanted = [s for s in siblings if is_wanted(s.rfilename, code=source.trust_remote_code)]
     if not any(sibling.rfilename.endswith(".safetensors") for sibling in wanted):
         raise PipelineError(
-            f"{source.repo} at {info.sha} has no safetensors weights; pickle weights (.bin, .pt) are never loaded, since "
-            "they can run code: choose a revision or a conversion with safetensors."
+            f"{source.repo} at {info.sha} has no safetensors weights; pickle weights (.bin, .pt) are never loaded, "
+            "since they can run code: choose a revision or a conversion with safetensors."
         )
     missing = [sibling for sibling in wanted if not _is_intact(target / sibling.rfilename, sibling)]
     _check_space(target, sum(sibling.size or 0 for sibling in missing))
@@ -64,8 +68,8 @@ def _from_cache(source: HubSource, target: Path, *, progress: Callable[[str], No
         snapshot = Path(snapshot_download(source.repo, revision=source.revision, local_files_only=True))
     except LocalEntryNotFoundError as error:
         raise PipelineError(
-            f"HF_HUB_OFFLINE is set and {source.repo} at {source.revision} is not in the Hugging Face cache: unset it, or "
-            f"run `hf download {source.repo} --revision {source.revision}` while online."
+            f"HF_HUB_OFFLINE is set and {source.repo} at {source.revision} is not in the Hugging Face cache: unset it, "
+            f"or run `hf download {source.repo} --revision {source.revision}` while online."
         ) from error
     for path in sorted(snapshot.iterdir()):
         if not is_wanted(path.name, code=source.trust_remote_code):
@@ -83,7 +87,9 @@ def _refuse_hostile_path(source: HubSource, name: str) -> None:
     # huggingface_hub before 1.26 writes outside local_dir when a server lists such names.
     parts = re.split(r"[/\\]", name)
     if "\\" in name or ":" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise PipelineError(f"{source.repo} lists the file {name!r}, a path that leads out of its folder: nothing was downloaded.")
+        raise PipelineError(
+            f"{source.repo} lists the file {name!r}, a path that leads out of its folder: nothing was downloaded."
+        )
 
 
 def _is_intact(path: Path, sibling: Any) -> bool:
@@ -92,7 +98,7 @@ def _is_intact(path: Path, sibling: Any) -> bool:
     if sibling.lfs:
         return _sha256(path) == str(sibling.lfs.sha256)
     content = path.read_bytes()  # git's own object id; these files are small
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == sibling.blob_id
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == str(sibling.blob_id)
 
 
 def _sha256(path: Path) -> str:
@@ -104,7 +110,7 @@ def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target).free
     if needed > free:
         raise PipelineError(
-            f"the checkpoint needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free: make room first."
+            f"the checkpoint needs {needed / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free: make room."
         )
 
 
@@ -123,13 +129,15 @@ def _sentences(source: HubSource) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise PipelineError(
-            f"{source.repo} does not exist on {constants.ENDPOINT}, or is private: correct `repo` in params.yaml, or set "
-            "HF_TOKEN."
+            f"{source.repo} does not exist on {constants.ENDPOINT}, or is private: correct `repo` in params.yaml, "
+            "or set HF_TOKEN."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise PipelineError(f"{what} does not exist: correct `revision` in params.yaml.") from error
     except errors.LocalEntryNotFoundError as error:
-        raise PipelineError(f"{what}: {constants.ENDPOINT} cannot be reached; check the network, then run again.") from error
+        raise PipelineError(
+            f"{what}: {constants.ENDPOINT} cannot be reached; check the network, then run again."
+        ) from error
     except (errors.HfHubHTTPError, httpx.HTTPError) as error:
         raise PipelineError(
             f"{what}: {constants.ENDPOINT} cannot be reached or failed ({str(error).splitlines()[0]}); run again to "
