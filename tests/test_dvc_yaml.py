@@ -1,0 +1,69 @@
+"""dvc.yaml, stages/, params.yaml, the schema and the README say the same."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.params import json_schema, load_params
+from tests.conftest import ROOT
+
+STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+
+
+def imported_modules(file: Path, seen: set[Path]) -> set[Path]:
+    """Add to `seen` the project's modules that `file` imports, directly or not."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            path = ROOT / name.replace(".", "/")
+            for module in (path.with_suffix(".py"), path / "__init__.py"):
+                if name.startswith("pipeline.") and module.exists() and module not in seen:
+                    seen.add(module)
+                    imported_modules(module, seen)
+    return seen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_depends_on_the_code_it_runs(stage):
+    """A stage's file has its name, and dvc.yaml lists that file and just the modules that it imports."""
+    modules = imported_modules(ROOT / f"stages/{stage}.py", {ROOT / f"stages/{stage}.py"})
+    listed = [dependency for dependency in STAGES[stage]["deps"] if dependency.endswith(".py")]
+    assert listed == sorted(path.relative_to(ROOT).as_posix() for path in modules)
+
+
+def test_every_stage_file_is_a_stage():
+    """stages/ holds one file per stage and nothing else."""
+    assert {path.stem for path in (ROOT / "stages").glob("[!_]*.py")} == set(STAGES)
+
+
+def test_every_stage_has_a_description():
+    """Each stage says in dvc.yaml what it does."""
+    assert all(stage.get("desc") for stage in STAGES.values())
+
+
+def test_variants_are_built_by_their_stage_and_validated():
+    """The variants of params.yaml are those that dvc.yaml builds, each in the stage its block names, and validates."""
+    variants = load_params(ROOT / "params.yaml").variants
+    built = {
+        variant: name for name in STAGES for variant in STAGES[name]["matrix"].get("variant", []) if name != "validate"
+    }
+    assert built == {name: variant.stage for name, variant in variants.items()}
+    assert STAGES["validate"]["matrix"]["variant"] == list(variants)
+
+
+def test_schema_is_current():
+    """params.schema.json is what `phi3 params --schema` prints."""
+    assert json.loads((ROOT / "params.schema.json").read_text("utf-8")) == json_schema()
+
+
+def test_readme_table_of_stages():
+    """The README's table of stages is generated from dvc.yaml."""
+    table = "".join(f"| `{name}` | {stage['desc']} |\n" for name, stage in STAGES.items())
+    assert f"| stage | what it does |\n| --- | --- |\n{table}" in (ROOT / "README.md").read_text("utf-8")

@@ -1,0 +1,133 @@
+"""Each check finds the fault that it is named for, and passes what is right."""
+
+import numpy as np
+import pytest
+
+from pipeline import smoke
+from pipeline.params import OpenvinoInt4, Validate
+from pipeline.recipe import Matrix
+from pipeline.reference import Answer, Chat, Reference, Text
+from pipeline.smoke import Failure
+
+PARAMS = Validate(
+    prompts=["What is the capital of France?"],
+    max_new_tokens=32,
+    min_recall=0.5,
+    size_tolerance=0.03,
+    openvino_device="CPU",
+)
+
+
+def answer(text, *, ids=(5, 6, 1), stopped=True):
+    """An answer to the capital of France."""
+    return Answer(question=PARAMS.prompts[0], prompt_ids=[3, 4], ids=list(ids), text=text, stopped=stopped)
+
+
+REFERENCE = Reference(
+    texts=[Text(text="1é", ids=[7, 8], decoded="1é")],
+    chats=[Chat(messages=[{"role": "user", "content": "Hi"}], rendered="<user>Hi")],
+    eos_token_ids=[1, 2],
+    answers=[answer("The capital of France is Paris.")],
+)
+
+
+class Fake:
+    """A runtime whose every reply can be set."""
+
+    name = device = "fake"
+
+    def __init__(self, **replies):
+        self._replies = {
+            "encode": [7, 8],
+            "decode": "1é",
+            "render_chat": "<user>Hi",
+            "eos_token_ids": [1, 2],
+            "logits": np.zeros((5, 9)),
+        } | replies
+
+    def __getattr__(self, name):
+        return lambda *arguments, **options: self._replies[name]
+
+
+@pytest.mark.parametrize(
+    ("check", "replies", "failure"),
+    [
+        (smoke.check_tokenizer, {"encode": [7]}, Failure("tokenizer", {"text": "1é", "ids": [7, 8]}, [7])),
+        (smoke.check_tokenizer, {"decode": "1?"}, Failure("tokenizer", {"ids": [7, 8], "decoded": "1é"}, "1?")),
+        (smoke.check_chat_template, {"render_chat": "Hi"}, Failure("chat-template", "<user>Hi", "Hi")),
+        (smoke.check_eos, {"eos_token_ids": [1]}, Failure("eos", [1, 2], [1])),
+        (
+            smoke.check_finite,
+            {"logits": np.array([[0, np.nan, np.inf]])},
+            Failure("finite", "finite logits", "2 of 3 are not finite"),
+        ),
+    ],
+)
+def test_runtime_checks(check, replies, failure):
+    """Tokenizer, chat template, eos and logits are each compared with the source's."""
+    assert list(check(Fake(), REFERENCE)) == []
+    assert list(check(Fake(**replies), REFERENCE)) == [failure]
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (answer("It is Paris, of course."), None),
+        (answer("The capital of France is Lyon."), "answer"),
+        (answer(" \n"), "empty"),
+        (answer("Paris Paris Paris", ids=[5] * 24), "loop"),
+        (answer("Paris and so on", stopped=False), "stop"),
+    ],
+)
+def test_answers(given, name):
+    """Wrong, empty, looping and endless answers are told apart, and other words for the same fact are accepted."""
+    assert [failure.check for failure in smoke.check_answers([given], REFERENCE, params=PARAMS)] == (
+        [name] if name else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "loop"),
+    [([], False), (list(range(100)), False), ([9, *[1, 2, 3] * 8], True), ([4] * 23, False), ([4] * 24, True)],
+)
+def test_is_loop(ids, loop):
+    """A loop is four repeats and 24 tokens at the end."""
+    assert smoke.is_loop(ids) is loop
+
+
+def test_a_failure_shows_expected_and_actual():
+    """The message names the check and both values."""
+    assert str(Failure("eos", [1], [2])) == "check 'eos' failed: expected [1], got [2]"
+
+
+def test_size():
+    """Sizes within the tolerance pass, others are shown in megabytes."""
+    assert list(smoke.check_size(102_000_000, 100e6, tolerance=0.03)) == []
+    assert list(smoke.check_size(104_000_000, 100e6, tolerance=0.03)) == [Failure("size", "100.0 MB ±3%", "104.0 MB")]
+
+
+RECIPE = OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=128, ratio=0.5)
+SOURCE = [Matrix("embed", "embedding", 8, 128), Matrix("a", "layer", 8, 128), Matrix("b", "layer", 8, 128)]
+INT8 = {"bits": 8, "symmetric": False}
+INT4 = {"bits": 4, "group_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("built", "expected", "failure"),
+    [
+        ([INT8, INT8, INT4], [INT8, INT8, INT4], None),
+        ([INT8, INT8, INT4 | {"group_size": 64}], [INT8, INT8, INT4], ("int4-sym-g128 for b", "int4-sym-g64")),
+        ([INT8, INT4, INT4], [INT8, INT4, INT4], ("INT4 ratio 0.5 (-0.500)", 1.0)),
+        ([INT8, INT8], [INT8, INT8], ({"weights": {"embedding": 1024, "head": 0, "layer": 2048}},)),
+    ],
+)
+def test_recipe(built, expected, failure):
+    """Another group size, another ratio and a lost matrix are found."""
+
+    def forms(changes):
+        return [Matrix(**SOURCE[i].__dict__ | change) for i, change in enumerate(changes)]
+
+    failures = list(smoke.check_recipe(forms(built), forms(expected), source=SOURCE, recipe=RECIPE))
+    assert [f.check for f in failures] == (["recipe"] if failure else [])
+    if failure:
+        assert (failures[0].expected, failures[0].actual)[: len(failure)] == failure
