@@ -82,6 +82,7 @@ def read_matrices(directory: Path) -> list[Matrix]:
 
     model = onnx.load(directory / MODEL[0], load_external_data=False)
     shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    bits = {tensor.name: 32 if tensor.data_type == onnx.TensorProto.FLOAT else 16 for tensor in model.graph.initializer}
     shared = {output: node.input[0] for node in model.graph.node if node.op_type == "Reshape" for output in node.output}
     built: dict[str, Matrix] = {}
     for node in model.graph.node:
@@ -99,14 +100,13 @@ def read_matrices(directory: Path) -> list[Matrix]:
             built.setdefault(node.input[1], matrix)
         elif node.op_type == "GatherBlockQuantized":
             weight = shared.get(node.input[0], node.input[0])
-            bits = attributes.get("bits", INT4)
             rows, blocks = shapes[node.input[2]]
             matrix = Matrix(
                 _name(node.name),
                 "embedding",
                 rows,
                 blocks * attributes["block_size"],
-                bits,
+                attributes.get("bits", INT4),
                 attributes["block_size"],
                 symmetric=len(node.input) == 3,
             )
@@ -115,12 +115,14 @@ def read_matrices(directory: Path) -> list[Matrix]:
             shape = shapes[weight]
             if len(shape) == 2:
                 rows, columns = shape if node.op_type == "Gather" else reversed(shape)
-                built.setdefault(weight, Matrix(_name(node.name), _role(node.name), rows, columns))
+                built.setdefault(weight, Matrix(_name(node.name), _role(node.name), rows, columns, bits[weight]))
     return list(built.values())
 
 
 def expected_form(matrix: Matrix, *, recipe: OnnxInt4, config: dict[str, Any], adjust_group_size: bool) -> Matrix:
-    """Return `matrix` as `recipe` stores it."""
+    """Return `matrix` as `recipe` stores it: an embedding that is not the head, too, stays uncompressed."""
+    if matrix.role == "embedding" and not config.get("tie_word_embeddings", False):
+        return replace(matrix, bits=16 if recipe.execution_provider == "dml" else 32)
     bits = 8 if _is_int8(matrix, config, recipe) else INT4
     return replace(matrix, bits=bits, group_size=recipe.block_size, symmetric=recipe.symmetric)
 
@@ -131,7 +133,10 @@ def expected_size(source: list[Matrix], *, recipe: OnnxInt4, config: dict[str, A
     scale_bytes = 2 if directml else 4
     parts = [part for matrix in source for part in (_split_qkv(matrix, config) if directml else [matrix])]
     forms = (expected_form(part, recipe=recipe, config=config, adjust_group_size=adjust_group_size) for part in parts)
-    return sum(form.size(scale_bytes=scale_bytes) for form in forms) + _rotary_caches(config) * scale_bytes
+    return (
+        sum(form.size(scale_bytes=scale_bytes) for form in forms)
+        + _rotary_caches(config, directml=directml) * scale_bytes
+    )
 
 
 def _is_int8(matrix: Matrix, config: dict[str, Any], recipe: OnnxInt4) -> bool:
@@ -156,12 +161,14 @@ def _split_qkv(matrix: Matrix, config: dict[str, Any]) -> list[Matrix]:
     return [replace(matrix, name=matrix.name.replace("qkv_", f"{n}_"), rows=count) for n, count in rows.items()]
 
 
-def _rotary_caches(config: dict[str, Any]) -> float:
-    """Elements of the cosine and sine tables: one pair, or with LongRoPE one for long and one for short contexts."""
+def _rotary_caches(config: dict[str, Any], *, directml: bool) -> float:
+    # Elements of the cosine and sine tables beside the weights: one pair, or with LongRoPE one for short and one for
+    # long contexts, which the CPU model keeps in the branches of its graph instead.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     factor = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     short, long = config["original_max_position_embeddings"], config["max_position_embeddings"]
-    return float((long if short == long else short + long) * _head_size(config) * factor)
+    positions = long if short == long else (short + long) * directml
+    return float(positions * _head_size(config) * factor)
 
 
 def _head_size(config: dict[str, Any]) -> int:

@@ -13,7 +13,7 @@ Role = Literal["embedding", "head", "layer"]
 class Matrix:
     """One weight matrix of shape (rows, columns); a row's weights meet one input vector.
 
-    `bits` is 16 for an uncompressed one, `group_size` the number of weights along a row that share a scale.
+    `bits` is 16 or 32 for an uncompressed one, `group_size` the number of weights along a row that share a scale.
     """
 
     name: str
@@ -31,15 +31,15 @@ class Matrix:
     @property
     def format(self) -> str:
         """A name such as `int4-sym-g128`, `int8-asym-channel` or `f16`."""
-        if self.bits == 16:
-            return "f16"
+        if self.bits >= 16:
+            return f"f{self.bits}"
         group = "channel" if self.group_size == CHANNEL_WISE else f"g{self.group_size}"
         return f"int{self.bits}-{'sym' if self.symmetric else 'asym'}-{group}"
 
     def size(self, *, scale_bytes: int = 2) -> float:
         """Return the bytes of weights, scales and zero points."""
-        if self.bits == 16:
-            return self.elements * 2
+        if self.bits >= 16:
+            return self.elements * self.bits / 8
         groups = self.rows * (1 if self.group_size == CHANNEL_WISE else -(-self.columns // self.group_size))
         zero_points = 0 if self.symmetric else groups * self.bits / 8
         return self.elements * self.bits / 8 + groups * scale_bytes + zero_points

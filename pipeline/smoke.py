@@ -15,6 +15,7 @@ CHECKS = (
     "files",
     "recipe",
     "size",
+    "load",
     "tokenizer",
     "chat-template",
     "eos",

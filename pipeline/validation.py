@@ -56,18 +56,20 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
 def check_runtime(
     runtime: Runtime, reference: Reference, *, params: Validate, progress: Callable[[str], None]
 ) -> tuple[list[Failure], list[Answer]]:
-    """Return what is wrong with a loaded variant, and its answers."""
+    """Return what is wrong with a loaded variant, and its answers; there are none when it cannot be asked rightly."""
     failures = [
         *smoke.check_tokenizer(runtime, reference),
         *smoke.check_chat_template(runtime, reference),
         *smoke.check_eos(runtime, reference),
         *smoke.check_finite(runtime, reference),
     ]
+    if failures:
+        return failures, []
     answers = []
     for question in params.prompts:
         answers.append(ask(runtime, question, max_new_tokens=params.max_new_tokens))
         progress(f"{question} {answers[-1].text.strip()}")
-    return [*failures, *smoke.check_answers(answers, reference, params=params)], answers
+    return list(smoke.check_answers(answers, reference, params=params)), answers
 
 
 def validate(
@@ -88,7 +90,10 @@ def validate(
     """
     _refuse(check_files(directory, variant=variant, model=model, source=source, params=params))
     started = time.perf_counter()
-    runtime = Measured(load_runtime(directory, variant=variant, device=params.openvino_device))
+    try:
+        runtime = Measured(load_runtime(directory, variant=variant, device=params.openvino_device))
+    except RuntimeError as error:
+        raise PipelineError(str(Failure("load", "a runtime that loads it", str(error)))) from error
     load_time = time.perf_counter() - started
     progress(f"loaded by {runtime.name} on {runtime.device} in {load_time:.1f} s")
     failures, answers = check_runtime(runtime, reference, params=params, progress=progress)

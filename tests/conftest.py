@@ -24,7 +24,8 @@ STYLES = {
     },
     "phi-4-mini": {
         "tie_word_embeddings": True,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "max_position_embeddings": 512,
         "original_max_position_embeddings": 128,
         "partial_rotary_factor": 0.75,
@@ -32,8 +33,8 @@ STYLES = {
         | {
             "original_max_position_embeddings": 128,
             "partial_rotary_factor": 0.75,
-            "long_factor": [4.0] * 12,
-            "short_factor": [1.0] * 12,
+            "long_factor": [4.0] * 24,
+            "short_factor": [1.0] * 24,
         },
     },
 }
@@ -69,7 +70,7 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k") -> Path:
     from transformers import Phi3Config, Phi3ForCausalLM
 
     shape = {
-        "vocab_size": 384,
+        "vocab_size": 320,  # unlike any layer: the ONNX builder knows the head by its shape
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 2,
@@ -87,6 +88,12 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k") -> Path:
     model.generation_config.pad_token_id = 0
     model.to(torch.bfloat16).save_pretrained(target)
     make_tokenizer().save_pretrained(target)
+    config = json.loads((target / "config.json").read_text("utf-8"))
+    rope = config.pop("rope_parameters")  # the Hub's configs are of an older form
+    config |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)}
+    if rope["rope_type"] == "longrope":
+        config["rope_scaling"] = {"type": "longrope"} | {key: rope[key] for key in ("long_factor", "short_factor")}
+    (target / "config.json").write_text(json.dumps(config), "utf-8")
     return target
 
 

@@ -78,9 +78,12 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:
+    def handle(self) -> None:
         with contextlib.suppress(ConnectionError):  # a test's client may be killed
-            self._answer(cast(HubServer, self.server.hub))  # type: ignore[attr-defined]
+            super().handle()
+
+    def do_GET(self) -> None:
+        self._answer(cast(HubServer, self.server.hub))  # type: ignore[attr-defined]
 
     do_HEAD = do_GET
 

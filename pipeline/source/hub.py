@@ -19,7 +19,8 @@ def fetch(source: HubSource, target: Path, *, progress: Callable[[str], None]) -
     """Download the checkpoint of `source` into the directory `target` and return its origin with the resolved commit.
 
     HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub; offline, the snapshot in its cache
-    is used. Files that are already in `target` with the right hash are not fetched again, a partial one is continued.
+    is used. Files that are already in `target` with the right hash are not fetched again; one that an earlier run left
+    half-done starts anew, since huggingface_hub 1.21 continues a file within one run only.
 
     Raises PipelineError when the repository cannot be reached or read, lists a hostile path, has no safetensors,
     does not fit on the disk, or serves a file whose hash differs from the listing's.
@@ -29,7 +30,9 @@ def fetch(source: HubSource, target: Path, *, progress: Callable[[str], None]) -
     if constants.HF_HUB_OFFLINE:
         return _from_cache(source, target, progress=progress)
     with _sentences(source):
-        info = HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
+        info = HfApi().model_info(
+            source.repo, revision=source.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
     siblings = info.siblings or []
     for sibling in siblings:
         _refuse_hostile_path(source, sibling.rfilename)
@@ -45,17 +48,19 @@ def fetch(source: HubSource, target: Path, *, progress: Callable[[str], None]) -
             f"{source.repo} at {info.sha} has no safetensors weights; pickle weights (.bin, .pt) are never loaded, "
             "since they can run code: choose a revision or a conversion with safetensors."
         )
+    _remove_stale(target, {sibling.rfilename for sibling in wanted})
     missing = [sibling for sibling in wanted if not _is_intact(target / sibling.rfilename, sibling)]
     _check_space(target, sum(sibling.size or 0 for sibling in missing))
     for number, sibling in enumerate(missing, start=1):
         progress(f"{source.repo}: {sibling.rfilename} ({(sibling.size or 0) / 1e6:.1f} MB, {number} of {len(missing)})")
+        (target / sibling.rfilename).unlink(missing_ok=True)  # damaged: the client would keep it without a look
         with _sentences(source):
             hf_hub_download(source.repo, sibling.rfilename, revision=info.sha, local_dir=target)
         if not _is_intact(target / sibling.rfilename, sibling):
             (target / sibling.rfilename).unlink()
             raise PipelineError(
                 f"{source.repo}: {sibling.rfilename} arrived with another hash than the Hub lists; it was deleted. Run "
-                "again; if it happens twice, the server or a proxy damages it."
+                "again; if it happens twice, the server, a proxy or the Hugging Face cache damages it."
             )
     return {"hub": source.repo, "revision": info.sha}
 
@@ -71,9 +76,9 @@ def _from_cache(source: HubSource, target: Path, *, progress: Callable[[str], No
             f"HF_HUB_OFFLINE is set and {source.repo} at {source.revision} is not in the Hugging Face cache: unset it, "
             f"or run `hf download {source.repo} --revision {source.revision}` while online."
         ) from error
-    for path in sorted(snapshot.iterdir()):
-        if not is_wanted(path.name, code=source.trust_remote_code):
-            continue
+    paths = [path for path in sorted(snapshot.iterdir()) if is_wanted(path.name, code=source.trust_remote_code)]
+    _remove_stale(target, {path.name for path in paths})
+    for path in paths:
         progress(f"{source.repo}: {path.name} from the Hugging Face cache")
         shutil.copyfile(path, target / path.name)
         # In the cache an LFS file is a link to a blob that is named by its SHA-256.
@@ -90,6 +95,16 @@ def _refuse_hostile_path(source: HubSource, name: str) -> None:
         raise PipelineError(
             f"{source.repo} lists the file {name!r}, a path that leads out of its folder: nothing was downloaded."
         )
+
+
+def _remove_stale(target: Path, wanted: set[str]) -> None:
+    # From an interrupted run: files of another commit, when a branch has moved since, and what the client leaves when
+    # it is killed and never uses again.
+    for path in target.iterdir():
+        if not path.name.startswith(".") and path.name not in wanted:
+            path.unlink()
+    for path in (target / ".cache").rglob("*.incomplete"):
+        path.unlink()
 
 
 def _is_intact(path: Path, sibling: Any) -> bool:
@@ -138,8 +153,11 @@ def _sentences(source: HubSource) -> Iterator[None]:
         raise PipelineError(
             f"{what}: {constants.ENDPOINT} cannot be reached; check the network, then run again."
         ) from error
-    except (errors.HfHubHTTPError, httpx.HTTPError) as error:
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # the disk failed, not the Hub
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PipelineError(
-            f"{what}: {constants.ENDPOINT} cannot be reached or failed ({str(error).splitlines()[0]}); run again to "
-            "continue where it stopped."
+            f"{what}: {constants.ENDPOINT} cannot be reached or failed ({reason}); run again to continue where it "
+            "stopped."
         ) from error

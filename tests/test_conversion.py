@@ -1,0 +1,124 @@
+"""Tiny random checkpoints in the three Phi styles through export, quantization and the ONNX builder."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipeline import onnx_genai, openvino
+from pipeline.checkpoint import read_json, tensor_shapes
+from pipeline.errors import PipelineError
+from pipeline.params import OnnxInt4, OpenvinoFp16, OpenvinoInt4
+from pipeline.recipe import matrices, summary
+from pipeline.runtimes import OnnxGenai, OpenvinoGenai, Torch
+from tests.conftest import STYLES, make_checkpoint
+
+pytestmark = pytest.mark.slow
+FP16 = OpenvinoFp16(stage="export_openvino")
+INT4 = OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=128, ratio=0.6)
+CHANNEL_WISE = OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=-1, ratio=1.0, awq=True)
+ONNX = {"stage": "build_onnx", "symmetric": True, "block_size": 32, "algorithm": "default", "int8": []}
+PROMPT = "the capital of France is"
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def style(request, tmp_path_factory):
+    """The name of a style, its checkpoint, and that checkpoint's FP16 IR."""
+    root = tmp_path_factory.mktemp(request.param)
+    checkpoint = make_checkpoint(root / "checkpoint", request.param)
+    (root / "fp16").mkdir()
+    openvino.export_fp16(checkpoint, root / "fp16", progress=lambda text: None)
+    return request.param, checkpoint, root / "fp16"
+
+
+def options(checkpoint, recipe, *, adjust=False):
+    """The arguments of a backend's expected_form and expected_size."""
+    return {"recipe": recipe, "config": read_json(checkpoint / "config.json"), "adjust_group_size": adjust}
+
+
+def assert_recipe(backend, directory, checkpoint, recipe):
+    """Assert that a built file holds the formats and the bytes of the recipe."""
+    built = backend.read_matrices(directory)
+    expected = [backend.expected_form(matrix, **options(checkpoint, recipe)).format for matrix in built]
+    assert [matrix.format for matrix in built] == expected
+    source = matrices(tensor_shapes(checkpoint))
+    assert sum(m.elements for m in built) == sum(m.elements for m in source)
+    size = backend.expected_size(source, **options(checkpoint, recipe))
+    # With so few matrices NNCF cannot come near its ratio.
+    tolerance = 0.03 if backend is onnx_genai else 0.25
+    assert (directory / backend.WEIGHTS).stat().st_size == pytest.approx(size, rel=tolerance)
+
+
+def assert_same_model(runtime, checkpoint, *, correlation):
+    """Assert that a runtime's ids are the source's, and its logits near the source's."""
+    source = Torch(checkpoint)
+    ids = source.encode(source.render_chat([{"role": "user", "content": PROMPT}]))
+    assert runtime.encode(runtime.render_chat([{"role": "user", "content": PROMPT}])) == ids
+    assert runtime.eos_token_ids() == [0, 1]
+    assert np.corrcoef(runtime.logits(ids).ravel(), source.logits(ids).ravel())[0, 1] > correlation
+    assert len(runtime.generate(ids, max_new_tokens=8).ids) > 0
+
+
+def test_fp16(style):
+    """The FP16 IR has every weight in 16 bits and says what the source says."""
+    _, checkpoint, fp16 = style
+    assert_recipe(openvino, fp16, checkpoint, FP16)
+    assert_same_model(OpenvinoGenai(fp16, device="CPU"), checkpoint, correlation=0.999)
+
+
+@pytest.mark.parametrize("recipe", [INT4, CHANNEL_WISE], ids=["g128", "channel-wise"])
+def test_int4(style, tmp_path, recipe):
+    """Both INT4 recipes come out as asked and still say nearly what the source says."""
+    _, checkpoint, fp16 = style
+    openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, progress=lambda text: None)
+    assert_recipe(openvino, tmp_path, checkpoint, recipe)
+    assert summary(openvino.read_matrices(tmp_path))["int4_ratio"] <= recipe.ratio
+    assert_same_model(OpenvinoGenai(tmp_path, device="CPU"), checkpoint, correlation=0.95)
+
+
+@pytest.mark.parametrize("provider", ["dml", "cpu"])
+def test_onnx(style, tmp_path, provider):
+    """The ONNX models for both providers come out as asked and still say nearly what the source says."""
+    _, checkpoint, _ = style
+    recipe = OnnxInt4(execution_provider=provider, **ONNX)
+    (tmp_path / "model").mkdir()
+    lines = []
+    onnx_genai.build_int4(
+        checkpoint,
+        tmp_path / "model",
+        recipe=recipe,
+        trust_remote_code=False,
+        log=tmp_path / "log",
+        progress=lines.append,
+    )
+    assert lines == ["builder: layer 0", "builder: quantizing", "builder: saved"]
+    assert "Extra options" in (tmp_path / "log").read_text()
+    assert_recipe(onnx_genai, tmp_path / "model", checkpoint, recipe)
+    assert_same_model(OnnxGenai(tmp_path / "model"), checkpoint, correlation=0.95)
+
+
+def test_a_group_size_that_does_not_divide(style, tmp_path):
+    """Group size 256 does not divide a width of 128: an error, or a smaller group where the model asks for that."""
+    _, checkpoint, fp16 = style
+    recipe = INT4.model_copy(update={"group_size": 256})
+    with pytest.raises(PipelineError, match="group size 256 does not divide the width of every layer: choose another"):
+        openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, progress=lambda text: None)
+    assert list(tmp_path.iterdir()) == []
+    openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=True, progress=lambda text: None)
+    built = openvino.read_matrices(tmp_path)
+    assert {matrix.group_size for matrix in built if matrix.bits == 4} == {128, 256}
+    forms = [openvino.expected_form(matrix, **options(checkpoint, recipe, adjust=True)) for matrix in built]
+    assert [matrix.format for matrix in built] == [form.format for form in forms]
+
+
+def test_a_tokenizer_without_openvino_form(tmp_path):
+    """The silent failure of the tokenizer's conversion is an error with its reason."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "UnicodeScripts"}
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "fp16").mkdir()
+    with pytest.raises(
+        PipelineError, match=r"has no OpenVINO form, openvino_tokenizer\.xml was not written \(OpenVINO T"
+    ):
+        openvino.export_fp16(checkpoint, tmp_path / "fp16", progress=lambda text: None)

@@ -1,0 +1,182 @@
+"""Deliberately broken artifacts of the embedded model, each caught by the check that is meant to catch it."""
+
+import json
+import shutil
+
+import pytest
+
+from pipeline.errors import PipelineError
+from pipeline.manifest import read_manifest, seal
+from pipeline.openvino import REQUIRED
+from pipeline.params import load_params
+from pipeline.reference import read_reference
+from pipeline.validation import check_files, check_runtime, load_runtime, validate
+from tests.conftest import ROOT, make_tokenizer
+
+pytestmark = pytest.mark.slow
+PARAMS = load_params(ROOT / "params.yaml")
+MODEL = PARAMS.models["smol-phi3"]
+
+
+@pytest.fixture
+def artifact(embedded, tmp_path):
+    """A copy of the embedded model's INT4 IR, free to break."""
+    return shutil.copytree(embedded / "openvino-int4", tmp_path / "openvino-int4", copy_function=shutil.copyfile)
+
+
+def reseal(directory):
+    """Give a broken artifact a manifest that fits its files, as a faulty build would."""
+    manifest = read_manifest(directory)
+    (directory / "manifest.json").unlink()
+    seal(directory, manifest)
+
+
+def file_failures(directory, embedded, variant="openvino-int4"):
+    """Return the failures of the checks on files alone."""
+    return check_files(
+        directory,
+        variant=PARAMS.variants[variant],
+        model=MODEL,
+        source=embedded / "source",
+        params=PARAMS.validate_,
+    )
+
+
+def runtime_failures(directory, embedded):
+    """Return the failures of the checks on the loaded artifact, by name."""
+    runtime = load_runtime(directory, variant=PARAMS.variants["openvino-int4"], device="CPU")
+    reference = read_reference(embedded / "reference.json")
+    failures, _ = check_runtime(runtime, reference, params=PARAMS.validate_, progress=lambda text: None)
+    return {failure.check: failure for failure in failures}
+
+
+def validate_artifact(directory, embedded):
+    """Return the metrics and the evidence of the INT4 IR."""
+    return validate(
+        directory,
+        variant=PARAMS.variants["openvino-int4"],
+        model=MODEL,
+        source=embedded / "source",
+        reference=read_reference(embedded / "reference.json"),
+        params=PARAMS.validate_,
+        progress=lambda text: None,
+    )
+
+
+def test_a_good_artifact(artifact, embedded):
+    """The unbroken copy passes everything and is measured."""
+    metrics, evidence = validate_artifact(artifact, embedded)
+    assert metrics["checks_passed"] == len(evidence["checks"]) == 12
+    assert (metrics["runtime"], metrics["device"], metrics["answer_recall"]) == ("openvino-genai", "CPU", 1.0)
+    assert all(metrics[name] > 0 for name in ("load_time_s", "time_to_first_token_s", "tokens_per_second"))
+    assert "Paris" in evidence["answers"][0]["text"]
+    assert evidence["optimum-intel"]["text"] == evidence["answers"][0]["text"]
+
+
+@pytest.mark.parametrize("honest", [False, True], ids=["deleted-later", "never-written"])
+def test_detokenizer_deleted(artifact, embedded, honest):
+    """A missing detokenizer is found, whether the manifest knows it or not."""
+    (artifact / "openvino_detokenizer.xml").unlink()
+    if honest:
+        reseal(artifact)
+    (failure,) = file_failures(artifact, embedded)
+    assert failure.check == "files"
+    assert "openvino_detokenizer.xml" in str(failure.actual)
+
+
+def test_a_flipped_bit(artifact, embedded):
+    """One changed bit in the weights is found by its hash; OpenVINO would load it silently."""
+    path = artifact / "openvino_model.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    (failure,) = file_failures(artifact, embedded)
+    assert (failure.check, failure.expected) == ("files", "the files of the manifest")
+    assert str(failure.actual).endswith("openvino_model.bin has changed. Build or pull it again.")
+
+
+def test_tokenizer_swapped(artifact, embedded):
+    """The tokenizer of another model is found by the ids of the first text."""
+    import openvino
+    from openvino_tokenizers import convert_tokenizer
+
+    models = convert_tokenizer(make_tokenizer(), with_detokenizer=True)
+    for model, name in zip(models, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
+        openvino.save_model(model, artifact / name)
+    reseal(artifact)
+    assert file_failures(artifact, embedded) == []
+    failure = runtime_failures(artifact, embedded)["tokenizer"]
+    assert failure.expected["text"] == "Hello, world!"
+    assert failure.actual != failure.expected["ids"]
+
+
+def test_eos_removed(artifact, embedded):
+    """An artifact without its eos id, which would never stop, is found before it is asked anything."""
+    for name in ("generation_config.json", "config.json"):
+        content = json.loads((artifact / name).read_text())
+        del content["eos_token_id"]
+        (artifact / name).write_text(json.dumps(content))
+    tokenizer = artifact / "openvino_tokenizer.xml"
+    tokenizer.write_text(tokenizer.read_text().replace('<eos_token_id value="2" />', ""))
+    reseal(artifact)
+    failures = runtime_failures(artifact, embedded)
+    assert {name: (failure.expected, failure.actual) for name, failure in failures.items()} == {"eos": ([2], [-1])}
+
+
+def test_a_model_that_does_not_load(artifact, embedded):
+    """An IR that the runtime cannot read is a failed check with the runtime's reason, not a traceback."""
+    path = artifact / "openvino_detokenizer.xml"
+    path.write_text(path.read_text().replace("</net>", ""))
+    reseal(artifact)
+    with pytest.raises(PipelineError, match="check 'load' failed: expected \"a runtime that loads it\", got "):
+        validate_artifact(artifact, embedded)
+
+
+def test_chat_template_changed(artifact, embedded):
+    """A chat template that leaves out the model's default system turn renders differently."""
+    tokenizer = artifact / "openvino_tokenizer.xml"
+    text = tokenizer.read_text()
+    assert "You are a helpful AI assistant" in text
+    tokenizer.write_text(text.replace("You are a helpful AI assistant", "You are a pirate"))
+    reseal(artifact)
+    failure = runtime_failures(artifact, embedded)["chat-template"]
+    assert failure.actual == failure.expected.replace("You are a helpful AI assistant", "You are a pirate")
+
+
+def test_one_weight_block_zeroed(artifact, embedded):
+    """A block of weights that a faulty build left zero has the right size and hash, and is found by wrong answers."""
+    path = artifact / "openvino_model.bin"
+    size = path.stat().st_size
+    with path.open("r+b") as stream:
+        stream.seek(size // 3)
+        stream.write(bytes(4_000_000))
+    reseal(artifact)
+    assert file_failures(artifact, embedded) == []
+    assert runtime_failures(artifact, embedded).keys() & {"answer", "loop", "stop", "empty"}
+
+
+def test_recipe_lied_about(artifact, embedded):
+    """An IR with another group size or ratio than its variant's block asks for is found by reading it back."""
+    failure = file_failures(artifact, embedded, variant="npu-int4-channelwise")[0]
+    assert failure.check == "recipe"
+    assert failure.expected.startswith("int4-sym-channel for model.layers.")
+    assert {f.check for f in file_failures(artifact, embedded, variant="openvino-fp16")} == {"recipe", "size"}
+
+
+def test_size(artifact, embedded):
+    """A weights' file that grew by 5 % is outside what the recipe predicts."""
+    with (artifact / "openvino_model.bin").open("ab") as stream:
+        stream.write(bytes(6_000_000))
+    reseal(artifact)
+    (failure,) = file_failures(artifact, embedded)
+    assert (failure.check, failure.expected, failure.actual) == ("size", "104.7 MB ±3%", "111.6 MB")
+
+
+def test_required_files_are_those_that_genai_reads():
+    """All four tokenizer files are demanded: optimum-intel leaves them out without an error."""
+    assert {
+        "openvino_tokenizer.xml",
+        "openvino_tokenizer.bin",
+        "openvino_detokenizer.xml",
+        "openvino_detokenizer.bin",
+    } <= set(REQUIRED)
