@@ -134,7 +134,8 @@ def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
                 (project / folder / file.name).write_bytes(file.read_bytes())
     for file in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
         (project / file).write_bytes((ROOT / file).read_bytes())
-    tiny = f"  tiny:\n    source: {{path: {json.dumps(str(tiny_checkpoint))}}}\n    license: MIT\n    group_size_fallback: error\n"
+    source = f"source: {{path: {json.dumps(str(tiny_checkpoint))}}}"
+    tiny = f"  tiny:\n    {source}\n    license: MIT\n    group_size_fallback: error\n"
     params = (project / "params.yaml").read_text("utf-8")
     params = params.replace("build: [smol-phi3]", "build: [tiny]").replace("models:\n", f"models:\n{tiny}")
     (project / "params.yaml").write_text(params, "utf-8")

@@ -60,7 +60,8 @@ def test_the_project_s_file():
         (
             "group_size: 128",
             "group_size: 100",
-            "params.yaml: variants.openvino-int4.group_size: 100 is not allowed: Input should be -1, 32, 64, 128 or 256.",
+            "params.yaml: variants.openvino-int4.group_size: 100 is not allowed: Input should be -1, 32, 64, 128 or "
+            "256.",
         ),
         (
             "symmetric: true",
@@ -76,8 +77,8 @@ def test_the_project_s_file():
         (
             "ratio: 1.0",
             "ratio: 0.5",
-            "params.yaml: variants.npu-int4-channelwise: the NPU takes symmetric: true, ratio: 1.0 and group_size: -1 or "
-            "128 only.",
+            "params.yaml: variants.npu-int4-channelwise: the NPU takes symmetric: true, ratio: 1.0 and group_size: -1 "
+            "or 128 only.",
         ),
         ("license: MIT", "", "params.yaml: models.phi-3-mini-4k-instruct.license: is missing: add it."),
         (
@@ -107,7 +108,11 @@ def test_the_project_s_file():
         ),
         ("build:", "build: {", "params.yaml is not valid YAML: "),
         ("validate:", "build:", "params.yaml is not valid YAML: "),
-        ("symmetric: false", "symmetric: true", "params.yaml: variants.onnx-directml-int4: k_quant always stores zero"),
+        (
+            "algorithm: rtn",
+            "algorithm: default",
+            "params.yaml: variants.onnx-directml-int4: int8 needs algorithm: rtn or",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, old, new, message):

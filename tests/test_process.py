@@ -1,11 +1,11 @@
 """A stage as a process: locked, ended with its parent, and clear when it ends early."""
 
-import os
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from pipeline.errors import PipelineError
@@ -110,7 +110,8 @@ def test_one_at_a_time(stage):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 def test_ends_with_its_parent(stage, tmp_path):
     """When the parent (dvc) is killed the stage ends too, and so does the program that it runs."""
-    body = "from pathlib import Path; from pipeline.process import stream_lines; list(stream_lines(['sleep', '61.5'], Path('l')))"
+    body = "from pathlib import Path; from pipeline.process import stream_lines as run; "
+    body += "list(run(['sleep', '61.5'], Path('l')))"
     (tmp_path / "work.py").write_text(STAGE.format(root=str(ROOT), body=body))
     parent = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run(['{sys.executable}', 'work.py', 'm', 'v'])"],
@@ -132,11 +133,10 @@ def test_ends_with_its_parent(stage, tmp_path):
 
 def running(text):
     """Return whether a process with `text` in its command line runs."""
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for process in psutil.process_iter():
         try:
-            with open(f"/proc/{pid}/cmdline", "rb") as stream:
-                command = stream.read().replace(b"\0", b" ").decode()
-        except OSError:
+            command = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
             continue
         if text in command and "subprocess.run" not in command:
             return True

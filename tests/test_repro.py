@@ -1,0 +1,129 @@
+"""`dvc repro` on a tiny model in a project of its own: nothing to do, one branch, killed, interrupted, switched."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.manifest import verify
+from tests.conftest import run
+
+pytestmark = pytest.mark.slow
+BUILDS = ("quantize_openvino",)
+
+
+def ran(output: str) -> list[str]:
+    """Return the cells that `dvc repro` ran (or would run)."""
+    return re.findall(r"Running stage '([^']+)'", output)
+
+
+def start(project: Path) -> subprocess.Popen[str]:
+    """Start `dvc repro` as a terminal would: in a process group of its own."""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.Popen(
+        ["dvc", "repro", *BUILDS],
+        cwd=project,
+        env=environment,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    """Read the output of `process` until a line has `text`."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never printed")
+
+
+def unfinished(project: Path) -> list[str]:
+    """Return the artifact directories without a manifest, and the temporary ones."""
+    folder = project / "artifacts/tiny"
+    directories = [path for path in folder.iterdir() if path.is_dir() and path.name not in ("logs", "metrics")]
+    return sorted(path.name for path in directories if not (path / "manifest.json").exists() or path.name[0] == ".")
+
+
+def test_build_then_nothing_then_one_branch(project):
+    """A build makes sealed artifacts that share the disk with the cache; a second run does nothing; an edit of one
+    variant's block reruns that variant alone."""
+    cells = ["download@tiny", "export_openvino@tiny-openvino-fp16"]
+    variants = ["openvino-int4", "npu-int4-channelwise", "npu-int4-group128"]
+    cells += [f"quantize_openvino@tiny-{variant}" for variant in variants]
+    assert sorted(ran(run("dvc", "repro", *BUILDS, cwd=project).stdout)) == sorted(cells)
+    for variant in ("source", "openvino-fp16", *variants):
+        manifest = verify(project / "artifacts/tiny" / variant)
+        assert manifest.name == f"tiny/{variant}"
+        assert manifest.eos_token_ids == [0, 1]
+    achieved = manifest.recipe["achieved"]
+    assert (achieved["int4_ratio"], achieved["matrices"]["model.layers.0.mlp.down_proj.weight"]) == (
+        1.0,
+        "int4-sym-g128",
+    )
+    assert (project / "artifacts/tiny/openvino-int4/openvino_model.bin").stat().st_nlink > 1
+    assert unfinished(project) == []
+
+    again = run("dvc", "repro", *BUILDS, cwd=project).stdout
+    assert ran(again) == []
+    assert again.endswith("Data and pipelines are up to date.\n")
+
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("ratio: 0.6", "ratio: 0.8"))
+    assert ran(run("dvc", "repro", *BUILDS, cwd=project).stdout) == ["quantize_openvino@tiny-openvino-int4"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_killed_then_continued(project):
+    """SIGKILL of dvc in the middle of an export leaves no artifact without a manifest; the next run sweeps and ends."""
+    process = start(project)
+    wait_for(process, "exporting the IR")
+    process.kill()
+    process.communicate(timeout=60)  # the pipe closes only when the stage has ended, too
+    assert unfinished(project) == [".openvino-fp16.partial"]
+    assert ran(run("dvc", "repro", "export_openvino", cwd=project).stdout) == ["export_openvino@tiny-openvino-fp16"]
+    assert unfinished(project) == []
+
+
+def test_interrupted(project):
+    """Ctrl-C ends with a line that says so and a non-zero status, and leaves no temporary data."""
+    process = start(project)
+    wait_for(process, "export_openvino@tiny-openvino-fp16: started")
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "export_openvino@tiny-openvino-fp16: interrupted; nothing half-built was left" in output
+    assert "Traceback" not in output
+    assert unfinished(project) == []
+
+
+def test_one_word_switches_the_model(project, tiny_checkpoint):
+    """`dvc exp run -S 'build=[...]'` builds another model of the catalogue."""
+    params = project / "params.yaml"
+    text = params.read_text()
+    assert "build: [tiny]" in text
+    params.write_text(text.replace("build: [tiny]", "build: [smol-phi3]"))
+    run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "smol", cwd=project)
+    result = run("dvc", "exp", "run", "-S", "build=[tiny]", "download", cwd=project)
+    assert ran(result.stdout) == ["download@tiny"]
+    assert verify(project / "artifacts/tiny/source").name == "tiny/source"
+
+
+def test_bad_params_are_refused_before_any_work(project):
+    """A typo in params.yaml stops the first stage with one sentence, and nothing is built."""
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("min_recall", "min_recal"))
+    result = run("dvc", "repro", "download", cwd=project, check=False)
+    assert result.returncode != 0
+    assert (
+        "error: download@tiny: params.yaml: validate: unknown key 'min_recal'; allowed here: prompts," in result.stderr
+    )
+    assert "Traceback" not in result.stderr + result.stdout
+    assert not (project / "artifacts/tiny/source").exists()
