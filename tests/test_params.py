@@ -84,8 +84,8 @@ def test_the_project_s_file():
         (
             "revision: f39ac1d28e925b323eae81227eaba4464caced4e",
             "revision: main",
-            "params.yaml: models.phi-3-mini-4k-instruct.source.hub: revision 'main' can move: give the 40-digit commit, "
-            "or set allow_branch: true.",
+            "params.yaml: models.phi-3-mini-4k-instruct.source.hub: revision 'main' can move: give the 40-digit "
+            "commit, or set allow_branch: true.",
         ),
         (
             "revision: f39ac1d28e925b323eae81227eaba4464caced4e",
