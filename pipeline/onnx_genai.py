@@ -1,5 +1,6 @@
 """ONNX Runtime GenAI models: build them with onnxruntime-genai's builder, and read back what they really hold."""
 
+import os
 import re
 import sys
 import tempfile
@@ -59,7 +60,8 @@ def build_int4(
             recipe.execution_provider,
         ]
         command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
-        for line in stream_lines(command, log):
+        # Without a repository to look at, the model names the builder's commit as its producer, not this project's.
+        for line in stream_lines(command, log, env=os.environ | {"GIT_DIR": os.devnull}):
             layer = re.match(r"Reading layer (\d+)", line)
             if layer and int(layer[1]) % 8 == 0:
                 progress(f"builder: layer {layer[1]}")

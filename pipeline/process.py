@@ -7,6 +7,7 @@ import functools
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ def stage_command(function: Callable[..., None]) -> click.Command:
         end_with_parent()
         started = time.monotonic()
         try:
-            with _lock(cell):
+            with _lock(cell), _anonymous_peak() as anonymous:
                 click.echo(f"{cell}: started")
                 function(**arguments)
         except PipelineError as error:
@@ -48,7 +49,9 @@ def stage_command(function: Callable[..., None]) -> click.Command:
             _fail(f"{cell}: not enough memory: close other programs, or build on a machine with more.")
         except KeyboardInterrupt:
             _fail(f"{cell}: interrupted; nothing half-built was left, run again to continue.", status=130)
-        click.echo(f"{cell}: done in {time.monotonic() - started:.1f} s, peak memory {peak_memory() / 1e9:.2f} GB")
+        seconds = time.monotonic() - started
+        memory = f"{peak_memory() / 1e9:.2f} GB, anonymous {max(anonymous) / 1e9:.2f} GB"
+        click.echo(f"{cell}: done in {seconds:.1f} s, peak memory {memory}")
 
     command = click.command(name=stage, help=function.__doc__)(run)
     for name in names:
@@ -72,6 +75,32 @@ def peak_memory() -> int:
 
     usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return max(usage) * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextlib.contextmanager
+def _anonymous_peak() -> Iterator[list[int]]:
+    # What the kernel cannot drop, unlike mapped weights: resident less shared, of this process and its children.
+    import psutil
+
+    def anonymous() -> int:
+        family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        used = [process.memory_info() for process in family if process.is_running()]
+        return sum(memory.rss - getattr(memory, "shared", 0) for memory in used)
+
+    samples, done = [anonymous()], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.5):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                samples.append(anonymous())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
 
 
 def stream_lines(arguments: list[str], log: Path, **options: Any) -> Iterator[str]:

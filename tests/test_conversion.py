@@ -11,7 +11,7 @@ from pipeline.errors import PipelineError
 from pipeline.params import OnnxInt4, OpenvinoFp16, OpenvinoInt4
 from pipeline.recipe import matrices, summary
 from pipeline.runtimes import OnnxGenai, OpenvinoGenai, Torch
-from tests.conftest import STYLES, make_checkpoint
+from tests.conftest import ROOT, STYLES, make_checkpoint, run
 
 pytestmark = pytest.mark.slow
 FP16 = OpenvinoFp16(stage="export_openvino")
@@ -93,6 +93,9 @@ def test_onnx(style, tmp_path, provider):
     )
     assert lines == ["builder: layer 0", "builder: quantizing", "builder: saved"]
     assert "Extra options" in (tmp_path / "log").read_text()
+    # The same bytes in every checkout: by default the producer's version is the commit of the project around .venv.
+    head = run("git", "rev-parse", "HEAD", cwd=ROOT).stdout[:7]
+    assert head.encode() not in (tmp_path / "model/model.onnx").read_bytes()
     assert_recipe(onnx_genai, tmp_path / "model", checkpoint, recipe)
     assert_same_model(OnnxGenai(tmp_path / "model"), checkpoint, correlation=0.95)
 
