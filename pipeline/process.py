@@ -79,13 +79,14 @@ def peak_memory() -> int:
 
 @contextlib.contextmanager
 def _anonymous_peak() -> Iterator[list[int]]:
-    # What the kernel cannot drop, unlike mapped weights: resident less shared, of this process and its children.
+    # What the kernel cannot drop, unlike mapped weights: resident less shared, of this process or its largest child
+    # (no sum: a library's fork shares its parent's pages).
     import psutil
 
     def anonymous() -> int:
         family = [psutil.Process(), *psutil.Process().children(recursive=True)]
         used = [process.memory_info() for process in family if process.is_running()]
-        return sum(memory.rss - getattr(memory, "shared", 0) for memory in used)
+        return max(memory.rss - getattr(memory, "shared", 0) for memory in used)
 
     samples, done = [anonymous()], threading.Event()
 

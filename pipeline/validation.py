@@ -12,7 +12,7 @@ from pipeline.errors import PipelineError
 from pipeline.manifest import verify
 from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Validate, Variant
 from pipeline.process import peak_memory
-from pipeline.recipe import matrices
+from pipeline.recipe import matrices, summary
 from pipeline.reference import Answer, Reference, ask
 from pipeline.runtimes import Generation, OnnxGenai, OpenvinoGenai, OptimumIntel, Runtime
 from pipeline.smoke import Failure
@@ -47,7 +47,13 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
     built = backend.read_matrices(directory)
     forms = [backend.expected_form(matrix, **options) for matrix in built]
     expected_size = backend.expected_size(original, **options)
+    claims = {"asked": variant.model_dump(exclude_none=True), "achieved": summary(built)}
     return [
+        *(
+            Failure("recipe", {k: claims[k]}, {k: manifest.recipe.get(k)})
+            for k in claims
+            if manifest.recipe.get(k) != claims[k]
+        ),
         *smoke.check_recipe(built, forms, source=original, recipe=variant),
         *smoke.check_size((directory / backend.WEIGHTS).stat().st_size, expected_size, tolerance=params.size_tolerance),
     ]

@@ -157,10 +157,22 @@ def test_one_weight_block_zeroed(artifact, embedded):
 
 def test_recipe_lied_about(artifact, embedded):
     """An IR with another group size or ratio than its variant's block asks for is found by reading it back."""
-    failure = file_failures(artifact, embedded, variant="npu-int4-channelwise")[0]
-    assert failure.check == "recipe"
-    assert failure.expected.startswith("int4-sym-channel for model.layers.")
+    claim, fault = file_failures(artifact, embedded, variant="npu-int4-channelwise")[:2]
+    assert (claim.check, claim.expected["asked"]["ratio"], claim.actual["asked"]["ratio"]) == ("recipe", 1.0, 0.6)
+    assert fault.check == "recipe"
+    assert fault.expected.startswith("int4-sym-channel for model.layers.")
     assert {f.check for f in file_failures(artifact, embedded, variant="openvino-fp16")} == {"recipe", "size"}
+
+
+def test_a_manifest_that_lies(artifact, embedded):
+    """A manifest that claims another ratio than the built file holds is refused."""
+    manifest = read_manifest(artifact)
+    achieved = manifest.recipe["achieved"] | {"int4_ratio": 0.6}
+    (artifact / "manifest.json").unlink()
+    seal(artifact, manifest.model_copy(update={"recipe": manifest.recipe | {"achieved": achieved}}))
+    (failure,) = file_failures(artifact, embedded)
+    ratios = [side["achieved"]["int4_ratio"] for side in (failure.expected, failure.actual)]
+    assert (failure.check, ratios) == ("recipe", [0.5854, 0.6])
 
 
 def test_size(artifact, embedded):
