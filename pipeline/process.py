@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import os
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def stage_command(function: Callable[..., None]) -> click.Command:
     @functools.wraps(function)
     def run(**arguments: str) -> None:
         cell = "@".join([stage, "-".join(arguments[name] for name in names)])
-        end_with_parent()
+        _end_with_dvc()
         started = time.monotonic()
         try:
             with _lock(cell), _anonymous_peak() as anonymous:
@@ -60,9 +61,31 @@ def stage_command(function: Callable[..., None]) -> click.Command:
 
 
 def end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies, so that no stage outlives a killed `dvc repro`."""
+    """Ask the kernel to end this process when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end_with_dvc() -> None:
+    # No stage outlives a killed `dvc repro`. The parent may be a shell that does live on (dash does), so this watches
+    # dvc itself: the first ancestor without the variable that dvc gives to its stages.
+    import psutil
+
+    if "DVC_STAGE" not in os.environ:
+        return
+    for ancestor in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):
+            if "DVC_STAGE" in ancestor.environ():
+                continue
+        break
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def peak_memory() -> int:

@@ -109,14 +109,16 @@ def test_one_at_a_time(stage):
     assert third.returncode == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
-def test_ends_with_its_parent(stage, tmp_path):
-    """When the parent (dvc) is killed the stage ends too, and so does the program that it runs."""
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a program that its parent died")
+@pytest.mark.parametrize("shell", [[], [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"]])
+def test_ends_with_dvc(stage, tmp_path, shell):
+    """When dvc is killed the stage ends too, even behind a shell that lives on, and so does the program it runs."""
     body = "from pathlib import Path; from pipeline.process import stream_lines as run; "
     body += "list(run(['sleep', '61.5'], Path('l')))"
     (tmp_path / "work.py").write_text(STAGE.format(root=str(ROOT), body=body))
+    command = [*shell, sys.executable, "work.py", "m", "v"]
     parent = subprocess.Popen(
-        [sys.executable, "-c", f"import subprocess; subprocess.run(['{sys.executable}', 'work.py', 'm', 'v'])"],
+        [sys.executable, "-c", f"import subprocess; subprocess.run({command}, env=dict(DVC_STAGE='work'))"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
