@@ -28,8 +28,6 @@ def building_variant(
     variant, source = params.get_variant(name), paths.source(model)
     origin = read_manifest(source)
     context = {"max_position_embeddings": read_json(source / "config.json")["max_position_embeddings"]}
-    if isinstance(variant, OpenvinoInt4) and variant.npu:
-        context |= variant.npu.model_dump()
     with building(paths.variant(model, name)) as build:
         yield build
         seal(
@@ -40,13 +38,18 @@ def building_variant(
                 variant=name,
                 source=origin.source,
                 license=origin.license,
-                recipe={"asked": variant.model_dump(exclude_none=True), "achieved": summary(read_matrices(build))},
+                recipe={"asked": asked(variant), "achieved": summary(read_matrices(build))},
                 eos_token_ids=origin.eos_token_ids,
                 context=context,
                 runtime=_runtime(variant),
                 tools=tool_versions(*TOOLS["onnx" if isinstance(variant, OnnxInt4) else "openvino"]),
             ),
         )
+
+
+def asked(variant: Variant) -> dict[str, Any]:
+    """Return the recipe of `variant` as its manifest states it: without what concerns only NPU blobs."""
+    return variant.model_dump(exclude_none=True, exclude={"npu"})
 
 
 def _runtime(variant: Variant) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Manifest(BaseModel):
     eos_token_ids: list[int]
     context: dict[str, int] = Field(description="limits in tokens")
     runtime: dict[str, Any] = Field(description="what an application needs to load it")
+    not_compiled: str | None = Field(default=None, description="why a directory for an NPU blob holds none")
     tools: dict[str, str] = Field(description="versions of the packages that made it")
     files: dict[str, File] = Field(default={}, description="by path relative to the artifact, with '/'")
 

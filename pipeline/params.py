@@ -14,6 +14,17 @@ from pipeline.paths import PARAMS_FILE, RESERVED_NAMES
 
 T = TypeVar("T")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+OWN_PROPERTIES = frozenset(
+    {
+        "NPUW_DEVICES",
+        "NPUW_LLM",
+        "NPUW_LLM_BATCH_DIM",
+        "NPUW_LLM_SEQ_LEN_DIM",
+        "NPUW_LLM_MAX_PROMPT_LEN",
+        "NPUW_LLM_MIN_RESPONSE_LEN",
+        "NPUW_WEIGHTS_BANK",
+    }
+)
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
 
@@ -98,10 +109,24 @@ class OpenvinoFp16(Block):
 
 
 class Npu(Block):
-    """The static shapes that an NPU variant is compiled for, in tokens."""
+    """What an NPU variant is compiled for: platforms, and static shapes in tokens."""
 
     max_prompt_len: int = Field(ge=1)
     min_response_len: int = Field(ge=1)
+    platforms: list[Literal[3720, 4000, 5010, 5020]] = Field(
+        default=[4000], description="3720 Meteor and Arrow Lake, 4000 Lunar Lake, 5010 and 5020 Panther Lake"
+    )
+    weightless: bool = Field(default=True, description="the blob takes from the IR beside it what it can")
+    required: bool = Field(default=False, description="fail where there is no compiler, or when it refuses the model")
+    hints: dict[Annotated[str, Field(pattern=r"^NPUW_[A-Z0-9_]+$")], str] = Field(
+        default={}, max_length=4, description="further NPUW properties"
+    )
+
+    @model_validator(mode="after")
+    def _own_hints(self) -> "Npu":
+        if taken := [hint for hint in self.hints if hint in OWN_PROPERTIES]:
+            raise ValueError(f"hints: {taken[0]} is set by the pipeline: remove it")
+        return self
 
 
 class OpenvinoInt4(Block):

@@ -5,7 +5,7 @@ from pathlib import Path
 PARAMS_FILE = Path("params.yaml")
 ARTIFACTS = Path("artifacts")
 MANIFEST = "manifest.json"
-RESERVED_NAMES = frozenset({"source", "reference", "validation", "metrics", "logs", "report"})
+RESERVED_NAMES = frozenset({"source", "reference", "validation", "metrics", "logs", "report", "blobs"})
 
 
 def source(model: str) -> Path:
@@ -21,6 +21,11 @@ def reference(model: str) -> Path:
 def variant(model: str, name: str) -> Path:
     """Return the directory that an application loads."""
     return ARTIFACTS / model / name
+
+
+def blob(model: str, name: str, platform: str) -> Path:
+    """Return the directory of the NPU blob of a variant for a platform."""
+    return ARTIFACTS / model / "blobs" / f"{name}-{platform}"
 
 
 def metrics(model: str, name: str) -> Path:

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from pipeline import onnx_genai, openvino, smoke
+from pipeline.artifact import asked
 from pipeline.checkpoint import read_json, tensor_shapes
 from pipeline.errors import PipelineError
 from pipeline.manifest import verify
@@ -47,7 +48,7 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
     built = backend.read_matrices(directory)
     forms = [backend.expected_form(matrix, **options) for matrix in built]
     expected_size = backend.expected_size(original, **options)
-    claims = {"asked": variant.model_dump(exclude_none=True), "achieved": summary(built)}
+    claims = {"asked": asked(variant), "achieved": summary(built)}
     return [
         *(
             Failure("recipe", {k: claims[k]}, {k: manifest.recipe.get(k)})

