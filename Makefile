@@ -6,13 +6,13 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test test-fast lint clean
+.PHONY: wine repro test test-fast lint clean
 
-repro: $(VENV)/.installed
+repro: $(VENV)/.installed wine
 	dvc repro
 	@dvc metrics show
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed wine
 	pytest
 
 test-fast: $(VENV)/.installed
@@ -32,6 +32,16 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
+
+# The NPU compiler runs on Linux x86-64 under Wine. Without root the build goes on and says what it could not compile.
+wine:
+	@if [ "$$(uname -sm)" = "Linux x86_64" ] && ! PATH="$$PATH:/usr/lib/wine" command -v wine64 >/dev/null && ! command -v wine >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends wine64; \
+	  else \
+	    echo "NPU blobs need Wine: sudo apt-get install --no-install-recommends wine64"; \
+	  fi; \
+	fi
 
 clean:
 	rm -rf $(VENV) artifacts/.locks artifacts/logs artifacts/*/logs

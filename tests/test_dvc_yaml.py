@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.params import json_schema, load_params
+from pipeline.params import Npu, OpenvinoInt4, json_schema, load_params
 from tests.conftest import ROOT
 
 STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
@@ -52,10 +52,24 @@ def test_variants_are_built_by_their_stage_and_validated():
     """The variants of params.yaml are those that dvc.yaml builds, each in the stage its block names, and validates."""
     variants = load_params(ROOT / "params.yaml").variants
     built = {
-        variant: name for name in STAGES for variant in STAGES[name]["matrix"].get("variant", []) if name != "validate"
+        variant: name
+        for name in STAGES
+        for variant in STAGES[name]["matrix"].get("variant", [])
+        if name not in ("validate", "compile_npu")
     }
     assert built == {name: variant.stage for name, variant in variants.items()}
     assert STAGES["validate"]["matrix"]["variant"] == list(variants)
+
+
+def test_npu_variants_are_compiled_for_every_platform_that_params_take():
+    """compile_npu has the variants with an npu block and all platforms; quantize_openvino ignores that block."""
+    variants = load_params(ROOT / "params.yaml").variants
+    matrix = STAGES["compile_npu"]["matrix"]
+    assert matrix["variant"] == [name for name, variant in variants.items() if getattr(variant, "npu", None)]
+    accepted = Npu.model_fields["platforms"].annotation.__args__[0].__args__
+    assert matrix["platform"] == [str(platform) for platform in accepted]
+    listed = {key.rsplit(".", 1)[-1] for key in STAGES["quantize_openvino"]["params"] if key.startswith("variants.")}
+    assert listed == OpenvinoInt4.model_fields.keys() - {"npu"}
 
 
 def test_schema_is_current():

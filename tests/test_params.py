@@ -80,6 +80,17 @@ def test_the_project_s_file():
             "params.yaml: variants.npu-int4-channelwise: the NPU takes symmetric: true, ratio: 1.0 and group_size: -1 "
             "or 128 only.",
         ),
+        (
+            "platforms: [4000]",
+            "platforms: [4001]",
+            "params.yaml: variants.npu-int4-channelwise.npu.platforms.0: 4001 is not allowed: Input should be 3720, "
+            "4000, 5010 or 5020.",
+        ),
+        (
+            "weightless: true",
+            "hints: {NPUW_DEVICES: CPU}",
+            "params.yaml: variants.npu-int4-channelwise.npu: hints: NPUW_DEVICES is set by the pipeline: remove it.",
+        ),
         ("license: MIT", "", "params.yaml: models.phi-3-mini-4k-instruct.license: is missing: add it."),
         (
             "revision: f39ac1d28e925b323eae81227eaba4464caced4e",

@@ -14,7 +14,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["openvino", "optimum-intel", "npu", "onnx"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["openvino", "optimum-intel", "npu", "npu-blob", "onnx"])
 def test_a_snippet_answers(embedded, snippet):
     """Each snippet prints an answer with the last word of the source model's."""
     answers = json.loads((embedded / "reference.json").read_text("utf-8"))["answers"]

@@ -9,6 +9,7 @@ import mmap
 import re
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from pipeline.errors import PipelineError
@@ -44,7 +45,7 @@ def read_blob(path: Path) -> Blob:
         found = []
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             starts = [match.start() for match in re.finditer(re.escape(ELF), content)]
-            for start, end in zip(starts, [*starts[1:], len(content)], strict=True):
+            for start, end in pairwise([*starts, len(content)]):
                 try:
                     section = ELFFile(io.BytesIO(content[start:end])).get_section_by_name("compatibility_string")
                 except (ELFError, UnicodeDecodeError) as error:

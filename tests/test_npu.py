@@ -1,0 +1,228 @@
+"""NPU blobs: the rules, the compiler's reasons, real binaries read back, and the same path run on the CPU."""
+
+import json
+import sys
+
+import pytest
+
+from pipeline import npu
+from pipeline.errors import PipelineError
+from pipeline.manifest import Manifest, building, read_manifest, seal, verify
+from pipeline.npu.artifact import build_blob
+from pipeline.npu.blob import read_blob
+from pipeline.npu.load import choose
+from pipeline.params import Npu
+from tests.conftest import ROOT, run
+
+NPU = Npu(max_prompt_len=256, min_response_len=64)
+VARIANT = "npu-int4-channelwise"
+REFUSAL = r"""openvino 2026.4.1-22982-e213a147257-releases/2026/4
+[ERROR] 12:45:02.815 [vpux-compiler] UnrollPermuteDMA Pass failed : The size of sub output shape [256, 64] is not 3
+[ERROR] 12:45:02.816 [vpux-compiler] Failed Pass UnrollPermuteDMA on Operation loc(fused<{name = "main"}>["main"])
+compiling failed: Exception from src\inference\src\cpp\core.cpp:135:
+Exception from src\plugins\intel_npu\src\compiler_adapter\src\compiler_impl.cpp:323:
+Compilation failed. vclAllocatedExecutableCreate4 result: 0x78000004 - [NPU_VCL] Compiler returned msg:
+Compilation failed
+
+
+"""
+# Loads a model as an application does, and answers a question and prompts of the given lengths.
+ASK = """
+import json, sys, numpy, openvino, openvino_genai
+directory, options, lengths = json.loads(sys.argv[1])
+pipeline = openvino_genai.LLMPipeline(directory, "NPU", NPU_USE_NPUW="YES", NPUW_DEVICES="CPU", **options)
+texts = [pipeline.generate("What is the capital of France?", max_new_tokens=40)]
+for length in lengths:
+    ids = numpy.full((1, length), 260, dtype=numpy.int64)
+    inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(numpy.ones_like(ids)))
+    try:
+        texts.append(len(pipeline.generate(inputs, max_new_tokens=2, ignore_eos=True).tokens[0]))
+    except RuntimeError as error:
+        texts.append(str(error).strip().splitlines()[-1])
+print(json.dumps(texts))
+"""
+
+
+def manifest(**fields):
+    """Return a manifest of an NPU variant's IR, with `fields` changed."""
+    recipe = {"asked": {"symmetric": True, "group_size": -1}, "achieved": {"int4_ratio": 1.0}}
+    common = {"name": f"m/{VARIANT}", "model": "m", "variant": VARIANT, "source": {}, "license": "MIT"}
+    common |= {"recipe": recipe, "eos_token_ids": [1], "runtime": {}, "tools": {}}
+    return Manifest(**common | {"context": {"max_position_embeddings": 4096}} | fields)
+
+
+def test_lint_takes_what_the_npu_takes():
+    """A symmetric, channel-wise IR that is INT4 throughout passes."""
+    npu.lint(manifest(), NPU)
+
+
+@pytest.mark.parametrize(
+    ("asked", "achieved", "context", "reason"),
+    [
+        ({"symmetric": False, "group_size": -1}, 1.0, 4096, "its INT4 weights must be symmetric"),
+        ({"symmetric": True, "group_size": -1}, 0.6, 4096, "all layers must be INT4, ratio 1.0, and 0.6 are"),
+        ({"symmetric": True, "group_size": 64}, 1.0, 4096, "group size must be -1 or 128, not 64"),
+        (
+            {"symmetric": True, "group_size": 128},
+            1.0,
+            256,
+            "max_prompt_len + min_response_len is 320, beyond the model's context of 256",
+        ),
+    ],
+)
+def test_lint_refuses(asked, achieved, context, reason):
+    """Each rule of the NPU that an IR breaks is named before any compilation."""
+    recipe = {"asked": asked, "achieved": {"int4_ratio": achieved}}
+    with pytest.raises(PipelineError) as error:
+        npu.lint(manifest(recipe=recipe, context={"max_position_embeddings": context}), NPU)
+    assert str(error.value) == (
+        f"m/{VARIANT} cannot be compiled for the NPU: {reason}: correct its block in params.yaml."
+    )
+
+
+def test_reason_of_a_refusal():
+    """A compiler's output is shortened to the lines that matter, without time stamps and C++ files."""
+    assert npu.reason_of(REFUSAL) == (
+        "[vpux-compiler] UnrollPermuteDMA Pass failed : The size of sub output shape [256, 64] is not 3 / "
+        '[vpux-compiler] Failed Pass UnrollPermuteDMA on Operation loc(fused<{name = "main"}>["main"]) / '
+        "Compilation failed. vclAllocatedExecutableCreate4 result: 0x78000004 - [NPU_VCL] Compiler returned msg:"
+    )
+    assert npu.reason_of("") == "it gave no reason"
+
+
+def test_a_file_that_is_no_blob(tmp_path):
+    """A file of another kind, and an export that holds no NPU binary, are no NPU blobs."""
+    path = tmp_path / "x.blob"
+    path.write_bytes(b"hello")
+    with pytest.raises(PipelineError, match="is not a blob that OpenVINO's NPUW exported"):
+        read_blob(path)
+    path.write_bytes(b"\x13\x37npuwLLMCMO" + bytes(100))
+    with pytest.raises(PipelineError, match="should hold NPU binaries of one kind, it has none"):
+        read_blob(path)
+
+
+@pytest.fixture
+def variant(tmp_path):
+    """An NPU variant's directory with a blob for platform 4000 beside it; the files have no real content."""
+    with building(tmp_path / VARIANT) as build:
+        (build / "openvino_model.bin").write_text("weights")
+        seal(build, manifest())
+    sha256 = read_manifest(tmp_path / VARIANT).files["openvino_model.bin"].sha256
+    recipe = {"asked": {"weightless": True}, "achieved": {"openvino": "2026.4.1"}}
+    with building(tmp_path / "blobs" / f"{VARIANT}-4000") as build:
+        (build / "x.blob").write_text("blob")
+        seal(build, manifest(recipe=recipe, source={"files": {"openvino_model.bin": sha256}}))
+    return tmp_path / VARIANT
+
+
+def test_choose_the_blob_that_fits(variant):
+    """On the platform and OpenVINO version of the blob it is chosen, with the weights of its IR."""
+    choice = choose(variant, architecture="4000", openvino="2026.4.1-22982-x")
+    blob = variant.parent / "blobs" / f"{VARIANT}-4000/x.blob"
+    assert choice.device == "NPU"
+    assert choice.options == {"BLOB_PATH": str(blob), "WEIGHTS_PATH": str(variant / "openvino_model.bin")}
+    assert choice.reason == "the blob is for NPU 4000 and OpenVINO 2026.4.1"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "openvino", "device", "reason"),
+    [
+        ("", "2026.4.1", "CPU", "this machine has no NPU, or no driver for it: the IR runs on the CPU"),
+        ("5010", "2026.4.1", "NPU", "there is no blob for NPU 5010: the IR is compiled on loading"),
+        (
+            "4000",
+            "2026.5.0-1-x",
+            "NPU",
+            "the blob for NPU 4000 does not fit, it was made by OpenVINO 2026.4.1 and this is 2026.5.0-1-x: the IR is "
+            "compiled on loading",
+        ),
+    ],
+)
+def test_choose_the_ir_and_say_why(variant, architecture, openvino, device, reason):
+    """Without an NPU, for another platform or another OpenVINO, the IR is chosen, with the reason."""
+    choice = choose(variant, architecture=architecture, openvino=openvino)
+    assert (choice.device, choice.options, choice.reason) == (device, {}, reason)
+
+
+def test_choose_refuses_a_changed_blob_and_another_ir(variant):
+    """A blob of another IR is not used, and one whose bytes have changed is an error."""
+    with building(variant) as build:
+        (build / "openvino_model.bin").write_text("others")
+        seal(build, manifest())
+    assert "it belongs to another IR" in choose(variant, architecture="4000", openvino="2026.4.1").reason
+    (variant.parent / "blobs" / f"{VARIANT}-4000/x.blob").write_text("BLOB")
+    with pytest.raises(PipelineError, match=r"x\.blob has changed"):
+        choose(variant, architecture="4000", openvino="2026.4.1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [VARIANT, "npu-int4-group128"])
+def test_the_blobs_of_the_embedded_model(embedded, name):
+    """`dvc repro` made blobs with NPU 4000 binaries, described as what they hold; other platforms say why not."""
+    directory = embedded / "blobs" / f"{name}-4000"
+    built = verify(directory)
+    if built.not_compiled:
+        pytest.skip(built.not_compiled)
+    assert list(built.files) == ["openvino_model-npu4000-2026.4.1-p1024.blob"]
+    blob = read_blob(directory / "openvino_model-npu4000-2026.4.1-p1024.blob")
+    assert (blob.openvino, blob.platform, blob.images > 1) == ("2026.4.1", "4000", True)
+    assert blob.compatibility.startswith(f"compiler={blob.compiler};npu=4000;")
+    assert built.recipe["achieved"] == vars(blob)
+    ir = read_manifest(embedded / name)
+    assert built.source["files"] == {
+        file: ir.files[file].sha256 for file in ("openvino_model.xml", "openvino_model.bin")
+    }
+    assert choose(embedded / name, architecture="4000", openvino="2026.4.1").options["BLOB_PATH"].endswith("p1024.blob")
+    unasked = verify(embedded / "blobs" / f"{name}-3720")
+    assert unasked.not_compiled == f"3720 is not in variants.{name}.npu.platforms"
+    assert unasked.files == {}
+
+
+@pytest.mark.slow
+def test_a_refused_model_is_not_compiled(embedded, project, monkeypatch):
+    """The compiler refuses the embedded model on 3720 with short prompts: its reason is shown and kept, no blob is
+    left, and with `required` that is an error."""
+    if (reason := npu.wine.unavailable()) and not npu.has_native_compiler():
+        pytest.skip(reason)
+    monkeypatch.chdir(project)
+    (project / "artifacts").mkdir(exist_ok=True)
+    target = project / "artifacts/smol-phi3"
+    target.mkdir()
+    (target / VARIANT).symlink_to(embedded / VARIANT)
+    params = NPU.model_copy(update={"platforms": [3720]})
+    messages = []
+    built = build_blob("smol-phi3", VARIANT, "3720", params=params, progress=messages.append)
+    assert "UnrollPermuteDMA Pass failed" in built.not_compiled
+    assert messages[-1] == f"not compiled: {built.not_compiled}"
+    assert [path.name for path in (target / "blobs" / f"{VARIANT}-3720").iterdir()] == ["manifest.json"]
+    assert "compiler_impl.cpp" in (target / "logs" / f"{VARIANT}-3720.log").read_text()
+    required = params.model_copy(update={"required": True})
+    with pytest.raises(PipelineError, match="UnrollPermuteDMA"):
+        build_blob("smol-phi3", VARIANT, "3720", params=required, progress=messages.append)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weightless", [True, False])
+def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, weightless):
+    """Compiled with the subgraphs on the CPU, exported, and imported in a new process, a blob says what its IR says; it
+    takes prompts up to max_prompt_len and refuses longer ones."""
+    params = NPU.model_copy(update={"weightless": weightless})
+    directory, blob = embedded / VARIANT, tmp_path / "cpu.blob"
+    properties = npu.properties(params, platform="", device="CPU", bank="test")
+    log = tmp_path / "log"
+    backend = npu.compile_blob(directory / "openvino_model.xml", blob, properties=properties, log=log, progress=print)
+    assert backend == "native"
+    with pytest.raises(PipelineError, match="it has none: it is no NPU blob"):
+        read_blob(blob)
+    options = {"BLOB_PATH": str(blob)} | ({"WEIGHTS_PATH": str(directory / "openvino_model.bin")} if weightless else {})
+
+    def ask(options, lengths=()):
+        return json.loads(
+            run(sys.executable, "-c", ASK, json.dumps([str(directory), options, lengths]), cwd=ROOT).stdout
+        )
+
+    answer, below, limit, above = ask(options, [255, 256, 257])
+    assert [answer] == ask({"MAX_PROMPT_LEN": 256, "MIN_RESPONSE_LEN": 64})
+    assert "Paris" in answer
+    assert (below, limit) == (2, 2)
+    assert "256" in str(above)
