@@ -76,7 +76,7 @@ def compile_blob(
             _compile_native(ir, target, properties=properties, log=log)
             return "native"
         if reason := wine.unavailable():
-            raise NotCompiledError(f"no NPU compiler here: {reason}, then run the stage again with dvc repro --force")
+            raise NotCompiledError(f"no NPU compiler here: {reason}, then dvc repro --force --single-item this stage")
         try:
             wine.install(log=log, progress=progress)
         except PipelineError as error:
@@ -114,7 +114,7 @@ def _compile_native(ir: Path, target: Path, *, properties: dict[str, str], log: 
     try:
         model = openvino.Core().compile_model(ir, "NPU", properties)
         with target.open("wb") as stream:
-            stream.write(model.export_model())
+            stream.write(model.export_model().getbuffer())
     except RuntimeError as error:
         log.write_text(str(error), "utf-8")
         raise
