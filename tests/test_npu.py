@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.manifest import Manifest, building, read_manifest, seal, verify
 from pipeline.npu.artifact import build_blob
 from pipeline.npu.blob import read_blob
-from pipeline.npu.load import choose
+from pipeline.npu.load import Choice, choose, load_pipeline
 from pipeline.params import Npu
 from tests.conftest import ROOT, run
 
@@ -226,3 +226,16 @@ def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, weigh
     assert "Paris" in answer
     assert (below, limit) == (2, 2)
     assert above.strip() == 'Set the "MAX_PROMPT_LEN" config option to increase the limit.'
+
+
+@pytest.mark.slow
+def test_a_blob_that_the_driver_refuses_gives_way_to_the_ir(embedded, tmp_path, monkeypatch):
+    """When a blob cannot be imported, `load_pipeline` compiles the IR instead and says why."""
+    blob = tmp_path / "damaged.blob"
+    blob.write_bytes(b"\x13\x37npuwLLMCMO" + bytes(1000))
+    monkeypatch.setattr("pipeline.npu.load.choose", lambda _: Choice("NPU", {"BLOB_PATH": str(blob)}, "it fits"))
+    options = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU", "MAX_PROMPT_LEN": 256, "MIN_RESPONSE_LEN": 64}
+    pipeline, how = load_pipeline(embedded / VARIANT, **options)
+    assert how.startswith("the driver refused the blob (")
+    assert how.endswith("): the IR was compiled on loading")
+    assert "Paris" in pipeline.generate("What is the capital of France?", max_new_tokens=40)
