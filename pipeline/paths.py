@@ -23,9 +23,9 @@ def variant(model: str, name: str) -> Path:
     return ARTIFACTS / model / name
 
 
-def blob(model: str, name: str, platform: str) -> Path:
-    """Return the directory of the NPU blob of a variant for a platform."""
-    return ARTIFACTS / model / "blobs" / f"{name}-{platform}"
+def blob(directory: Path, platform: str) -> Path:
+    """Return the directory of the NPU blob for a platform, given the directory of its variant."""
+    return directory.parent / "blobs" / f"{directory.name}-{platform}"
 
 
 def metrics(model: str, name: str) -> Path:

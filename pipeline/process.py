@@ -96,8 +96,12 @@ def peak_memory() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    usage = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return max(usage) * (1 if sys.platform == "darwin" else 1024)
+    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    if sys.platform == "darwin":
+        return max(own, children)
+    # Linux carries ru_maxrss over from the program that started this one; VmHWM (proc_pid_status(5), kB) starts anew.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
+    return max(int(status["VmHWM"].split()[0]), children) * 1024
 
 
 @contextlib.contextmanager

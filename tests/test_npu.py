@@ -11,7 +11,7 @@ from pipeline.manifest import Manifest, building, read_manifest, seal, verify
 from pipeline.npu.artifact import build_blob
 from pipeline.npu.blob import read_blob
 from pipeline.npu.load import Choice, choose, load_pipeline
-from pipeline.params import Npu
+from pipeline.params import OWN_PROPERTIES, Npu
 from tests.conftest import ROOT, run
 
 NPU = Npu(max_prompt_len=256, min_response_len=64)
@@ -78,6 +78,11 @@ def test_lint_refuses(asked, achieved, context, reason):
     assert str(error.value) == (
         f"m/{VARIANT} cannot be compiled for the NPU: {reason}: correct its block in params.yaml."
     )
+
+
+def test_params_refuse_as_hints_what_the_pipeline_sets():
+    """The hints that params refuse are the NPUW properties that a compilation sets itself."""
+    assert {key for key in npu.properties(NPU, platform="4000", bank="x") if key.startswith("NPUW_")} == OWN_PROPERTIES
 
 
 def test_reason_of_a_refusal():

@@ -70,26 +70,21 @@ def compile_blob(
 
     Raises NotCompiledError when there is no backend, or with the compiler's own reason when it refuses; `log` has all.
     """
-    on_npu = properties["NPUW_DEVICES"] == "NPU"
-    try:
-        if not on_npu or has_native_compiler():
-            _compile_native(ir, target, properties=properties, log=log)
-            return "native"
+    native = properties["NPUW_DEVICES"] != "NPU" or has_native_compiler()
+    if not native:
         if reason := wine.unavailable():
             raise NotCompiledError(f"no NPU compiler here: {reason}, then dvc repro --force --single-item this stage")
         try:
             wine.install(log=log, progress=progress)
         except PipelineError as error:
             raise NotCompiledError(f"the NPU compiler could not be set up: {error}") from error
-        wine.compile_blob(ir, target, properties=properties, log=log)
-        return "wine"
+    try:
+        (_compile_native if native else wine.compile_blob)(ir, target, properties=properties, log=log)
     except (PipelineError, RuntimeError) as error:
-        target.unlink(missing_ok=True)
-        if isinstance(error, NotCompiledError):
-            raise
         raise NotCompiledError(
             f"the NPU compiler refused: {reason_of(log.read_text('utf-8'))} (all of it: {log})"
         ) from error
+    return "native" if native else "wine"
 
 
 def has_native_compiler() -> bool:

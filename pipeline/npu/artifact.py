@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline import npu, paths
 from pipeline.errors import PipelineError
-from pipeline.manifest import Manifest, building, seal, tool_versions, verify
+from pipeline.manifest import Manifest, building, read_manifest, seal, tool_versions, verify
 from pipeline.npu.blob import read_blob
 from pipeline.openvino import MODEL
 from pipeline.params import Npu
@@ -19,17 +19,18 @@ def build_blob(model: str, variant: str, platform: str, *, params: Npu, progress
 
     Raises PipelineError when the IR breaks a rule of the NPU, or the blob is not what was asked for.
     """
-    directory, target = paths.variant(model, variant), paths.blob(model, variant, platform)
-    ir = verify(directory)
+    directory = paths.variant(model, variant)
+    ir = read_manifest(directory)
     npu.lint(ir, params)
     hashes = {name: ir.files[name].sha256 for name in MODEL}
     tools = tool_versions("openvino")
     name = npu.blob_name(params, platform, tools["openvino"])
     achieved, reason = {}, None
-    with building(target) as build:
+    with building(paths.blob(directory, platform)) as build:
         try:
             if int(platform) not in params.platforms:
                 raise npu.NotCompiledError(f"{platform} is not in variants.{variant}.npu.platforms")
+            verify(directory)
             backend = npu.compile_blob(
                 directory / MODEL[0],
                 build / name,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import paths
 from pipeline.errors import PipelineError
 from pipeline.manifest import Manifest, read_manifest, verify
 
@@ -35,7 +36,7 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
     ir = read_manifest(directory)
     if not architecture:
         return Choice("CPU", {}, "this machine has no NPU, or no driver for it: the IR runs on the CPU")
-    blob_directory = directory.parent / "blobs" / f"{directory.name}-{architecture}"
+    blob_directory = paths.blob(directory, architecture)
     if not blob_directory.is_dir():
         return Choice("NPU", {}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
     blob = verify(blob_directory)
