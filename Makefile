@@ -6,13 +6,13 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine repro test test-fast lint clean
+.PHONY: wine chromium repro test test-fast lint bench-fidelity clean
 
 repro: $(VENV)/.installed wine
 	dvc repro
 	@dvc metrics show
 
-test: $(VENV)/.installed wine
+test: $(VENV)/.installed wine chromium
 	pytest
 
 test-fast: $(VENV)/.installed
@@ -22,6 +22,10 @@ lint: $(VENV)/.installed
 	ruff check .
 	ruff format --check .
 	mypy
+
+bench-fidelity: $(VENV)/.installed
+	dvc repro validate
+	python -m bench.fidelity
 
 # torch first, by ordinary resolution; then exact versions without dependencies, since optimum-intel asks for torchvision,
 # whose only builds for Linux need CUDA and break a CPU build of torch.
@@ -33,15 +37,21 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-# The NPU compiler runs on Linux x86-64 under Wine. Without root the build goes on and says what it could not compile.
+# What pip cannot bring. Without root the build goes on and says what it could not do.
+define apt
+if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1); \
+else \
+  echo "$(2): sudo apt-get install --no-install-recommends $(1)"; \
+fi
+endef
+
+# The NPU compiler runs on Linux x86-64 under Wine.
 wine:
-	@if [ "$$(uname -sm)" = "Linux x86_64" ] && ! PATH="$$PATH:/usr/lib/wine" command -v wine64 >/dev/null && ! command -v wine >/dev/null; then \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends wine64; \
-	  else \
-	    echo "NPU blobs need Wine: sudo apt-get install --no-install-recommends wine64"; \
-	  fi; \
-	fi
+	@[ "$$(uname -sm)" != "Linux x86_64" ] || { PATH="$$PATH:/usr/lib/wine" command -v wine64 || command -v wine; } >/dev/null || $(call apt,wine64,NPU blobs need Wine)
+
+chromium:
+	@{ command -v chromium || command -v google-chrome; } >/dev/null || $(call apt,chromium,The tests of the report need Chromium)
 
 clean:
 	rm -rf $(VENV) artifacts/.locks artifacts/logs artifacts/*/logs

@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.checkpoint import to_float16
 from pipeline.errors import PipelineError
+from pipeline.ir_inputs import model_inputs
 from pipeline.params import OpenvinoFp16, OpenvinoInt4
 from pipeline.recipe import CHANNEL_WISE, Matrix, Role
 
@@ -69,16 +70,27 @@ def export_fp16(
 
 
 def quantize_int4(
-    fp16: Path, target: Path, *, recipe: OpenvinoInt4, adjust_group_size: bool, progress: Callable[[str], None]
+    fp16: Path,
+    target: Path,
+    *,
+    recipe: OpenvinoInt4,
+    adjust_group_size: bool,
+    calibration: list[list[int]],
+    progress: Callable[[str], None],
 ) -> None:
     """Write the INT4 form of the FP16 IR in `fp16` into the directory `target`, with the other files beside it.
+
+    `calibration` are the token ids of chats, used when the recipe is calibrated.
 
     Raises PipelineError when the group size does not divide a layer's width and `adjust_group_size` is false.
     """
     import nncf
     import openvino
 
-    progress(f"quantizing: group size {recipe.group_size}, ratio {recipe.ratio}")
+    progress(
+        f"quantizing: group size {recipe.group_size}, ratio {recipe.ratio}"
+        + (f", calibrated on {len(calibration)} answers" if recipe.calibrated else ", without data")
+    )
     mode = nncf.CompressWeightsMode.INT4_SYM if recipe.symmetric else nncf.CompressWeightsMode.INT4_ASYM
     fallback = nncf.GroupSizeFallbackMode.ADJUST if adjust_group_size else nncf.GroupSizeFallbackMode.ERROR
     model = openvino.Core().read_model(fp16 / MODEL[0])
@@ -88,7 +100,11 @@ def quantize_int4(
             mode=mode,
             group_size=recipe.group_size,
             ratio=recipe.ratio,
+            dataset=nncf.Dataset([model_inputs(ids) for ids in calibration]) if recipe.calibrated else None,
+            sensitivity_metric=nncf.SensitivityMetric(recipe.sensitivity_metric),
             awq=recipe.awq,
+            scale_estimation=recipe.scale_estimation,
+            gptq=recipe.gptq,
             advanced_parameters=nncf.AdvancedCompressionParameters(group_size_fallback_mode=fallback),
         )
     except nncf.InvalidGroupSizeError as error:

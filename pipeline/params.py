@@ -25,6 +25,13 @@ OWN_PROPERTIES = frozenset(
         "NPUW_WEIGHTS_BANK",
     }
 )
+SensitivityMetric = Literal[
+    "weight_quantization_error",
+    "hessian_input_activation",
+    "mean_activation_variance",
+    "max_activation_variance",
+    "mean_activation_magnitude",
+]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
 
@@ -136,8 +143,23 @@ class OpenvinoInt4(Block):
     symmetric: bool
     group_size: Literal[-1, 32, 64, 128, 256] = Field(description="weights that share a scale; -1 is channel-wise")
     ratio: float = Field(gt=0, le=1, description="share of the decoder layers' weights in INT4; the rest is INT8")
-    awq: bool = Field(default=False, description="data-free activation-aware rescaling before quantization")
+    calibrated: bool = Field(default=False, description="measure activations on the answers of the stage calibrate")
+    awq: bool = Field(default=False, description="activation-aware rescaling; data-free unless calibrated")
+    scale_estimation: bool = Field(default=False, description="fit scales to the calibration data")
+    gptq: bool = Field(default=False, description="quantize column by column, each making up for the errors before it")
+    sensitivity_metric: SensitivityMetric = Field(
+        default="weight_quantization_error", description="how NNCF ranks the layers that stay INT8 when ratio < 1"
+    )
     npu: Npu | None = Field(default=None, description="present on variants for the NPU")
+
+    @model_validator(mode="after")
+    def _calibration_rules(self) -> "OpenvinoInt4":
+        needs = [name for name in ("scale_estimation", "gptq") if getattr(self, name)]
+        if self.sensitivity_metric != "weight_quantization_error":
+            needs.append(f"sensitivity_metric: {self.sensitivity_metric}")
+        if needs and not self.calibrated:
+            raise ValueError(f"{needs[0]} needs calibrated: true")
+        return self
 
     @model_validator(mode="after")
     def _npu_rules(self) -> "OpenvinoInt4":
@@ -183,13 +205,31 @@ class Validate(Block):
     openvino_device: Literal["CPU", "GPU"] = Field(description="where the variants for CPU and GPU are run")
 
 
+class Answers(Block):
+    """How long the source model's answers to the shipped prompts are."""
+
+    max_new_tokens: int = Field(ge=8)
+
+
+class Limits(Block):
+    """What a variant may lose against the source model; see pipeline/fidelity.py for the figures."""
+
+    kl_mean: float = Field(gt=0, description="at most, in nats")
+    kl_p99: float = Field(gt=0, description="at most, in nats")
+    top1_agreement: float = Field(ge=0, le=1, description="at least")
+    perplexity_ratio: float = Field(ge=1, description="at most")
+
+
 class Params(Block):
     """All of params.yaml."""
 
     build: list[Name] = Field(min_length=1, description="the models to build, by their names in the catalogue")
     models: dict[Name, Model] = Field(description="the catalogue")
     variants: dict[Name, Variant] = Field(description="what is built of each model")
+    reference: Answers = Field(description="the answers at whose tokens variants are compared with the source model")
+    calibrate: Answers = Field(description="the answers that calibrate the quantization")
     validate_: Validate = Field(alias="validate")
+    limits: dict[Name, Limits] = Field(description="the fidelity that each variant has to reach")
 
     @model_validator(mode="after")
     def _names(self) -> "Params":
@@ -200,6 +240,8 @@ class Params(Block):
             raise ValueError("build: every model once only")
         if taken := RESERVED_NAMES & (self.models.keys() | self.variants.keys()):
             raise ValueError(f"models, variants: the name '{min(taken)}' is taken by the pipeline: choose another")
+        if odd := self.limits.keys() ^ self.variants.keys():
+            raise ValueError(f"limits: needs a block for every variant and no other; see '{min(odd)}'")
         return self
 
     def get_model(self, name: str) -> Model:

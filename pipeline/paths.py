@@ -5,7 +5,7 @@ from pathlib import Path
 PARAMS_FILE = Path("params.yaml")
 ARTIFACTS = Path("artifacts")
 MANIFEST = "manifest.json"
-RESERVED_NAMES = frozenset({"source", "reference", "validation", "metrics", "logs", "report", "blobs"})
+RESERVED_NAMES = frozenset({"source", "reference", "calibration", "validation", "metrics", "logs", "report", "blobs"})
 
 
 def source(model: str) -> Path:
@@ -18,6 +18,16 @@ def reference(model: str) -> Path:
     return ARTIFACTS / model / "reference.json"
 
 
+def distributions(model: str) -> Path:
+    """Return the file with the source model's next-token distributions along its answers."""
+    return ARTIFACTS / model / "reference.npz"
+
+
+def calibration(model: str) -> Path:
+    """Return the file with the token ids that calibrate the quantization."""
+    return ARTIFACTS / model / "calibration.json"
+
+
 def variant(model: str, name: str) -> Path:
     """Return the directory that an application loads."""
     return ARTIFACTS / model / name
@@ -26,6 +36,16 @@ def variant(model: str, name: str) -> Path:
 def blob(directory: Path, platform: str) -> Path:
     """Return the directory of the NPU blob for a platform, given the directory of its variant."""
     return directory.parent / "blobs" / f"{directory.name}-{platform}"
+
+
+def blobs(model: str) -> Path:
+    """Return the directory of all NPU blobs."""
+    return ARTIFACTS / model / "blobs"
+
+
+def report(model: str) -> Path:
+    """Return the directory of the report and its plots."""
+    return ARTIFACTS / "report" / model
 
 
 def metrics(model: str, name: str) -> Path:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.params import Params
+from pipeline.prompts import load_prompts
 from pipeline.runtimes import Message, Runtime
+from pipeline.source_model import Torch
 
 # What tokenizer conversions are known to get wrong.
 TEXTS = (
@@ -63,6 +66,12 @@ class Answer(BaseModel):
     stopped: bool
 
 
+class Continuation(Answer):
+    """The answer to one of the shipped reference prompts, at whose tokens variants are compared with the source."""
+
+    category: str
+
+
 class Reference(BaseModel):
     """The content of reference.json."""
 
@@ -71,6 +80,7 @@ class Reference(BaseModel):
     chats: list[Chat]
     eos_token_ids: list[int]
     answers: list[Answer]
+    continuations: list[Continuation]
 
 
 def ask(runtime: Runtime, question: str, *, max_new_tokens: int) -> Answer:
@@ -87,17 +97,16 @@ def ask(runtime: Runtime, question: str, *, max_new_tokens: int) -> Answer:
 
 
 def make_reference(
-    source: Runtime,
+    source: Torch,
     *,
-    prompts: list[str],
-    max_new_tokens: int,
+    params: Params,
     eos_token_ids: list[int],
     progress: Callable[[str], None],
 ) -> Reference:
-    """Return what `source`, the source model, says to every probe and to `prompts`."""
+    """Return what `source`, the source model, says to every probe, to validate.prompts and to the reference prompts."""
     answers = []
-    for question in prompts:
-        answers.append(ask(source, question, max_new_tokens=max_new_tokens))
+    for question in params.validate_.prompts:
+        answers.append(ask(source, question, max_new_tokens=params.validate_.max_new_tokens))
         progress(f"{question} {answers[-1].text.strip()}")
     rendered = [Chat(messages=messages, rendered=source.render_chat(messages)) for messages in CHATS]
     texts = [*TEXTS, *(chat.rendered for chat in rendered)]  # the rendered chats hold the special tokens
@@ -107,7 +116,25 @@ def make_reference(
         chats=rendered,
         eos_token_ids=eos_token_ids,
         answers=answers,
+        continuations=_continuations(source, max_new_tokens=params.reference.max_new_tokens, progress=progress),
     )
+
+
+def _continuations(source: Torch, *, max_new_tokens: int, progress: Callable[[str], None]) -> list[Continuation]:
+    prompts = load_prompts("reference")
+    prompt_ids = [source.encode(source.render_chat(prompt.messages)) for prompt in prompts]
+    answers = source.answer(prompt_ids, max_new_tokens=max_new_tokens, progress=progress)
+    return [
+        Continuation(
+            category=prompt.category,
+            question=prompt.messages[-1]["content"],
+            prompt_ids=ids,
+            ids=answer,
+            text=source.decode(answer),
+            stopped=answer[-1] in source.eos_token_ids(),
+        )
+        for prompt, ids, answer in zip(prompts, prompt_ids, answers, strict=True)
+    ]
 
 
 def read_reference(path: Path) -> Reference:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.params import OpenvinoInt4, Validate, Variant
+from pipeline.fidelity import Comparison
+from pipeline.params import Limits, OpenvinoInt4, Validate, Variant
 from pipeline.recipe import Matrix, int4_ratio
 from pipeline.reference import Answer, Reference
 from pipeline.runtimes import Runtime
@@ -19,11 +20,12 @@ CHECKS = (
     "tokenizer",
     "chat-template",
     "eos",
-    "finite",
     "empty",
     "loop",
     "stop",
     "answer",
+    "finite",
+    "fidelity",
 )
 LOOP_REPEATS, LOOP_TOKENS = 4, 24  # a loop: so many repeats at the end, and at least so many tokens in all
 
@@ -93,14 +95,16 @@ def check_eos(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
         yield Failure("eos", reference.eos_token_ids, eos)
 
 
-def check_finite(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
-    """Look for NaN and infinity in the logits of the source's first answer."""
-    import numpy as np
-
-    answer = reference.answers[0]
-    finite = np.isfinite(runtime.logits(answer.prompt_ids + answer.ids))
-    if not finite.all():
-        yield Failure("finite", "finite logits", f"{int((~finite).sum())} of {finite.size} are not finite")
+def check_fidelity(comparison: Comparison, *, limits: Limits) -> Iterator[Failure]:
+    """Look for NaN and infinity in the logits, then hold the comparison with the source against the limits."""
+    if comparison.non_finite:
+        yield Failure("finite", "finite logits", f"{comparison.non_finite} logits that are not")
+        return
+    metrics = comparison.metrics()
+    for name, limit in limits:
+        least = name == "top1_agreement"
+        if (metrics[name] < limit) if least else (metrics[name] > limit):
+            yield Failure("fidelity", f"{name} {'at least' if least else 'at most'} {limit}", metrics[name])
 
 
 def check_answers(answers: Iterable[Answer], reference: Reference, *, params: Validate) -> Iterator[Failure]:

@@ -10,8 +10,9 @@ from pipeline import onnx_genai, openvino, smoke
 from pipeline.artifact import asked
 from pipeline.checkpoint import read_json, tensor_shapes
 from pipeline.errors import PipelineError
-from pipeline.manifest import verify
-from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Validate, Variant
+from pipeline.fidelity import Distributions, compare
+from pipeline.manifest import read_manifest, verify
+from pipeline.params import Limits, Model, OnnxInt4, OpenvinoInt4, Validate, Variant
 from pipeline.process import peak_memory
 from pipeline.recipe import matrices, summary
 from pipeline.reference import Answer, Reference, ask
@@ -68,7 +69,6 @@ def check_runtime(
         *smoke.check_tokenizer(runtime, reference),
         *smoke.check_chat_template(runtime, reference),
         *smoke.check_eos(runtime, reference),
-        *smoke.check_finite(runtime, reference),
     ]
     if failures:
         return failures, []
@@ -84,29 +84,51 @@ def validate(
     *,
     variant: Variant,
     model: Model,
+    limits: Limits,
     source: Path,
     reference: Reference,
+    distributions: Distributions,
     params: Validate,
     progress: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the metrics and the evidence (checks passed, answers) of the variant in `directory`.
+    """Return the metrics and the evidence of the variant in `directory`; the evidence lists what failed, if anything.
 
-    Metrics: times in seconds, sizes in bytes, peak memory in bytes (resident, so mapped weights count).
-
-    Raises PipelineError that names every failed check with expected and actual.
+    Metrics: times in seconds, sizes in bytes, peak memory in bytes (resident, so mapped weights count; loading and
+    answering only), and those of `Comparison.metrics`. They end where a failure makes going on pointless.
     """
-    _refuse(check_files(directory, variant=variant, model=model, source=source, params=params))
+    metrics: dict[str, Any] = {"passed": False}
+    evidence: dict[str, Any] = {"checks": list(smoke.CHECKS)}
+
+    def result(failures: list[Failure]) -> tuple[dict[str, Any], dict[str, Any]]:
+        metrics["passed"] = not failures
+        return metrics, evidence | {"failures": list(map(str, failures))}
+
+    if failures := check_files(directory, variant=variant, model=model, source=source, params=params):
+        return result(failures)
+    manifest = read_manifest(directory)
+    evidence |= {"recipe": manifest.recipe, "runs_on": manifest.runtime, "tools": manifest.tools}
+    metrics["size_bytes"] = sum(path.stat().st_size for path in directory.iterdir())
     started = time.perf_counter()
     try:
         runtime = Measured(load_runtime(directory, variant=variant, device=params.openvino_device))
     except RuntimeError as error:
-        raise PipelineError(str(Failure("load", "a runtime that loads it", str(error)))) from error
-    load_time = time.perf_counter() - started
-    progress(f"loaded by {runtime.name} on {runtime.device} in {load_time:.1f} s")
+        return result([Failure("load", "a runtime that loads it", str(error))])
+    metrics["load_time_s"] = round(time.perf_counter() - started, 3)
+    metrics |= {"runtime": runtime.name, "device": runtime.device}
+    progress(f"loaded by {runtime.name} on {runtime.device} in {metrics['load_time_s']:.1f} s")
     failures, answers = check_runtime(runtime, reference, params=params, progress=progress)
-    memory = peak_memory()
-    evidence: dict[str, Any] = {"runtime": runtime.name, "device": runtime.device, "checks": list(smoke.CHECKS)}
-    evidence["answers"] = [answer.model_dump(include={"question", "text", "ids", "stopped"}) for answer in answers]
+    if not answers:
+        return result(failures)
+    evidence["answers"] = [
+        {"question": answer.question} | departure(answer.ids, source.ids, runtime.decode)
+        for answer, source in zip(answers, reference.answers, strict=True)
+    ]
+    metrics |= {
+        "time_to_first_token_s": round(median(g.time_to_first_token for g in runtime.generations), 4),
+        "tokens_per_second": round(1 / median(g.time_per_token for g in runtime.generations), 2),
+        "peak_memory_bytes": peak_memory(),
+        "answer_recall": round(sum(map(smoke.recall, answers, reference.answers)) / len(answers), 4),
+    }
     if not isinstance(variant, OnnxInt4):
         tutorial = OptimumIntel(directory, device=params.openvino_device)
         first = ask(tutorial, params.prompts[0], max_new_tokens=params.max_new_tokens)
@@ -114,19 +136,32 @@ def validate(
         subset = reference.model_copy(update={"answers": reference.answers[:1]})
         failures += smoke.check_answers([first], subset, params=params)
         evidence[tutorial.name] = {"device": tutorial.device, "text": first.text}
-    _refuse(failures)
-    metrics = {
-        "checks_passed": len(smoke.CHECKS),
-        "size_bytes": sum(path.stat().st_size for path in directory.iterdir()),
-        "load_time_s": round(load_time, 3),
-        "time_to_first_token_s": round(median(g.time_to_first_token for g in runtime.generations), 4),
-        "tokens_per_second": round(1 / median(g.time_per_token for g in runtime.generations), 2),
-        "peak_memory_bytes": memory,
-        "answer_recall": round(sum(map(smoke.recall, answers, reference.answers)) / len(answers), 4),
-        "runtime": runtime.name,
-        "device": runtime.device,
+    comparison = compare(runtime, reference.continuations, distributions, progress=progress)
+    evidence["continuations"] = [
+        departure(answer.ids[:prefix] + ([] if token is None else [token]), answer.ids, runtime.decode)
+        for answer, prefix, token in zip(
+            reference.continuations, comparison.prefixes, comparison.preferred, strict=True
+        )
+    ]
+    if not comparison.non_finite:
+        metrics |= comparison.metrics()
+    return result([*failures, *smoke.check_fidelity(comparison, limits=limits)])
+
+
+def departure(ids: list[int], source: list[int], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """Return the text of `ids` in three parts: as the source's ids begin, the first token that differs, the rest.
+
+    `common_tokens` is the number of tokens in the first part; `departs` is false when all of the source's are in it.
+    """
+    common = next((i for i, (a, b) in enumerate(zip(ids, source, strict=False)) if a != b), min(len(ids), len(source)))
+    text, same, until = decode(ids), decode(ids[:common]), decode(ids[: common + 1])
+    return {
+        "common_tokens": common,
+        "departs": ids != source,
+        "same": text[: len(same)],
+        "differs": text[len(same) : len(until)],
+        "rest": text[len(until) :],
     }
-    return metrics, evidence
 
 
 def load_runtime(directory: Path, *, variant: Variant, device: str) -> Runtime:
@@ -137,8 +172,3 @@ def load_runtime(directory: Path, *, variant: Variant, device: str) -> Runtime:
     if isinstance(variant, OnnxInt4):
         return OnnxGenai(directory)
     return OpenvinoGenai(directory, device=device, npu=variant.npu if isinstance(variant, OpenvinoInt4) else None)
-
-
-def _refuse(failures: list[Failure]) -> None:
-    if failures:
-        raise PipelineError("\n  ".join(map(str, failures)))

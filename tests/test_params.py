@@ -46,12 +46,12 @@ def test_the_project_s_file():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("build:", "buidl:", "params.yaml: unknown key 'buidl'; allowed here: build, models, variants, validate."),
+        ("build:", "buidl:", "params.yaml: unknown key 'buidl'; allowed here: build, models, variants, reference, "),
         (
             "ratio: 0.6",
             "ration: 0.6",
             "params.yaml: variants.openvino-int4: unknown key 'ration'; allowed here: stage, symmetric, group_size, "
-            "ratio, awq, npu.",
+            "ratio, calibrated, awq, scale_estimation, gptq, sensitivity_metric, npu.",
         ),
         (
             "ratio: 0.6",
@@ -91,6 +91,16 @@ def test_the_project_s_file():
             "weightless: true",
             "hints: {NPUW_DEVICES: CPU}",
             "params.yaml: variants.npu-int4-channelwise.npu: hints: NPUW_DEVICES is set by the pipeline: remove it.",
+        ),
+        (
+            "calibrated: true",
+            "calibrated: false",
+            "params.yaml: variants.openvino-int4: scale_estimation needs calibrated: true.",
+        ),
+        (
+            "  onnx-cpu-int4: {kl_mean",
+            "  onnx-gpu-int4: {kl_mean",
+            "params.yaml: limits: needs a block for every variant and no other; see 'onnx-cpu-int4'.",
         ),
         ("license: MIT", "", "params.yaml: models.phi-3-mini-4k-instruct.license: is missing: add it."),
         (

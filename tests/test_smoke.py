@@ -1,10 +1,13 @@
 """Each check finds the fault that it is named for, and passes what is right."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from pipeline import smoke
-from pipeline.params import OpenvinoInt4, Validate
+from pipeline.fidelity import Comparison
+from pipeline.params import Limits, OpenvinoInt4, Validate
 from pipeline.recipe import Matrix
 from pipeline.reference import Answer, Chat, Reference, Text
 from pipeline.smoke import Failure
@@ -28,6 +31,7 @@ REFERENCE = Reference(
     chats=[Chat(messages=[{"role": "user", "content": "Hi"}], rendered="<user>Hi")],
     eos_token_ids=[1, 2],
     answers=[answer("The capital of France is Paris.")],
+    continuations=[],
 )
 
 
@@ -42,7 +46,6 @@ class Fake:
             "decode": "1é",
             "render_chat": "<user>Hi",
             "eos_token_ids": [1, 2],
-            "logits": np.zeros((5, 9)),
         } | replies
 
     def __getattr__(self, name):
@@ -56,15 +59,10 @@ class Fake:
         (smoke.check_tokenizer, {"decode": "1?"}, Failure("tokenizer", {"ids": [7, 8], "decoded": "1é"}, "1?")),
         (smoke.check_chat_template, {"render_chat": "Hi"}, Failure("chat-template", "<user>Hi", "Hi")),
         (smoke.check_eos, {"eos_token_ids": [1]}, Failure("eos", [1, 2], [1])),
-        (
-            smoke.check_finite,
-            {"logits": np.array([[0, np.nan, np.inf]])},
-            Failure("finite", "finite logits", "2 of 3 are not finite"),
-        ),
     ],
 )
 def test_runtime_checks(check, replies, failure):
-    """Tokenizer, chat template, eos and logits are each compared with the source's."""
+    """Tokenizer, chat template and eos ids are each compared with the source's."""
     assert list(check(Fake(), REFERENCE)) == []
     assert list(check(Fake(**replies), REFERENCE)) == [failure]
 
@@ -98,6 +96,44 @@ def test_is_loop(ids, loop):
 def test_a_failure_shows_expected_and_actual():
     """The message names the check and both values."""
     assert str(Failure("eos", [1], [2])) == "check 'eos' failed: expected [1], got [2]"
+
+
+COMPARISON = Comparison(
+    kl=np.array([0.1, 0.3]),
+    agrees=np.array([True, False]),
+    source_log_probs=np.log([0.5, 0.5]),
+    variant_log_probs=np.log([0.25, 0.25]),
+    prefixes=[1],
+    preferred=[7],
+    non_finite=0,
+)
+LIMITS = Limits(kl_mean=0.2, kl_p99=0.3, top1_agreement=0.5, perplexity_ratio=2)
+
+
+@pytest.mark.parametrize(
+    ("limits", "failures"),
+    [
+        ({}, []),
+        ({"kl_mean": 0.19}, [Failure("fidelity", "kl_mean at most 0.19", 0.2)]),
+        ({"top1_agreement": 0.51}, [Failure("fidelity", "top1_agreement at least 0.51", 0.5)]),
+        (
+            {"kl_p99": 0.2, "perplexity_ratio": 1.9},
+            [
+                Failure("fidelity", "kl_p99 at most 0.2", 0.298),
+                Failure("fidelity", "perplexity_ratio at most 1.9", 2.0),
+            ],
+        ),
+    ],
+)
+def test_fidelity(limits, failures):
+    """Each figure beyond its limit is a failure that names the metric, its limit and its value."""
+    assert list(smoke.check_fidelity(COMPARISON, limits=LIMITS.model_copy(update=limits))) == failures
+
+
+def test_logits_that_are_not_finite():
+    """NaN and infinity are told before any figure is computed from them."""
+    failures = smoke.check_fidelity(replace(COMPARISON, non_finite=2), limits=LIMITS)
+    assert list(failures) == [Failure("finite", "finite logits", "2 logits that are not")]
 
 
 def test_size():

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-from pipeline.errors import PipelineError
+from pipeline.fidelity import read_distributions
 from pipeline.manifest import read_manifest, seal
 from pipeline.openvino import REQUIRED
 from pipeline.params import load_params
 from pipeline.reference import read_reference
-from pipeline.validation import check_files, check_runtime, load_runtime, validate
+from pipeline.validation import check_files, check_runtime, departure, load_runtime, validate
 from tests.conftest import ROOT, make_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -57,20 +57,32 @@ def validate_artifact(directory, embedded):
         variant=PARAMS.variants["openvino-int4"],
         model=MODEL,
         source=embedded / "source",
+        limits=PARAMS.limits["openvino-int4"],
         reference=read_reference(embedded / "reference.json"),
+        distributions=read_distributions(embedded / "reference.npz"),
         params=PARAMS.validate_,
         progress=lambda text: None,
     )
 
 
 def test_a_good_artifact(artifact, embedded):
-    """The unbroken copy passes everything and is measured."""
+    """The unbroken copy passes everything and is measured, to the same fidelity as when it was built."""
     metrics, evidence = validate_artifact(artifact, embedded)
-    assert metrics["checks_passed"] == len(evidence["checks"]) == 12
+    assert (metrics["passed"], evidence["failures"], len(evidence["checks"])) == (True, [], 13)
+    committed = json.loads((embedded / "metrics/openvino-int4.json").read_bytes())
+    for name in ("kl_mean", "kl_p99", "kl_max", "top1_agreement", "perplexity_ratio", "common_prefix_tokens"):
+        assert metrics[name] == pytest.approx(committed[name], rel=1e-3)
     assert (metrics["runtime"], metrics["device"], metrics["answer_recall"]) == ("openvino-genai", "CPU", 1.0)
     assert all(metrics[name] > 0 for name in ("load_time_s", "time_to_first_token_s", "tokens_per_second"))
-    assert "Paris" in evidence["answers"][0]["text"]
-    assert evidence["optimum-intel"]["text"] == evidence["answers"][0]["text"]
+    assert evidence["optimum-intel"]["text"].strip() == "The capital of France is Paris."
+    assert evidence["answers"][0] == {
+        "question": "What is the capital of France?",
+        "common_tokens": 8,
+        "departs": False,
+        "same": "The capital of France is Paris.",
+        "differs": "",
+        "rest": "",
+    }
 
 
 @pytest.mark.parametrize("honest", [False, True], ids=["deleted-later", "never-written"])
@@ -128,8 +140,10 @@ def test_a_model_that_does_not_load(artifact, embedded):
     path = artifact / "openvino_detokenizer.xml"
     path.write_text(path.read_text().replace("</net>", ""))
     reseal(artifact)
-    with pytest.raises(PipelineError, match="check 'load' failed: expected \"a runtime that loads it\", got "):
-        validate_artifact(artifact, embedded)
+    metrics, evidence = validate_artifact(artifact, embedded)
+    assert metrics.keys() == {"passed", "size_bytes"}
+    (failure,) = evidence["failures"]
+    assert failure.startswith("check 'load' failed: expected \"a runtime that loads it\", got ")
 
 
 def test_chat_template_changed(artifact, embedded):
@@ -153,6 +167,40 @@ def test_one_weight_block_zeroed(artifact, embedded):
     reseal(artifact)
     assert file_failures(artifact, embedded) == []
     assert runtime_failures(artifact, embedded).keys() & {"answer", "loop", "stop", "empty"}
+
+
+def test_a_small_weight_block_zeroed(artifact, embedded):
+    """Damage too small to show in the answers fails the fidelity gate, with metric, limit and value."""
+    path = artifact / "openvino_model.bin"
+    with path.open("r+b") as stream:
+        stream.seek(path.stat().st_size // 3)
+        stream.write(bytes(200_000))
+    reseal(artifact)
+    metrics, evidence = validate_artifact(artifact, embedded)
+    limit = PARAMS.limits["openvino-int4"].kl_mean
+    assert metrics["passed"] is False
+    assert (
+        f"check 'fidelity' failed: expected \"kl_mean at most {limit}\", got {metrics['kl_mean']}"
+        in evidence["failures"]
+    )
+    assert not any("'answer'" in failure for failure in evidence["failures"])
+
+
+def test_departure():
+    """A text is split where its tokens leave the source's: before, the differing token, after."""
+    words = dict(enumerate("The sky is blue and wide".split()))
+
+    def decode(ids):
+        return " ".join(words[i] for i in ids)
+
+    assert departure([0, 1, 2, 4, 5], [0, 1, 2, 3], decode) == {
+        "common_tokens": 3,
+        "departs": True,
+        "same": "The sky is",
+        "differs": " and",
+        "rest": " wide",
+    }
+    assert departure([0, 1], [0, 1], decode)["departs"] is False
 
 
 def test_recipe_lied_about(artifact, embedded):

@@ -1,0 +1,164 @@
+"""How far a variant's next-token distributions are from the source model's, at each token of the source's own answers.
+
+The answers are the source's greedy ones, and both models read exactly the same ids before each position ("teacher
+forcing"), so every figure compares two distributions over the same vocabulary in the same context.
+
+The source's are kept as the log-probabilities of its TOP most probable tokens and of all others together. Over these
+TOP + 1 outcomes the KL divergence is never larger than over the whole vocabulary (the log sum inequality: Cover and
+Thomas, Elements of Information Theory, theorem 2.7.1) and falls short only by how the two differ *within* a tail.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.reference import Answer
+from pipeline.runtimes import Runtime
+
+TOP = 512
+SMALLEST_TAIL = 1e-12
+PROGRESS_EVERY = 20
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """The source's next-token distributions, one row per token of its answers, in their order.
+
+    `ids` (rows, TOP) are the most probable tokens, best first; `log_probs` (rows, TOP + 1) their natural
+    log-probabilities and, last, that of all other tokens together.
+    """
+
+    ids: npt.NDArray[np.int32]
+    log_probs: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant beside the source at every token of the source's answers; log-probabilities in nats."""
+
+    kl: Floats  # KL divergence from the source's distribution to the variant's, per token
+    agrees: npt.NDArray[np.bool_]  # whether both find the same token most probable
+    source_log_probs: Floats  # of the answers' tokens
+    variant_log_probs: Floats
+    prefixes: list[int]  # per answer, how many of its tokens the variant generates, too, before it departs
+    preferred: list[int | None]  # per answer, the token that the variant departs with
+    non_finite: int  # logits that are NaN or infinite
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures that go into the metrics file.
+
+        `kl_mean`, `kl_p99` and `kl_max`: KL divergence D(source || variant) = sum of p (log p - log q), in nats
+        (Kullback and Leibler, 1951). `top1_agreement`: share of tokens at which both prefer the same one.
+        `perplexity` and `perplexity_source`: exp of minus the mean log-probability of the answers' tokens under
+        variant and source (Jelinek et al., 1977); `perplexity_ratio` is the first divided by the second.
+        `common_prefix_tokens`: mean length in tokens of the greedy answer's beginning that both have in common.
+        """
+        perplexity, source = (
+            float(np.exp(-log_probs.mean())) for log_probs in (self.variant_log_probs, self.source_log_probs)
+        )
+        figures = {
+            "kl_mean": self.kl.mean(),
+            "kl_p99": np.percentile(self.kl, 99),
+            "kl_max": self.kl.max(),
+            "top1_agreement": self.agrees.mean(),
+            "perplexity": perplexity,
+            "perplexity_source": source,
+            "perplexity_ratio": perplexity / source,
+            "common_prefix_tokens": np.mean(self.prefixes),
+        }
+        return {name: float(f"{value:.5g}") for name, value in figures.items()}
+
+
+def source_distributions(
+    source: Runtime, answers: Sequence[Answer], *, progress: Callable[[str], None]
+) -> tuple[Distributions, float]:
+    """Return the distributions of `source` at each token of `answers`, and the mean mass beyond the TOP tokens."""
+    ids, log_probs = [], []
+    for logits in _teacher_forced(source, answers, progress=progress):
+        top = np.argsort(-logits, axis=1, kind="stable")[:, : min(TOP, logits.shape[1] - 1)].astype(np.int32)
+        ids.append(top)
+        log_probs.append(_with_tail(_log_probs(logits, top)).astype(np.float32))
+    distributions = Distributions(np.concatenate(ids), np.concatenate(log_probs))
+    return distributions, float(np.exp(distributions.log_probs[:, -1]).mean())
+
+
+def compare(
+    variant: Runtime, answers: Sequence[Answer], source: Distributions, *, progress: Callable[[str], None]
+) -> Comparison:
+    """Return `variant` beside the source at each token of `answers`, whose distributions in the source are `source`.
+
+    Greedy decoding takes the most probable token, so the variant's own greedy answer has with the source's in common
+    just the tokens before the first at which teacher forcing shows another one on top.
+    """
+    kl, agrees, source_log_probs, variant_log_probs = [], [], [], []
+    prefixes: list[int] = []
+    preferred: list[int | None] = []
+    non_finite = start = 0
+    for answer, logits in zip(answers, _teacher_forced(variant, answers, progress=progress), strict=True):
+        rows = slice(start, start + len(answer.ids))
+        ids, p = source.ids[rows], source.log_probs[rows].astype(np.float64)
+        start = rows.stop
+        non_finite += int((~np.isfinite(logits)).sum())
+        tokens = np.array(answer.ids)
+        forced = _log_probs(logits, np.column_stack([ids, tokens]))
+        q = _with_tail(forced[:, :-1])
+        kl.append((np.exp(p) * (p - q)).sum(axis=1))
+        top = logits.argmax(axis=1)
+        agrees.append(top == ids[:, 0])
+        variant_log_probs.append(forced[:, -1])
+        position = (ids == tokens[:, None]).argmax(axis=1)  # greedy tokens are among the most probable
+        source_log_probs.append(p[np.arange(len(tokens)), position])
+        departures = np.flatnonzero(top != tokens)
+        prefixes.append(int(departures[0]) if departures.size else len(tokens))
+        preferred.append(int(top[departures[0]]) if departures.size else None)
+    return Comparison(
+        kl=np.concatenate(kl),
+        agrees=np.concatenate(agrees),
+        source_log_probs=np.concatenate(source_log_probs),
+        variant_log_probs=np.concatenate(variant_log_probs),
+        prefixes=prefixes,
+        preferred=preferred,
+        non_finite=non_finite,
+    )
+
+
+def write_distributions(path: Path, distributions: Distributions) -> None:
+    """Write `distributions` to `path` in NumPy's npz format."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as stream:
+        np.savez(stream, ids=distributions.ids, log_probs=distributions.log_probs)
+    temporary.replace(path)
+
+
+def read_distributions(path: Path) -> Distributions:
+    """Return what `write_distributions` wrote to `path`."""
+    with np.load(path, allow_pickle=False) as content:
+        return Distributions(content["ids"], content["log_probs"])
+
+
+def _teacher_forced(runtime: Runtime, answers: Sequence[Answer], *, progress: Callable[[str], None]) -> Iterator[Any]:
+    # The logits that predict an answer's tokens: those at the prompt's last position and at all tokens but the last.
+    for index, answer in enumerate(answers, start=1):
+        yield runtime.logits(answer.prompt_ids + answer.ids[:-1], last=len(answer.ids))
+        if index % PROGRESS_EVERY == 0 or index == len(answers):
+            progress(f"compared {index} of {len(answers)} answers")
+
+
+def _log_probs(logits: Any, ids: npt.NDArray[np.integer[Any]]) -> Floats:
+    # The log-probabilities of `ids` (rows, n), by log-softmax.
+    from scipy.special import logsumexp
+
+    wide = logits.astype(np.float64)
+    result: Floats = np.take_along_axis(wide, ids, axis=1) - logsumexp(wide, axis=1, keepdims=True)
+    return result
+
+
+def _with_tail(log_probs: Floats) -> Floats:
+    # A last column for all other outcomes together; a tail that float64 cannot tell from 0 is SMALLEST_TAIL.
+    tail = np.log(np.maximum(1 - np.exp(log_probs).sum(axis=1, keepdims=True), SMALLEST_TAIL))
+    return np.concatenate([log_probs, tail], axis=1)

@@ -1,0 +1,78 @@
+"""The source checkpoint in torch: the model that every variant is compared with."""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.runtimes import Transformers
+
+BATCH, BATCH_TOKENS = 32, 4096  # prompts answered at a time, and their tokens with padding
+
+
+class Torch(Transformers):
+    """The source checkpoint, computed in float32 whatever precision its weights are stored in.
+
+    The weights stay mapped as they are and each layer widens its own while it computes, so a checkpoint of 3.8 billion
+    bfloat16 weights takes neither 15 GB nor a rounding of its activations that would count as its variants' error.
+    """
+
+    name = "transformers"
+    device = "CPU (torch)"
+
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        super().__init__(directory, trust_remote_code=trust_remote_code)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+        ).eval()
+        if self._model.dtype != torch.float32:
+            for module in self._model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.forward = functools.partial(_linear, module)
+                elif isinstance(module, torch.nn.Embedding):
+                    module.register_forward_hook(lambda module, inputs, output: output.float())
+
+    def answer(
+        self, prompts: list[list[int]], *, max_new_tokens: int, progress: Callable[[str], None]
+    ) -> list[list[int]]:
+        """Return the ids that continue each of `prompts` greedily, to the eos token that ends them or to the limit.
+
+        Prompts of similar length are answered together, padded on the left.
+        """
+        import torch
+
+        eos = self.eos_token_ids()
+        answers: dict[int, list[int]] = {}
+        for batch in _batches([len(prompt) for prompt in prompts]):
+            width = max(len(prompts[index]) for index in batch)
+            padding = [width - len(prompts[index]) for index in batch]
+            ids = torch.tensor([[eos[0]] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)])
+            mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+            output = self._model.generate(
+                ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=eos[0]
+            )
+            for index, row in zip(batch, output[:, width:].tolist(), strict=True):
+                end = next((position for position, token in enumerate(row) if token in eos), len(row) - 1)
+                answers[index] = row[: end + 1]
+            progress(f"answered {len(answers)} of {len(prompts)} prompts")
+        return [answers[index] for index in range(len(prompts))]
+
+
+def _linear(module: Any, inputs: Any) -> Any:
+    import torch
+
+    bias = None if module.bias is None else module.bias.float()
+    return torch.nn.functional.linear(inputs, module.weight.float(), bias)
+
+
+def _batches(lengths: list[int]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == BATCH or (len(batch) + 1) * lengths[index] > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(index)
+    yield batch

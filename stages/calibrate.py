@@ -1,0 +1,30 @@
+"""Stage calibrate."""
+
+import json
+
+import click
+
+from pipeline import paths
+from pipeline.calibration import make_calibration
+from pipeline.manifest import replace_file
+from pipeline.params import load_params
+from pipeline.process import stage_command
+from pipeline.prompts import load_prompts
+from pipeline.source_model import Torch
+
+
+@stage_command
+def main(model: str) -> None:
+    """Let the source checkpoint of MODEL answer the calibration prompts."""
+    params = load_params()
+    sequences = make_calibration(
+        Torch(paths.source(model), trust_remote_code=params.get_model(model).source.trust_remote_code),
+        load_prompts("calibration"),
+        max_new_tokens=params.calibrate.max_new_tokens,
+        progress=click.echo,
+    )
+    replace_file(paths.calibration(model), json.dumps(sequences))
+
+
+if __name__ == "__main__":
+    main()

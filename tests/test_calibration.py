@@ -1,0 +1,49 @@
+"""Calibration data are the model's own answers, and quantization uses them."""
+
+import json
+
+import pytest
+
+from pipeline.calibration import make_calibration, read_calibration
+from pipeline.openvino import export_fp16, quantize_int4
+from pipeline.params import OpenvinoInt4
+from pipeline.prompts import load_prompts
+from pipeline.source_model import Torch
+
+
+def test_chat_and_answer(tiny_checkpoint, tmp_path):
+    """Each sequence is a rendered chat with the model's answer to it."""
+    source, prompts = Torch(tiny_checkpoint), load_prompts("calibration")[:3]
+    sequences = make_calibration(source, prompts, max_new_tokens=8, progress=lambda line: None)
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        rendered = source.encode(source.render_chat(prompt.messages))
+        assert sequence == rendered + source.generate(rendered, max_new_tokens=8).ids
+    (tmp_path / "calibration.json").write_text(json.dumps(sequences))
+    assert read_calibration(tmp_path / "calibration.json") == sequences
+
+
+@pytest.mark.slow
+def test_calibrated_weights_differ(tiny_checkpoint, tmp_path):
+    """A calibrated recipe gives weights of the same size that are not those of the data-free one."""
+    sequences = [[20 + (7 * i + j) % 200 for j in range(40)] for i in range(4)]
+    contents = []
+    (tmp_path / "fp16").mkdir()
+    export_fp16(tiny_checkpoint, tmp_path / "fp16", progress=lambda line: None)
+    for name, options in {
+        "plain": {},
+        "calibrated": {"calibrated": True, "scale_estimation": True},
+        "gptq": {"calibrated": True, "gptq": True, "sensitivity_metric": "max_activation_variance"},
+    }.items():
+        (tmp_path / name).mkdir()
+        recipe = OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=32, ratio=0.6, **options)
+        quantize_int4(
+            tmp_path / "fp16",
+            tmp_path / name,
+            recipe=recipe,
+            adjust_group_size=False,
+            calibration=sequences,
+            progress=lambda line: None,
+        )
+        contents.append((tmp_path / name / "openvino_model.bin").read_bytes())
+    assert len(set(contents)) == 3
+    assert max(map(len, contents)) < 1.05 * min(map(len, contents))

@@ -1,0 +1,35 @@
+"""The source model in torch: exact whatever precision it is stored in, and answering in batches as one by one."""
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.source_model import Torch, _batches
+
+
+def test_bfloat16_weights_are_computed_in_float32(tiny_checkpoint):
+    """The logits of a bfloat16 checkpoint are those of the same weights widened to float32 beforehand."""
+    source = Torch(tiny_checkpoint)
+    assert source._model.dtype == torch.bfloat16
+    wide = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    ids = list(range(20, 60))
+    expected = wide(torch.tensor([ids])).logits[0].detach().numpy()
+    np.testing.assert_allclose(source.logits(ids, last=40), expected, atol=1e-5)
+    np.testing.assert_allclose(source.logits(ids, last=3), expected[-3:], atol=1e-5)
+
+
+def test_answers_in_batches(tiny_checkpoint):
+    """Prompts of different lengths, answered together, get the answers that each gets alone, in their order."""
+    source = Torch(tiny_checkpoint)
+    prompts = [list(range(start, start + length)) for start, length in ((30, 9), (80, 2), (50, 30))]
+    lines: list[str] = []
+    answers = source.answer(prompts, max_new_tokens=12, progress=lines.append)
+    assert answers == [source.generate(prompt, max_new_tokens=12).ids for prompt in prompts]
+    assert lines == ["answered 3 of 3 prompts"]
+
+
+def test_batches():
+    """Prompts are batched shortest first, within the limits of prompts and of tokens with padding."""
+    assert list(_batches([5, 2000, 3, 1500])) == [[2, 0], [3, 1]]
+    assert list(_batches([1700, 5, 3000])) == [[1, 0], [2]]
+    assert [len(batch) for batch in _batches([7] * 70)] == [32, 32, 6]
