@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+from tqdm import tqdm
 
 from pipeline.errors import PipelineError
 from pipeline.manifest import verify
 from pipeline.params import json_schema, load_params
 from pipeline.paths import PARAMS_FILE
+from pipeline.pull import check, pull
+from pipeline.registry import open_registry
+from pipeline.release import RELEASE
 
 
 class _Sentences(click.Group):
@@ -29,13 +33,63 @@ def main() -> None:
 @main.command("verify")
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def verify_command(directory: Path) -> None:
-    """Hash every file of the artifact in DIRECTORY and compare it with the manifest.
+    """Hash every file of the built or pulled artifact in DIRECTORY and compare it with what it should be.
 
     Example: phi3 verify artifacts/smol-phi3/openvino-int4
     """
-    manifest = verify(directory)
-    total = sum(file.size for file in manifest.files.values())
-    click.echo(f"{manifest.name}: {len(manifest.files)} files, {total / 1e6:.1f} MB, all as in the manifest")
+    sealed = check(directory) if (directory / RELEASE).exists() else verify(directory)
+    total = sum(file.size for file in sealed.files.values())
+    click.echo(f"{sealed.name}: {len(sealed.files)} files, {total / 1e6:.1f} MB, all as in the manifest")
+
+
+@main.command("publish")
+@click.argument("artifact", metavar="MODEL/VARIANT")
+@click.option("--to", "url", required=True, help="The registry: dir:PATH.")
+@click.option("--version", required=True, help="Three numbers, such as 1.0.0.")
+@click.option("--alias", "aliases", multiple=True, default=("latest",), show_default=True, help="Names to move to it.")
+def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, ...]) -> None:
+    """Publish the validated artifact MODEL/VARIANT. A version never changes; aliases move.
+
+    Example: phi3 publish smol-phi3/openvino-int4 --to dir:/srv/models --version 1.0.0
+    """
+    from pipeline.publish import publish
+
+    model, _, variant = artifact.partition("/")
+    release = publish(
+        model, variant, registry=open_registry(url), version=version, aliases=aliases, progress=click.echo
+    )
+    click.echo(f"published {release.name} {version}, {release.size / 1e6:.1f} MB, as {', '.join(aliases)}")
+
+
+@main.command("list")
+@click.argument("url")
+def list_command(url: str) -> None:
+    """List what the registry at URL has.
+
+    Example: phi3 list dir:/srv/models
+    """
+    for entry in open_registry(url).entries():
+        click.echo(f"{entry.name} {entry.version} {' '.join(entry.aliases)}".strip())
+
+
+@main.command("pull")
+@click.argument("url")
+@click.argument("artifact", metavar="MODEL/VARIANT[@VERSION]")
+@click.option("--to", type=click.Path(file_okay=False, path_type=Path), help="By default a directory in the cache.")
+def pull_command(url: str, artifact: str, to: Path | None) -> None:
+    """Pull an artifact from the registry at URL, verified, and print its directory.
+
+    Example: phi3 pull dir:/srv/models smol-phi3/openvino-int4@1.0.0
+    """
+    name, _, reference = artifact.partition("@")
+    with tqdm(unit="B", unit_scale=True, disable=None) as bar:
+
+        def progress(done: int, total: int, file: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_description(file)
+
+        directory = pull(open_registry(url), name, reference=reference or "latest", to=to, progress=progress)
+    click.echo(directory)
 
 
 @main.command("params")

@@ -80,7 +80,9 @@ def building(target: Path, *, resume: bool = False) -> Iterator[Path]:
 
 def seal(directory: Path, manifest: Manifest) -> None:
     """Hash and flush every file in `directory`, then write `manifest` with the hashes as its last file."""
-    files = {path: _hash(directory / path, flush=True) for path in _paths(directory)}
+    files = {path: digest(directory / path) for path in _paths(directory)}
+    for path in files:
+        _fsync(directory / path)
     replace_file(directory / MANIFEST, manifest.model_copy(update={"files": files}).model_dump_json(indent=2))
 
 
@@ -129,11 +131,18 @@ def verify(directory: Path) -> Manifest:
         f"{path} has changed"
         for path in present & manifest.files.keys()
         if (directory / path).stat().st_size != manifest.files[path].size
-        or _hash(directory / path) != manifest.files[path]
+        or digest(directory / path) != manifest.files[path]
     ]
     if faults:
         raise PipelineError(f"{directory}: {'; '.join(sorted(faults))}. Build or pull it again.")
     return manifest
+
+
+def digest(path: Path) -> File:
+    """Return size and SHA-256 of the file `path`."""
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(size=path.stat().st_size, sha256=sha256)
 
 
 def tool_versions(*packages: str) -> dict[str, str]:
@@ -143,14 +152,6 @@ def tool_versions(*packages: str) -> dict[str, str]:
 
 def _paths(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
-
-
-def _hash(path: Path, *, flush: bool = False) -> File:
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if flush:
-        _fsync(path)
-    return File(size=path.stat().st_size, sha256=digest)
 
 
 def _fsync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Prove one variant: run every check through the runtime that an application would use, and measure it."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.fidelity import Distributions, compare
 from pipeline.manifest import read_manifest, verify
 from pipeline.params import Limits, Model, OnnxInt4, OpenvinoInt4, Validate, Variant
+from pipeline.paths import MANIFEST
 from pipeline.process import peak_memory
 from pipeline.recipe import matrices, summary
 from pipeline.reference import Answer, Reference, ask
@@ -106,7 +108,10 @@ def validate(
     if failures := check_files(directory, variant=variant, model=model, source=source, params=params):
         return result(failures)
     manifest = read_manifest(directory)
-    evidence |= {"recipe": manifest.recipe, "runs_on": manifest.runtime, "tools": manifest.tools}
+    # Whoever publishes the artifact can tell by the manifest's hash that these very files are what was validated.
+    digest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
+    evidence |= {"manifest_sha256": digest, "recipe": manifest.recipe}
+    evidence |= {"runs_on": manifest.runtime, "tools": manifest.tools}
     metrics["size_bytes"] = sum(path.stat().st_size for path in directory.iterdir())
     started = time.perf_counter()
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,11 +128,11 @@ def embedded() -> Path:
 def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     """A git and DVC project like this one, in a folder of its own, that builds a tiny random model."""
     project = tmp_path / "project"
-    for folder in ("pipeline", "pipeline/source", "stages", ".dvc"):
-        (project / folder).mkdir(parents=True)
-        for file in (ROOT / folder).iterdir():
-            if file.suffix == ".py" or file.name in ("config", ".gitignore"):
-                (project / folder / file.name).write_bytes(file.read_bytes())
+    for folder in ("pipeline", "stages"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (project / ".dvc").mkdir()
+    for file in ("config", ".gitignore"):
+        (project / ".dvc" / file).write_bytes((ROOT / ".dvc" / file).read_bytes())
     for file in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
         (project / file).write_bytes((ROOT / file).read_bytes())
     source = f"source: {{path: {json.dumps(str(tiny_checkpoint))}}}"

@@ -3,15 +3,20 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from pipeline import npu
 from pipeline.errors import PipelineError
+from pipeline.ir_inputs import model_inputs
 from pipeline.manifest import Manifest, building, read_manifest, seal, verify
 from pipeline.npu.artifact import build_blob
 from pipeline.npu.blob import read_blob
 from pipeline.npu.load import Choice, choose, load_pipeline
 from pipeline.params import OWN_PROPERTIES, Npu
+from pipeline.reference import read_reference
+from pipeline.runtimes import OpenvinoGenai
 from tests.conftest import ROOT, run
 
 NPU = Npu(max_prompt_len=256, min_response_len=64)
@@ -231,6 +236,28 @@ def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, weigh
     assert "Paris" in answer
     assert (below, limit) == (2, 2)
     assert above.strip() == 'Set the "MAX_PROMPT_LEN" config option to increase the limit.'
+
+
+@pytest.mark.slow
+def test_the_static_pipeline_computes_what_the_ir_does(embedded):
+    """The NPU's static pipeline gives no logits but a prompt's last; there they are those with which fidelity is
+    measured on the plain CPU."""
+    import openvino
+
+    directory = embedded / VARIANT
+    static = openvino.Core().compile_model(
+        directory / "openvino_model.xml", "NPU", npu.properties(NPU, platform="", device="CPU", bank="test")
+    )
+    request, plain = static.create_infer_request(), OpenvinoGenai(directory, device="CPU")
+    short = [
+        answer for answer in read_reference(embedded / "reference.json").continuations if len(answer.prompt_ids) < 250
+    ]
+    for answer in short[::8]:
+        request.reset_state()
+        inputs = model_inputs(answer.prompt_ids)
+        logits = np.array(request.infer(inputs)["logits"][0, -1:], dtype=np.float64)
+        p, q = (log_softmax(x, axis=1) for x in (plain.logits(answer.prompt_ids, last=1).astype(float), logits))
+        assert (np.exp(p) * (p - q)).sum() < 1e-4
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def test_no_prompt_is_in_two_sets():
         for name in ("reference", "calibration")
     ]
     turns.append([prompt.casefold() for prompt in load_params(ROOT / "params.yaml").validate_.prompts])
-    together = sum(turns, [])
+    together = [turn for group in turns for turn in group]
     assert len(set(together)) == len(together)
 
 

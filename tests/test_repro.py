@@ -54,7 +54,7 @@ def unfinished(project: Path) -> list[str]:
 def test_build_then_nothing_then_one_branch(project):
     """A build makes sealed artifacts that share the disk with the cache; a second run does nothing; an edit of one
     variant's block reruns that variant alone."""
-    cells = ["download@tiny", "export_openvino@tiny-openvino-fp16"]
+    cells = ["download@tiny", "calibrate@tiny", "export_openvino@tiny-openvino-fp16"]
     variants = ["openvino-int4", "npu-int4-channelwise", "npu-int4-group128"]
     cells += [f"quantize_openvino@tiny-{variant}" for variant in variants]
     assert sorted(ran(run("dvc", "repro", *BUILDS, cwd=project).stdout)) == sorted(cells)

@@ -188,7 +188,7 @@ def test_a_small_weight_block_zeroed(artifact, embedded):
 
 def test_departure():
     """A text is split where its tokens leave the source's: before, the differing token, after."""
-    words = dict(enumerate("The sky is blue and wide".split()))
+    words = dict(enumerate(["The", "sky", "is", "blue", "and", "wide"]))
 
     def decode(ids):
         return " ".join(words[i] for i in ids)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.checkpoint import is_wanted
 from pipeline.errors import PipelineError
+from pipeline.manifest import digest
 from pipeline.params import COMMIT, HubSource
 
 CACHED_LFS_BLOB = re.compile(r"[0-9a-f]{64}")
@@ -83,7 +84,7 @@ def _from_cache(source: HubSource, target: Path, *, progress: Callable[[str], No
         shutil.copyfile(path, target / path.name)
         # In the cache an LFS file is a link to a blob that is named by its SHA-256.
         blob = path.resolve().name
-        if CACHED_LFS_BLOB.fullmatch(blob) and _sha256(target / path.name) != blob:
+        if CACHED_LFS_BLOB.fullmatch(blob) and digest(target / path.name).sha256 != blob:
             raise PipelineError(f"{path} is damaged in the Hugging Face cache: delete it and download it again.")
     return {"hub": source.repo, "revision": snapshot.name}
 
@@ -111,14 +112,9 @@ def _is_intact(path: Path, sibling: Any) -> bool:
     if not path.is_file():
         return False
     if sibling.lfs:
-        return _sha256(path) == str(sibling.lfs.sha256)
+        return digest(path).sha256 == str(sibling.lfs.sha256)
     content = path.read_bytes()  # git's own object id; these files are small
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == str(sibling.blob_id)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _check_space(target: Path, needed: int) -> None:

@@ -1,0 +1,97 @@
+"""Publish a validated artifact to a registry: complete, immutable, and visible in one step."""
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline import paths
+from pipeline.checkpoint import LICENCE_FILES, read_json
+from pipeline.errors import PipelineError
+from pipeline.manifest import digest, verify
+from pipeline.paths import MANIFEST
+from pipeline.registry import Registry
+from pipeline.release import NAME, VERSION, Release, read_release
+from pipeline.release_documents import write_documents
+
+
+def publish(
+    model: str,
+    variant: str,
+    *,
+    registry: Registry,
+    version: str,
+    aliases: tuple[str, ...],
+    progress: Callable[[str], None],
+) -> Release:
+    """Publish the artifact `variant` of `model` as `version`, then let `aliases` point to it; return the release.
+
+    The same bytes published again change nothing but the aliases. What an interrupted publication uploaded is used.
+
+    Raises PipelineError when the artifact has not passed validation as it is, or when the version has other bytes.
+    """
+    if not re.fullmatch(VERSION, version):
+        raise PipelineError(f"'{version}' is no version: give three numbers, such as 1.0.0.")
+    if wrong := [alias for alias in aliases if not re.fullmatch(NAME, alias)]:
+        raise PipelineError(f"'{wrong[0]}' is no alias: use small letters, digits and hyphens.")
+    directory = paths.variant(model, variant)
+    progress(f"hashing {directory}")
+    verify(directory)
+    _require_validation(model, variant)
+    with tempfile.TemporaryDirectory(prefix="phi3-release-") as folder:
+        added = Path(folder)
+        write_documents(added, model=model, variant=variant, version=version)
+        contents = {path.name: path for path in [*directory.iterdir(), *_licences(model), *added.iterdir()]}
+        release = Release(
+            model=model,
+            variant=variant,
+            version=version,
+            files={name: digest(path) for name, path in sorted(contents.items())},
+        )
+        if _is_published(release, registry):
+            progress(f"{release.name} {version} is there already, with the same bytes")
+        else:
+            for name, file in release.files.items():
+                if not registry.has(release.name, file):
+                    progress(f"uploading {name}, {file.size / 1e6:.1f} MB")
+                    registry.upload(release.name, contents[name], file)
+            try:
+                registry.publish(release.name, version, release.content(), None, release.files)
+            except FileExistsError:
+                _is_published(release, registry)  # another publisher was faster: with the same bytes all is well
+    for alias in aliases:
+        registry.point(release.name, alias, version)
+    return release
+
+
+def _is_published(release: Release, registry: Registry) -> bool:
+    published = registry.read(release.name, release.version)
+    if published is None:
+        return False
+    theirs = read_release(published[0], origin=registry.url)
+    if theirs == release:
+        return True
+    ours = release.files
+    differing = sorted(name for name in ours.keys() | theirs.files.keys() if ours.get(name) != theirs.files.get(name))
+    raise PipelineError(
+        f"{registry.url} has {release.name} {release.version} with other bytes ({', '.join(differing)[:200]}), and a "
+        "version never changes: publish under a new one."
+    )
+
+
+def _require_validation(model: str, variant: str) -> None:
+    evidence_file = paths.validation(model, variant)
+    remedy = f"run `dvc repro validate@{model}-{variant}` first"
+    if not evidence_file.exists():
+        raise PipelineError(f"{model}/{variant} has not been validated: {remedy}.")
+    evidence = read_json(evidence_file)
+    manifest = (paths.variant(model, variant) / MANIFEST).read_bytes()
+    if evidence.get("failures"):
+        raise PipelineError(f"{model}/{variant} did not pass validation ({evidence['failures'][0]}): it stays here.")
+    if evidence.get("manifest_sha256") != hashlib.sha256(manifest).hexdigest():
+        raise PipelineError(f"{model}/{variant} was built anew since it was validated: {remedy}.")
+
+
+def _licences(model: str) -> list[Path]:
+    return [path for path in paths.source(model).iterdir() if path.name in LICENCE_FILES]

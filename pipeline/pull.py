@@ -1,0 +1,164 @@
+"""Pull a published artifact: every byte is hashed before a file appears under its final name. No ML imports."""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from pipeline.errors import PipelineError
+from pipeline.manifest import digest
+from pipeline.registry import Registry
+from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
+
+CACHE_VARIABLE = "PHI3_CACHE"
+Progress = Callable[[int, int, str], None]  # bytes so far, bytes in all, file
+
+
+def cache() -> Path:
+    """Return the directory of the cache: PHI3_CACHE, or the user's cache directory of the system."""
+    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("phi3-pipeline"))
+
+
+def pull(registry: Registry, name: str, *, reference: str, to: Path | None, progress: Progress) -> Path:
+    """Return the directory of the release `reference` (a version or an alias) of `name`, complete and verified.
+
+    Without `to` it is in the cache. Contents are kept in the cache by their hash, so what is there is not fetched
+    again, and files of the same content share the disk where the file system has hard links.
+
+    Raises PipelineError, with nothing installed, when anything is missing or other than release.json says.
+    """
+    model, _, variant = name.partition("/")
+    if not (re.fullmatch(NAME, model) and re.fullmatch(NAME, variant)):
+        raise PipelineError(f"'{name}' is no name: give MODEL/VARIANT.")
+    if re.fullmatch(VERSION, reference) and ((to or _home(name, reference)) / RELEASE).exists():
+        target = to or _home(name, reference)  # a version never changes, so no registry is needed
+        _require(check(target), name, reference, origin=str(target))
+        return target
+    version = registry.resolve(name, reference)
+    content = registry.read(name, version) if version and re.fullmatch(VERSION, version) else None
+    if version is None or content is None:
+        raise PipelineError(f"{registry.url} has no {name} {reference}: see `phi3 list {registry.url}`.")
+    release = read_release(content[0], origin=registry.url)
+    _require(release, name, version, origin=registry.url)
+    target = to or _home(name, version)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if (target / RELEASE).exists():
+            _require(check(target), name, version, origin=str(target))
+        elif target.exists() and any(target.iterdir()):
+            raise PipelineError(f"{target} is not empty: give another directory.")
+        else:
+            _install(registry, release, content, target, progress=progress)
+    return target
+
+
+def check(directory: Path) -> Release:
+    """Return the release in `directory` after hashing every file.
+
+    Raises PipelineError that lists all files which are missing, changed or not of the release.
+    """
+    path = directory / RELEASE
+    if not path.is_file():
+        raise PipelineError(f"{path} is missing: {directory} was not pulled from a registry.")
+    release = read_release(path.read_bytes(), origin=str(directory))
+    present = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if not file.is_dir()}
+    present -= {RELEASE, SIGNATURE}
+    faults = [f"{name} is missing" for name in release.files.keys() - present]
+    faults += [f"{name} is not of the release" for name in present - release.files.keys()]
+    faults += [
+        f"{name} has changed"
+        for name in present & release.files.keys()
+        if not _is_regular(directory / name) or digest(directory / name) != release.files[name]
+    ]
+    if faults:
+        raise PipelineError(f"{directory}: {'; '.join(sorted(faults))}. Remove it and pull it again.")
+    return release
+
+
+def _install(
+    registry: Registry, release: Release, content: tuple[bytes, bytes | None], target: Path, *, progress: Progress
+) -> None:
+    done = 0
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as folder:
+        build = Path(folder) / target.name
+        for path, file in release.files.items():
+            blob = _fetch(registry, release, path, progress=partial(_report, progress, done, release.size, path))
+            (build / path).parent.mkdir(parents=True, exist_ok=True)
+            _link(blob, build / path)
+            done += file.size
+        (build / RELEASE).write_bytes(content[0])
+        if content[1] is not None:
+            (build / SIGNATURE).write_bytes(content[1])
+        if target.exists():
+            target.rmdir()
+        build.rename(target)
+
+
+def _report(progress: Progress, before: int, total: int, path: str, size: int) -> None:
+    progress(before + size, total, path)
+
+
+def _fetch(registry: Registry, release: Release, path: str, *, progress: Callable[[int], None]) -> Path:
+    # The content in the cache: what is there is hashed before it is used, what was fetched before it gets its name.
+    file = release.files[path]
+    blob = cache() / "blobs" / file.sha256[:2] / file.sha256
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(blob.with_name(f".{blob.name}.lock")):
+        if blob.is_file() and digest(blob) == file:
+            return blob
+        part = blob.with_name(f".{blob.name}.partial")
+        have = part.stat().st_size if part.exists() else 0
+        if have > file.size:
+            part.unlink()
+            have = 0
+        _require_space(part.parent, file.size - have)
+        with part.open("ab") as stream:
+            for chunk in registry.download(release.name, release.version, path, file, offset=have):
+                have += len(chunk)
+                if have > file.size:
+                    break
+                stream.write(chunk)
+                progress(have)
+        if digest(part) != file:
+            part.unlink()
+            raise PipelineError(
+                f"{registry.url} gave other bytes for {path} than {RELEASE} says: nothing was installed; try again, "
+                "and tell whoever keeps the registry when it stays so."
+            )
+        part.replace(blob)
+    return blob
+
+
+def _home(name: str, version: str) -> Path:
+    return cache() / "releases" / name / version
+
+
+def _require(release: Release, name: str, version: str, *, origin: str) -> None:
+    if (release.name, release.version) != (name, version):
+        raise PipelineError(f"{origin} has {release.name} {release.version}, not {name} {version}: it is refused.")
+
+
+def _link(blob: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(blob)
+    except OSError:
+        shutil.copyfile(blob, target)
+
+
+def _is_regular(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _require_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise PipelineError(
+            f"{directory} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed: free some space, or set "
+            f"{CACHE_VARIABLE} to a directory on a larger disk."
+        )

@@ -1,0 +1,61 @@
+"""Model registries behind one interface: a directory, the Hugging Face Hub, an OCI registry."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.errors import PipelineError
+from pipeline.manifest import File
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published version of `name` (`<model>/<variant>`) and the aliases that point to it."""
+
+    name: str
+    version: str
+    aliases: list[str] = field(default_factory=list)
+
+
+class Registry(Protocol):
+    """What publishing and pulling need of a registry. Nothing that it returns is trusted."""
+
+    url: str
+
+    def entries(self) -> list[Entry]:
+        """Return every published version, sorted by name and version."""
+
+    def resolve(self, name: str, reference: str) -> str | None:
+        """Return the version of `name` that `reference`, a version or an alias, stands for; None when there is none."""
+
+    def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
+        """Return release.json and its signature, if it has one, of a version; None when it is not published."""
+
+    def has(self, name: str, file: File) -> bool:
+        """Return whether the content of `file` is there already, whole, from this or another version of `name`."""
+
+    def upload(self, name: str, path: Path, file: File) -> None:
+        """Store the content of `path`; no reader sees it before a release names it."""
+
+    def publish(self, name: str, version: str, release: bytes, signature: bytes | None, files: dict[str, File]) -> None:
+        """Make a version visible in one step, its contents being uploaded; raise FileExistsError when it exists."""
+
+    def point(self, name: str, alias: str, version: str) -> None:
+        """Let `alias` stand for `version` of `name`."""
+
+    def download(self, name: str, version: str, path: str, file: File, *, offset: int) -> Iterator[bytes]:
+        """Yield the content of the file `path` of a version from byte `offset` on."""
+
+
+def open_registry(url: str) -> Registry:
+    """Return the registry at `url`: `dir:PATH`.
+
+    Raises PipelineError for any other kind.
+    """
+    kind, _, rest = url.partition(":")
+    if kind == "dir" and rest:
+        from pipeline.registry.directory import DirectoryRegistry
+
+        return DirectoryRegistry(Path(rest))
+    raise PipelineError(f"'{url}' is no registry: give dir:PATH.")

@@ -1,0 +1,107 @@
+"""A registry in a directory, also on a network share.
+
+```
+blobs/sha256/<first two digits>/<sha256>                  contents, each once
+releases/<model>/<variant>/<version>/release.json         and release.sig; the version exists when this does
+releases/<model>/<variant>/aliases/<alias>                a version
+```
+"""
+
+import io
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.manifest import File, digest
+from pipeline.registry import Entry
+from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION
+
+CHUNK = 1 << 20
+
+
+class DirectoryRegistry:
+    """The registry below `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.url = f"dir:{root}"
+        self._root = root
+
+    def entries(self) -> list[Entry]:
+        found = []
+        for path in self._root.glob(f"releases/*/*/*/{RELEASE}"):
+            model, variant, version = path.parts[-4:-1]
+            aliases = [alias for alias in self._aliases(f"{model}/{variant}") if alias[1] == version]
+            found.append(Entry(f"{model}/{variant}", version, sorted(alias for alias, _ in aliases)))
+        return sorted(found, key=lambda entry: (entry.name, [int(part) for part in entry.version.split(".")]))
+
+    def resolve(self, name: str, reference: str) -> str | None:
+        if re.fullmatch(VERSION, reference):
+            return reference if (self._versions(name) / reference / RELEASE).exists() else None
+        return dict(self._aliases(name)).get(reference)
+
+    def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
+        directory = self._versions(name) / version
+        if not (directory / RELEASE).is_file():
+            return None
+        signature = directory / SIGNATURE
+        return (directory / RELEASE).read_bytes(), signature.read_bytes() if signature.is_file() else None
+
+    def has(self, name: str, file: File) -> bool:
+        blob = self._blob(file)
+        return blob.is_file() and digest(blob) == file
+
+    def upload(self, name: str, path: Path, file: File) -> None:
+        with path.open("rb") as content:
+            _put(self._blob(file), content)
+
+    def publish(self, name: str, version: str, release: bytes, signature: bytes | None, files: dict[str, File]) -> None:
+        versions = self._versions(name)
+        versions.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".publish-", dir=versions, ignore_cleanup_errors=True) as directory:
+            build = Path(directory) / version
+            build.mkdir()
+            (build / RELEASE).write_bytes(release)
+            if signature is not None:
+                (build / SIGNATURE).write_bytes(signature)
+            try:
+                build.rename(versions / version)  # refused when it is there: a directory that is not empty
+            except OSError as error:
+                if (versions / version).exists():
+                    raise FileExistsError(version) from error
+                raise
+
+    def point(self, name: str, alias: str, version: str) -> None:
+        _put(self._versions(name) / "aliases" / alias, io.BytesIO(version.encode()))
+
+    def download(self, name: str, version: str, path: str, file: File, *, offset: int) -> Iterator[bytes]:
+        with self._blob(file).open("rb") as stream:
+            stream.seek(offset)
+            while chunk := stream.read(CHUNK):
+                yield chunk
+
+    def _versions(self, name: str) -> Path:
+        return self._root / "releases" / name
+
+    def _blob(self, file: File) -> Path:
+        return self._root / "blobs" / "sha256" / file.sha256[:2] / file.sha256
+
+    def _aliases(self, name: str) -> list[tuple[str, str]]:
+        files = [path for path in self._versions(name).glob("aliases/*") if re.fullmatch(NAME, path.name)]
+        return [(path.name, path.read_text("utf-8").strip()) for path in files]
+
+
+def _put(path: Path, content: BinaryIO) -> None:
+    # In one step, whoever else does the same.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".put-{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as stream:
+            shutil.copyfileobj(content, stream, CHUNK)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,152 @@
+"""What a release says of itself beside the artifact: model card, metrics, provenance and bill of materials."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pipeline import paths
+from pipeline.checkpoint import read_json
+from pipeline.manifest import Manifest, read_manifest
+from pipeline.paths import MANIFEST
+
+CARD, METRICS, PROVENANCE, SBOM = "README.md", "metrics.json", "provenance.json", "sbom.cdx.json"
+ROWS = {  # of the model card's table: metric, factor, decimals, unit
+    "size": ("size_bytes", 1e-6, 1, "MB"),
+    "mean KL divergence to the source model": ("kl_mean", 1, 4, "nats"),
+    "top-1 agreement with the source model": ("top1_agreement", 100, 1, "%"),
+    "perplexity ratio to the source model": ("perplexity_ratio", 1, 3, ""),
+    "time to first token": ("time_to_first_token_s", 1, 2, "s"),
+    "speed": ("tokens_per_second", 1, 1, "tokens/s"),
+    "peak memory": ("peak_memory_bytes", 1e-9, 2, "GB"),
+}
+
+
+def write_documents(directory: Path, *, model: str, variant: str, version: str) -> None:
+    """Write the documents of a release into `directory`; the same artifact and commit give the same bytes."""
+    manifest = read_manifest(paths.variant(model, variant))
+    metrics = read_json(paths.metrics(model, variant))
+    documents = {
+        METRICS: metrics,
+        PROVENANCE: provenance(manifest, version=version),
+        SBOM: bill_of_materials(manifest, version=version),
+    }
+    for name, content in documents.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    (directory / CARD).write_text(card(manifest, metrics, version=version), "utf-8")
+
+
+def card(manifest: Manifest, metrics: dict[str, Any], *, version: str) -> str:
+    """Return the model card: the Hub's metadata and the measured table.
+
+    Metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata
+    """
+    from huggingface_hub import ModelCardData
+
+    library = "openvino" if "openvino" in manifest.tools else "onnxruntime-genai"
+    base = manifest.source.get("repo")
+    data = ModelCardData(
+        license=manifest.license.lower(),
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=[library, manifest.variant, "phi3", *(device.lower() for device in manifest.runtime["devices"])],
+    )
+    rows = [
+        f"| {label} | {metrics[name] * factor:.{decimals}f} {unit} |"
+        for label, (name, factor, decimals, unit) in ROWS.items()
+        if name in metrics
+    ]
+    formats = ", ".join(f"{share:.1%} {name}" for name, share in manifest.recipe["achieved"]["formats"].items())
+    requires = " ".join(f"{package}=={number}" for package, number in manifest.runtime["requires"].items())
+    source = ", ".join(f"{key} `{value}`" for key, value in manifest.source.items())
+    return f"""---
+{data.to_yaml()}
+---
+# {manifest.name} {version}
+
+Made from {source}. Weights: {formats}. For {", ".join(manifest.runtime["devices"])}, with `{requires}`.
+
+| measured on {metrics["device"]} by {metrics["runtime"]} | |
+| --- | --- |
+{chr(10).join(rows)}
+
+`{MANIFEST}` has the recipe matrix by matrix, `{METRICS}` all figures, `{PROVENANCE}` how it was made,
+`{SBOM}` with what.
+"""
+
+
+def provenance(manifest: Manifest, *, version: str) -> dict[str, Any]:
+    """Return a statement of how the artifact was made, without time or machine.
+
+    Formats: https://in-toto.io/Statement/v1 and https://slsa.dev/spec/v1.0/provenance
+    """
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": path, "digest": {"sha256": file.sha256}} for path, file in manifest.files.items()],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": "urn:phi3-pipeline:dvc-repro:v1",
+                "externalParameters": {
+                    "name": manifest.name,
+                    "version": version,
+                    "recipe": manifest.recipe["asked"],
+                },
+                "internalParameters": {"tools": manifest.tools},
+                "resolvedDependencies": [
+                    {"name": "checkpoint", "annotations": manifest.source},
+                    {"name": "phi3-pipeline", "digest": {"gitCommit": commit()}},
+                ],
+            },
+            "runDetails": {"builder": {"id": "urn:phi3-pipeline:builder", "version": manifest.tools}},
+        },
+    }
+
+
+def bill_of_materials(manifest: Manifest, *, version: str) -> dict[str, Any]:
+    """Return the model and the packages that made it as a CycloneDX 1.6 document, without time or serial number."""
+    from cyclonedx.model import HashAlgorithm, HashType
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentType
+    from cyclonedx.output.json import JsonV1Dot6
+    from packageurl import PackageURL
+
+    model = Component(
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        name=manifest.name,
+        version=version,
+        bom_ref=manifest.name,
+        components=[
+            Component(
+                type=ComponentType.FILE,
+                name=path,
+                bom_ref=path,
+                hashes=[HashType(alg=HashAlgorithm.SHA_256, content=file.sha256)],
+            )
+            for path, file in manifest.files.items()
+        ],
+    )
+    tools = [
+        Component(
+            type=ComponentType.LIBRARY,
+            name=name,
+            version=number,
+            bom_ref=name,
+            purl=PackageURL("pypi", name=name, version=number),
+        )
+        for name, number in manifest.tools.items()
+    ]
+    bom = Bom(components=tools)
+    bom.metadata.component = model
+    bom.register_dependency(model, tools)
+    document: dict[str, Any] = json.loads(JsonV1Dot6(bom).output_as_string())
+    del document["serialNumber"], document["metadata"]["timestamp"]
+    return document
+
+
+def commit() -> str:
+    """Return the git commit that recorded the build: the last one that changed dvc.lock."""
+    command = ["git", "log", "-1", "--format=%H", "--", "dvc.lock"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
