@@ -55,9 +55,9 @@ def publish(
             for name, file in release.files.items():
                 if not registry.has(release.name, file):
                     progress(f"uploading {name}, {file.size / 1e6:.1f} MB")
-                    registry.upload(release.name, contents[name], file)
+                    registry.upload(release.name, name, contents[name], file)
             try:
-                registry.publish(release.name, version, release.content(), None, release.files)
+                registry.publish(release, None)
             except FileExistsError:
                 _is_published(release, registry)  # another publisher was faster: with the same bytes all is well
     for alias in aliases:

@@ -119,7 +119,7 @@ def _fetch(registry: Registry, release: Release, path: str, *, progress: Callabl
             have = 0
         _require_space(part.parent, file.size - have)
         with part.open("ab") as stream:
-            for chunk in registry.download(release.name, release.version, path, file, offset=have):
+            for chunk in registry.download(release, path, offset=have):
                 have += len(chunk)
                 if have > file.size:
                     break

@@ -227,7 +227,7 @@ def test_a_killed_publisher(method, calls, after):
     registry = open_registry("dir:registry")
     sent = []
     original = registry.upload
-    registry.upload = lambda name, path, file: sent.append(file.sha256) or original(name, path, file)
+    registry.upload = lambda name, path, local, file: sent.append(file.sha256) or original(name, path, local, file)
     publish_version("2.0.0", registry)
     assert not set(sent) & uploaded
     assert (pull_latest() / "openvino_model.bin").read_bytes() == b"newer"
@@ -285,9 +285,9 @@ def test_a_pull_continues():
     offsets = []
 
     class Cut(DirectoryRegistry):
-        def download(self, name, version, path, file, *, offset):
+        def download(self, release, path, *, offset):
             offsets.append((path, offset))
-            for chunk in super().download(name, version, path, file, offset=offset):
+            for chunk in super().download(release, path, offset=offset):
                 if path == "openvino_model.bin" and not offset:
                     yield chunk[:3]
                     raise OSError("the network is down")
@@ -428,4 +428,7 @@ def test_the_commands(project):
     verify(paths.variant(MODEL, VARIANT))
     assert run("phi3", "verify", "model", cwd=project).stdout.startswith(f"{NAME}: 8 files, 0.0 MB, all as in")
     refused = run("phi3", "list", "ftp://x", cwd=project, check=False)
-    assert (refused.returncode, refused.stderr) == (1, "Error: 'ftp://x' is no registry: give dir:PATH.\n")
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "Error: 'ftp://x' is no registry: give dir:PATH or hf:OWNER/REPOSITORY.\n",
+    )

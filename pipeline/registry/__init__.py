@@ -1,5 +1,6 @@
 """Model registries behind one interface: a directory, the Hugging Face Hub, an OCI registry."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Protocol
 
 from pipeline.errors import PipelineError
 from pipeline.manifest import File
+from pipeline.release import Release
 
 
 @dataclass(frozen=True)
@@ -35,27 +37,31 @@ class Registry(Protocol):
     def has(self, name: str, file: File) -> bool:
         """Return whether the content of `file` is there already, whole, from this or another version of `name`."""
 
-    def upload(self, name: str, path: Path, file: File) -> None:
-        """Store the content of `path`; no reader sees it before a release names it."""
+    def upload(self, name: str, path: str, local: Path, file: File) -> None:
+        """Store the content of the file `local`, to be `path` of a release; no reader sees it before one names it."""
 
-    def publish(self, name: str, version: str, release: bytes, signature: bytes | None, files: dict[str, File]) -> None:
-        """Make a version visible in one step, its contents being uploaded; raise FileExistsError when it exists."""
+    def publish(self, release: Release, signature: bytes | None) -> None:
+        """Make an uploaded release visible in one step; raise FileExistsError when its version exists."""
 
     def point(self, name: str, alias: str, version: str) -> None:
         """Let `alias` stand for `version` of `name`."""
 
-    def download(self, name: str, version: str, path: str, file: File, *, offset: int) -> Iterator[bytes]:
-        """Yield the content of the file `path` of a version from byte `offset` on."""
+    def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
+        """Yield the content of the file `path` of a release from byte `offset` on."""
 
 
 def open_registry(url: str) -> Registry:
-    """Return the registry at `url`: `dir:PATH`.
+    """Return the registry at `url`: `dir:PATH` or `hf:OWNER/REPOSITORY`.
 
     Raises PipelineError for any other kind.
     """
     kind, _, rest = url.partition(":")
+    if kind == "hf" and re.fullmatch(r"[\w.-]+/[\w.-]+", rest):
+        from pipeline.registry.hub import HubRegistry
+
+        return HubRegistry(rest)
     if kind == "dir" and rest:
         from pipeline.registry.directory import DirectoryRegistry
 
         return DirectoryRegistry(Path(rest))
-    raise PipelineError(f"'{url}' is no registry: give dir:PATH.")
+    raise PipelineError(f"'{url}' is no registry: give dir:PATH or hf:OWNER/REPOSITORY.")

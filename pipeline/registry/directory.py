@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from pipeline.manifest import File, digest
 from pipeline.registry import Entry
-from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION
+from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION, Release
 
 CHUNK = 1 << 20
 
@@ -54,17 +54,17 @@ class DirectoryRegistry:
         blob = self._blob(file)
         return blob.is_file() and digest(blob) == file
 
-    def upload(self, name: str, path: Path, file: File) -> None:
-        with path.open("rb") as content:
+    def upload(self, name: str, path: str, local: Path, file: File) -> None:
+        with local.open("rb") as content:
             _put(self._blob(file), content)
 
-    def publish(self, name: str, version: str, release: bytes, signature: bytes | None, files: dict[str, File]) -> None:
-        versions = self._versions(name)
+    def publish(self, release: Release, signature: bytes | None) -> None:
+        versions, version = self._versions(release.name), release.version
         versions.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".publish-", dir=versions, ignore_cleanup_errors=True) as directory:
             build = Path(directory) / version
             build.mkdir()
-            (build / RELEASE).write_bytes(release)
+            (build / RELEASE).write_bytes(release.content())
             if signature is not None:
                 (build / SIGNATURE).write_bytes(signature)
             try:
@@ -77,8 +77,8 @@ class DirectoryRegistry:
     def point(self, name: str, alias: str, version: str) -> None:
         _put(self._versions(name) / "aliases" / alias, io.BytesIO(version.encode()))
 
-    def download(self, name: str, version: str, path: str, file: File, *, offset: int) -> Iterator[bytes]:
-        with self._blob(file).open("rb") as stream:
+    def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
+        with self._blob(release.files[path]).open("rb") as stream:
             stream.seek(offset)
             while chunk := stream.read(CHUNK):
                 yield chunk
