@@ -6,13 +6,13 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine chromium repro test test-fast lint bench-fidelity clean
+.PHONY: wine chromium docker-registry repro test test-fast lint bench-fidelity clean
 
 repro: $(VENV)/.installed wine
 	dvc repro
 	@dvc metrics show
 
-test: $(VENV)/.installed wine chromium
+test: $(VENV)/.installed wine chromium docker-registry
 	pytest
 
 test-fast: $(VENV)/.installed
@@ -52,6 +52,9 @@ wine:
 
 chromium:
 	@{ command -v chromium || command -v google-chrome; } >/dev/null || $(call apt,chromium,The tests of the report need Chromium)
+
+docker-registry:
+	@command -v docker-registry >/dev/null || $(call apt,docker-registry,The tests of OCI registries need a registry)
 
 clean:
 	rm -rf $(VENV) artifacts/.locks artifacts/logs artifacts/*/logs

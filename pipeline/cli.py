@@ -44,7 +44,7 @@ def verify_command(directory: Path) -> None:
 
 @main.command("publish")
 @click.argument("artifact", metavar="MODEL/VARIANT")
-@click.option("--to", "url", required=True, help="The registry: dir:PATH or hf:OWNER/REPOSITORY.")
+@click.option("--to", "url", required=True, help="The registry: dir:PATH, hf:OWNER/REPOSITORY or oci:HOST/NAME.")
 @click.option("--version", required=True, help="Three numbers, such as 1.0.0.")
 @click.option("--alias", "aliases", multiple=True, default=("latest",), show_default=True, help="Names to move to it.")
 def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, ...]) -> None:

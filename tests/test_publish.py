@@ -430,5 +430,5 @@ def test_the_commands(project):
     refused = run("phi3", "list", "ftp://x", cwd=project, check=False)
     assert (refused.returncode, refused.stderr) == (
         1,
-        "Error: 'ftp://x' is no registry: give dir:PATH or hf:OWNER/REPOSITORY.\n",
+        "Error: 'ftp://x' is no registry: give dir:PATH, hf:OWNER/REPOSITORY or oci:HOST/NAME.\n",
     )

@@ -51,7 +51,7 @@ class Registry(Protocol):
 
 
 def open_registry(url: str) -> Registry:
-    """Return the registry at `url`: `dir:PATH` or `hf:OWNER/REPOSITORY`.
+    """Return the registry at `url`: `dir:PATH`, `hf:OWNER/REPOSITORY` or `oci:HOST/NAME`.
 
     Raises PipelineError for any other kind.
     """
@@ -64,4 +64,8 @@ def open_registry(url: str) -> Registry:
         from pipeline.registry.directory import DirectoryRegistry
 
         return DirectoryRegistry(Path(rest))
-    raise PipelineError(f"'{url}' is no registry: give dir:PATH or hf:OWNER/REPOSITORY.")
+    if kind == "oci" and re.fullmatch(r"[\w.-]+(:\d+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)+", rest):
+        from pipeline.registry.oci import OciRegistry
+
+        return OciRegistry(rest)
+    raise PipelineError(f"'{url}' is no registry: give dir:PATH, hf:OWNER/REPOSITORY or oci:HOST/NAME.")

@@ -1,0 +1,151 @@
+"""Publishing to Debian's docker-registry with a real OCI client, and pulling from it, on loopback."""
+
+import base64
+import hashlib
+import json
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import requests
+
+from pipeline.pull import check
+from tests.conftest import ROOT, run
+from tests.test_publish import NAME, build, project  # noqa: F401
+
+pytestmark = pytest.mark.slow
+BIG = bytes(range(256)) * 100
+CONFIG = """
+version: 0.1
+log: {{level: error, accesslog: {{disabled: true}}}}
+storage: {{filesystem: {{rootdirectory: {root}}}}}
+http: {{addr: "127.0.0.1:{port}"}}
+{auth}
+"""
+
+
+class Registry:
+    """A running docker-registry: its address, its folder and the environment for `phi3`."""
+
+    def __init__(self, folder, *, password=False):
+        if not shutil.which("docker-registry"):
+            pytest.fail("docker-registry is missing: run `make test`, or install it")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.host = f"127.0.0.1:{free.getsockname()[1]}"
+        self.url, self.root = f"oci:{self.host}/models/tiny", folder / "data"
+        folder.mkdir()
+        auth = ""
+        if password:
+            import bcrypt
+
+            hashed = bcrypt.hashpw(b"s3cret", bcrypt.gensalt(4, prefix=b"2a")).decode()
+            (folder / "htpasswd").write_text(f"user:{hashed}\n")
+            auth = f"auth: {{htpasswd: {{realm: test, path: {folder / 'htpasswd'}}}}}"
+        port = self.host.split(":")[1]
+        (folder / "config.yml").write_text(CONFIG.format(root=self.root, port=port, auth=auth))
+        self.home = folder / "home"
+        self.home.mkdir()
+        self.process = subprocess.Popen(["docker-registry", "serve", str(folder / "config.yml")])
+        for _ in range(100):
+            try:
+                requests.get(f"http://{self.host}/v2/", timeout=1)
+                break
+            except requests.ConnectionError:
+                time.sleep(0.1)
+
+    def login(self, secret):
+        """Write what `docker login` would."""
+        (self.home / ".docker").mkdir(exist_ok=True)
+        auths = {self.host: {"auth": base64.b64encode(f"user:{secret}".encode()).decode()}}
+        (self.home / ".docker/config.json").write_text(json.dumps({"auths": auths}))
+
+    def phi3(self, *arguments, check=True):
+        """Run `phi3` with this home."""
+        return run("phi3", *arguments, cwd=Path.cwd(), check=check, PYTHONPATH=str(ROOT), HOME=str(self.home))
+
+    def stop(self):
+        """End the registry."""
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture
+def registry(tmp_path):
+    """An empty registry without passwords."""
+    registry = Registry(tmp_path / "oci")
+    yield registry
+    registry.stop()
+
+
+def test_publish_list_pull(registry, tmp_path):
+    """A version is a ModelPack manifest with a layer per file; what is pulled is what was published; aliases move."""
+    build(BIG)
+    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0", "--alias", "latest", "--alias", "stage")
+    build(BIG + b"newer")
+    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.1.0")
+    assert registry.phi3("list", registry.url).stdout == f"{NAME} 1.0.0 stage\n{NAME} 1.1.0 latest\n"
+    registry.phi3("pull", registry.url, f"{NAME}@stage", "--to", "model")
+    assert check(tmp_path / "model").version == "1.0.0"
+    assert (tmp_path / "model/openvino_model.bin").read_bytes() == BIG
+    address = f"http://{registry.host}/v2/models/tiny/manifests/1.0.0"
+    manifest = requests.get(address, headers={"Accept": "application/vnd.oci.image.manifest.v1+json"}, timeout=9).json()
+    assert manifest["artifactType"] == "application/vnd.cncf.model.manifest.v1+json"
+    assert manifest["config"]["mediaType"] == "application/vnd.cncf.model.config.v1+json"
+    kinds = {layer["annotations"]["org.cncf.model.filepath"]: layer["mediaType"] for layer in manifest["layers"]}
+    assert kinds["openvino_model.bin"] == "application/vnd.cncf.model.weight.v1.raw"
+    assert kinds["tokenizer.json"] == "application/vnd.cncf.model.weight.config.v1.raw"
+    assert kinds["README.md"] == kinds["LICENSE"] == "application/vnd.cncf.model.doc.v1.raw"
+
+
+def test_published_again(registry):
+    """The same bytes change nothing, and other bytes are a conflict."""
+    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    again = registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0").stdout
+    assert "is there already, with the same bytes" in again
+    build(BIG)
+    refused = registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0", check=False)
+    assert (refused.returncode, "with other bytes (manifest.json, openvino_model.bin" in refused.stderr) == (1, True)
+
+
+def test_a_corrupt_content(registry):
+    """Other bytes of the same length in the registry are refused, and nothing is installed."""
+    build(BIG)
+    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    sha256 = hashlib.sha256(BIG).hexdigest()
+    (data,) = registry.root.rglob(f"blobs/sha256/{sha256[:2]}/{sha256}/data")
+    data.write_bytes(bytes(len(BIG)))
+    refused = registry.phi3("pull", registry.url, NAME, "--to", "model", check=False)
+    assert refused.returncode == 1
+    assert "gave other bytes for openvino_model.bin than release.json says" in refused.stderr
+    assert not Path("model").exists()
+
+
+def test_password(tmp_path):
+    """With the password of `docker login` it works; without or with a wrong one it is a sentence without the secret."""
+    registry = Registry(tmp_path / "oci", password=True)
+    try:
+        refused = registry.phi3("list", registry.url, check=False)
+        sentence = f"Error: {registry.url} wants a password: run `docker login {registry.host}` first.\n"
+        assert (refused.returncode, refused.stderr) == (1, sentence)
+        registry.login("wr0ng")
+        refused = registry.phi3("list", registry.url, check=False)
+        assert refused.returncode == 1
+        assert "docker login" in refused.stderr
+        assert "wr0ng" not in refused.stderr
+        registry.login("s3cret")
+        registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+        registry.phi3("pull", registry.url, NAME, "--to", "model")
+        assert check(Path("model")).name == NAME
+    finally:
+        registry.stop()
+
+
+def test_a_registry_that_is_not_there():
+    """A host that does not answer is one sentence."""
+    refused = run("phi3", "list", "oci:127.0.0.1:9/models/tiny", cwd=Path.cwd(), check=False, PYTHONPATH=str(ROOT))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("Error: oci:127.0.0.1:9/models/tiny failed (")
