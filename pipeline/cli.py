@@ -15,6 +15,8 @@ from pipeline.pull import check, pull
 from pipeline.registry import open_registry
 from pipeline.release import RELEASE
 
+KEY = click.Path(exists=True, dir_okay=False, path_type=Path)
+
 
 class _Sentences(click.Group):
     def invoke(self, context: click.Context) -> Any:
@@ -32,12 +34,13 @@ def main() -> None:
 
 @main.command("verify")
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def verify_command(directory: Path) -> None:
+@click.option("--key", type=KEY, help="Public key (PEM) of whoever must have signed it; for what was pulled.")
+def verify_command(directory: Path, key: Path | None) -> None:
     """Hash every file of the built or pulled artifact in DIRECTORY and compare it with what it should be.
 
     Example: phi3 verify artifacts/smol-phi3/openvino-int4
     """
-    sealed = check(directory) if (directory / RELEASE).exists() else verify(directory)
+    sealed = check(directory, key=key) if key or (directory / RELEASE).exists() else verify(directory)
     total = sum(file.size for file in sealed.files.values())
     click.echo(f"{sealed.name}: {len(sealed.files)} files, {total / 1e6:.1f} MB, all as in the manifest")
 
@@ -47,7 +50,8 @@ def verify_command(directory: Path) -> None:
 @click.option("--to", "url", required=True, help="The registry: dir:PATH, hf:OWNER/REPOSITORY or oci:HOST/NAME.")
 @click.option("--version", required=True, help="Three numbers, such as 1.0.0.")
 @click.option("--alias", "aliases", multiple=True, default=("latest",), show_default=True, help="Names to move to it.")
-def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, ...]) -> None:
+@click.option("--key", type=KEY, help="Private EC key (PEM) to sign with.")
+def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, ...], key: Path | None) -> None:
     """Publish the validated artifact MODEL/VARIANT. A version never changes; aliases move.
 
     Example: phi3 publish smol-phi3/openvino-int4 --to dir:/srv/models --version 1.0.0
@@ -56,7 +60,7 @@ def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, .
 
     model, _, variant = artifact.partition("/")
     release = publish(
-        model, variant, registry=open_registry(url), version=version, aliases=aliases, progress=click.echo
+        model, variant, registry=open_registry(url), version=version, aliases=aliases, key=key, progress=click.echo
     )
     click.echo(f"published {release.name} {version}, {release.size / 1e6:.1f} MB, as {', '.join(aliases)}")
 
@@ -76,7 +80,8 @@ def list_command(url: str) -> None:
 @click.argument("url")
 @click.argument("artifact", metavar="MODEL/VARIANT[@VERSION]")
 @click.option("--to", type=click.Path(file_okay=False, path_type=Path), help="By default a directory in the cache.")
-def pull_command(url: str, artifact: str, to: Path | None) -> None:
+@click.option("--key", type=KEY, help="Public key (PEM) of whoever must have signed it.")
+def pull_command(url: str, artifact: str, to: Path | None, key: Path | None) -> None:
     """Pull an artifact from the registry at URL, verified, and print its directory.
 
     Example: phi3 pull dir:/srv/models smol-phi3/openvino-int4@1.0.0
@@ -88,7 +93,7 @@ def pull_command(url: str, artifact: str, to: Path | None) -> None:
             bar.total, bar.n = total, done
             bar.set_description(file)
 
-        directory = pull(open_registry(url), name, reference=reference or "latest", to=to, progress=progress)
+        directory = pull(open_registry(url), name, reference=reference or "latest", to=to, key=key, progress=progress)
     click.echo(directory)
 
 

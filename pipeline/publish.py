@@ -14,6 +14,7 @@ from pipeline.paths import MANIFEST
 from pipeline.registry import Registry
 from pipeline.release import NAME, VERSION, Release, read_release
 from pipeline.release_documents import write_documents
+from pipeline.signing import sign
 
 
 def publish(
@@ -23,9 +24,12 @@ def publish(
     registry: Registry,
     version: str,
     aliases: tuple[str, ...],
+    key: Path | None = None,
     progress: Callable[[str], None],
 ) -> Release:
     """Publish the artifact `variant` of `model` as `version`, then let `aliases` point to it; return the release.
+
+    With the private key in the file `key` the release is signed.
 
     The same bytes published again change nothing but the aliases. What an interrupted publication uploaded is used.
 
@@ -49,7 +53,8 @@ def publish(
             version=version,
             files={name: digest(path) for name, path in sorted(contents.items())},
         )
-        if _is_published(release, registry):
+        signature = sign(release.content(), key) if key else None
+        if _is_published(release, registry, signed=key is not None):
             progress(f"{release.name} {version} is there already, with the same bytes")
         else:
             for name, file in release.files.items():
@@ -57,21 +62,24 @@ def publish(
                     progress(f"uploading {name}, {file.size / 1e6:.1f} MB")
                     registry.upload(release.name, name, contents[name], file)
             try:
-                registry.publish(release, None)
+                registry.publish(release, signature)
             except FileExistsError:
-                _is_published(release, registry)  # another publisher was faster: with the same bytes all is well
+                # Another publisher was faster: with the same bytes all is well.
+                _is_published(release, registry, signed=key is not None)
     for alias in aliases:
         registry.point(release.name, alias, version)
     return release
 
 
-def _is_published(release: Release, registry: Registry) -> bool:
+def _is_published(release: Release, registry: Registry, *, signed: bool) -> bool:
     published = registry.read(release.name, release.version)
     if published is None:
         return False
     theirs = read_release(published[0], origin=registry.url)
-    if theirs == release:
+    if theirs == release and (published[1] is not None or not signed):
         return True
+    if theirs == release:
+        raise PipelineError(f"{registry.url} has {release.name} {release.version} unsigned: sign a new version.")
     ours = release.files
     differing = sorted(name for name in ours.keys() | theirs.files.keys() if ours.get(name) != theirs.files.get(name))
     raise PipelineError(

@@ -15,6 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.manifest import digest
 from pipeline.registry import Registry
 from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
+from pipeline.signing import require_signature
 
 CACHE_VARIABLE = "PHI3_CACHE"
 Progress = Callable[[int, int, str], None]  # bytes so far, bytes in all, file
@@ -25,11 +26,15 @@ def cache() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("phi3-pipeline"))
 
 
-def pull(registry: Registry, name: str, *, reference: str, to: Path | None, progress: Progress) -> Path:
+def pull(
+    registry: Registry, name: str, *, reference: str, to: Path | None, key: Path | None = None, progress: Progress
+) -> Path:
     """Return the directory of the release `reference` (a version or an alias) of `name`, complete and verified.
 
     Without `to` it is in the cache. Contents are kept in the cache by their hash, so what is there is not fetched
     again, and files of the same content share the disk where the file system has hard links.
+
+    With the public key in the file `key` only what its owner signed is taken.
 
     Raises PipelineError, with nothing installed, when anything is missing or other than release.json says.
     """
@@ -38,7 +43,7 @@ def pull(registry: Registry, name: str, *, reference: str, to: Path | None, prog
         raise PipelineError(f"'{name}' is no name: give MODEL/VARIANT.")
     if re.fullmatch(VERSION, reference) and ((to or _home(name, reference)) / RELEASE).exists():
         target = to or _home(name, reference)  # a version never changes, so no registry is needed
-        _require(check(target), name, reference, origin=str(target))
+        _require(check(target, key=key), name, reference, origin=str(target))
         return target
     version = registry.resolve(name, reference)
     content = registry.read(name, version) if version and re.fullmatch(VERSION, version) else None
@@ -46,11 +51,13 @@ def pull(registry: Registry, name: str, *, reference: str, to: Path | None, prog
         raise PipelineError(f"{registry.url} has no {name} {reference}: see `phi3 list {registry.url}`.")
     release = read_release(content[0], origin=registry.url)
     _require(release, name, version, origin=registry.url)
+    if key:
+        require_signature(content[0], content[1], key, origin=f"{registry.url}: {name} {version}")
     target = to or _home(name, version)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
         if (target / RELEASE).exists():
-            _require(check(target), name, version, origin=str(target))
+            _require(check(target, key=key), name, version, origin=str(target))
         elif target.exists() and any(target.iterdir()):
             raise PipelineError(f"{target} is not empty: give another directory.")
         else:
@@ -58,8 +65,8 @@ def pull(registry: Registry, name: str, *, reference: str, to: Path | None, prog
     return target
 
 
-def check(directory: Path) -> Release:
-    """Return the release in `directory` after hashing every file.
+def check(directory: Path, *, key: Path | None = None) -> Release:
+    """Return the release in `directory` after hashing every file and, given a public key, verifying the signature.
 
     Raises PipelineError that lists all files which are missing, changed or not of the release.
     """
@@ -67,6 +74,10 @@ def check(directory: Path) -> Release:
     if not path.is_file():
         raise PipelineError(f"{path} is missing: {directory} was not pulled from a registry.")
     release = read_release(path.read_bytes(), origin=str(directory))
+    if key:
+        signature = directory / SIGNATURE
+        signed = signature.read_bytes() if _is_regular(signature) else None
+        require_signature(path.read_bytes(), signed, key, origin=str(directory))
     present = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if not file.is_dir()}
     present -= {RELEASE, SIGNATURE}
     faults = [f"{name} is missing" for name in release.files.keys() - present]
