@@ -44,7 +44,6 @@ MIXED = {f"AWQ + SE, {metric}": OPENVINO["AWQ + SE"] | {"sensitivity_metric": me
 INT8 = ["last_matmul", "mixed_layers"]
 ONNX: dict[str, dict[str, Any]] = {
     "default, symmetric, block 32 (the tutorial's)": {"algorithm": "default", "symmetric": True},
-    "default, asymmetric, block 32": {"algorithm": "default"},
     "default, symmetric, block 128": {"algorithm": "default", "symmetric": True, "block_size": 128},
     "rtn, asymmetric": {},
     "rtn, asymmetric, INT8 head": {"int8": INT8[:1]},

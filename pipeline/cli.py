@@ -7,11 +7,12 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from pipeline.device import TARGETS, Target
 from pipeline.errors import PipelineError
 from pipeline.manifest import verify
 from pipeline.params import json_schema, load_params
 from pipeline.paths import PARAMS_FILE
-from pipeline.pull import check, pull
+from pipeline.pull import check, pull, suggest
 from pipeline.registry import open_registry
 from pipeline.release import RELEASE
 
@@ -78,23 +79,52 @@ def list_command(url: str) -> None:
 
 @main.command("pull")
 @click.argument("url")
-@click.argument("artifact", metavar="MODEL/VARIANT[@VERSION]")
+@click.argument("artifact", metavar="[MODEL[/VARIANT][@VERSION]]", default="")
+@click.option("--for", "target", type=click.Choice(TARGETS), default="auto", show_default=True, help="The device.")
 @click.option("--to", type=click.Path(file_okay=False, path_type=Path), help="By default a directory in the cache.")
 @click.option("--key", type=KEY, help="Public key (PEM) of whoever must have signed it.")
-def pull_command(url: str, artifact: str, to: Path | None, key: Path | None) -> None:
+def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: Path | None) -> None:
     """Pull an artifact from the registry at URL, verified, and print its directory.
 
-    Example: phi3 pull dir:/srv/models smol-phi3/openvino-int4@1.0.0
+    Without VARIANT the one for the device is taken, without VERSION the latest.
+
+    \b
+    Examples: phi3 pull dir:/srv/models smol-phi3/openvino-int4@1.0.0
+              phi3 pull hf:someone/phi-3-mini --for npu
     """
+    registry = open_registry(url)
     name, _, reference = artifact.partition("@")
+    if "/" not in name:
+        name = suggest(registry, name, reference=reference or "latest", target=target, say=_say)
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int, file: str) -> None:
             bar.total, bar.n = total, done
             bar.set_description(file)
 
-        directory = pull(open_registry(url), name, reference=reference or "latest", to=to, key=key, progress=progress)
+        directory = pull(registry, name, reference=reference or "latest", to=to, key=key, progress=progress)
     click.echo(directory)
+
+
+@main.command("chat")
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--device", help="OpenVINO's name of a device, such as GPU.")
+def chat_command(directory: Path, device: str | None) -> None:
+    """Chat with the artifact in DIRECTORY; an empty line or the end of the input ends it.
+
+    Example: phi3 chat artifacts/smol-phi3/openvino-int4
+    """
+    from pipeline.chat import load_chat
+
+    chat = load_chat(directory, device=device)
+    _say(f"loaded for {chat.device}")
+    while question := click.prompt("you", default="", show_default=False, prompt_suffix="> ", err=True).strip():
+        chat.ask(question, on_text=lambda text: click.echo(text, nl=False))
+        click.echo()
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 @main.command("params")

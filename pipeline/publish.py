@@ -41,7 +41,7 @@ def publish(
         raise PipelineError(f"'{wrong[0]}' is no alias: use small letters, digits and hyphens.")
     directory = paths.variant(model, variant)
     progress(f"hashing {directory}")
-    verify(directory)
+    runtime = verify(directory).runtime
     _require_validation(model, variant)
     with tempfile.TemporaryDirectory(prefix="phi3-release-") as folder:
         added = Path(folder)
@@ -51,6 +51,8 @@ def publish(
             model=model,
             variant=variant,
             version=version,
+            devices=runtime["devices"],
+            requires=runtime["requires"],
             files={name: digest(path) for name, path in sorted(contents.items())},
         )
         signature = sign(release.content(), key) if key else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
+from pipeline.device import Target, choose_release
 from pipeline.errors import PipelineError
 from pipeline.manifest import digest
 from pipeline.registry import Registry
@@ -27,7 +28,13 @@ def cache() -> Path:
 
 
 def pull(
-    registry: Registry, name: str, *, reference: str, to: Path | None, key: Path | None = None, progress: Progress
+    registry: Registry,
+    name: str,
+    *,
+    reference: str = "latest",
+    to: Path | None = None,
+    key: Path | None = None,
+    progress: Progress = lambda done, total, file: None,
 ) -> Path:
     """Return the directory of the release `reference` (a version or an alias) of `name`, complete and verified.
 
@@ -63,6 +70,28 @@ def pull(
         else:
             _install(registry, release, content, target, progress=progress)
     return target
+
+
+def suggest(registry: Registry, model: str, *, reference: str, target: Target, say: Callable[[str], None]) -> str:
+    """Return the name of the release of `model` in `registry` that suits `target`, and say why.
+
+    Without `model` the registry must hold one only. Raises PipelineError when the choice is not clear.
+    """
+    releases = []
+    for name in sorted(
+        {entry.name for entry in registry.entries() if entry.name.startswith(f"{model}/" if model else "")}
+    ):
+        version = registry.resolve(name, reference)
+        content = registry.read(name, version) if version else None
+        if content is not None:
+            releases.append(read_release(content[0], origin=registry.url))
+    if len(models := sorted({release.model for release in releases})) > 1:
+        raise PipelineError(f"{registry.url} has {', '.join(models)}: name the one you want.")
+    if not releases:
+        raise PipelineError(f"{registry.url} has no {model or 'release'} {reference}: see `phi3 list {registry.url}`.")
+    release, reason = choose_release(releases, target)
+    say(f"{release.name}: {reason}")
+    return release.name
 
 
 def check(directory: Path, *, key: Path | None = None) -> Release:

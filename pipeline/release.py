@@ -27,6 +27,8 @@ class Release(BaseModel):
     model: str = Field(pattern=NAME)
     variant: str = Field(pattern=NAME)
     version: str = Field(pattern=VERSION)
+    devices: list[Literal["CPU", "GPU", "NPU"]] = Field(description="what it is made for")
+    requires: dict[str, str] = Field(description="packages that load it, with their versions")
     files: dict[str, File] = Field(min_length=1, max_length=MAX_FILES, description="by path with '/'")
 
     @field_validator("files")

@@ -520,6 +520,11 @@ def test_the_commands(project):
     assert directory == "model"
     verify(paths.variant(MODEL, VARIANT))
     assert run("phi3", "verify", "model", cwd=project).stdout.startswith(f"{NAME}: 8 files, 0.0 MB, all as in")
+    chosen = run("phi3", "pull", "dir:registry", "--for", "gpu", "--to", "chosen", cwd=project)
+    assert (chosen.stdout, chosen.stderr.splitlines()[0]) == ("chosen\n", f"{NAME}: asked for")
+    refused = run("phi3", "pull", "dir:registry", "--for", "npu", cwd=project, check=False)
+    sentence = f"Error: nothing for npu is published there, only {NAME}: name one of them.\n"
+    assert (refused.returncode, refused.stderr) == (1, sentence)
     refused = run("phi3", "list", "ftp://x", cwd=project, check=False)
     assert (refused.returncode, refused.stderr) == (
         1,

@@ -1,0 +1,38 @@
+"""A chat on openvino-genai that starts from a registry: `python chat.py URL [QUESTION ...]`."""
+
+import sys
+
+import openvino_genai
+
+from pipeline.pull import pull
+from pipeline.registry import open_registry
+
+MODEL = "smol-phi3/openvino-int4"
+
+
+def main() -> None:
+    """Pull the model, then answer the questions given, or those that are typed."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: python chat.py URL [QUESTION ...]")
+    directory = pull(open_registry(sys.argv[1]), MODEL, progress=show)
+    pipeline = openvino_genai.LLMPipeline(directory, "CPU")
+    history = openvino_genai.ChatHistory()
+    for question in sys.argv[2:] or iter(lambda: input("you> "), ""):
+        history.append({"role": "user", "content": question})
+        result = pipeline.generate(history, max_new_tokens=256, streamer=stream)
+        print()
+        history.append({"role": "assistant", "content": result.texts[0]})
+
+
+def show(done: int, total: int, file: str) -> None:
+    """Print the progress of the download."""
+    print(f"\r{done / total:4.0%} {file:40}", end="\n" if done == total else "", file=sys.stderr)
+
+
+def stream(text: str) -> None:
+    """Print a piece of the answer."""
+    print(text, end="", flush=True)
+
+
+if __name__ == "__main__":
+    main()
