@@ -10,7 +10,8 @@ from ruamel.yaml import YAML
 from pipeline.params import Npu, OpenvinoInt4, json_schema, load_params
 from tests.conftest import ROOT
 
-STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+CONTENT = YAML(typ="safe").load(ROOT / "dvc.yaml")
+STAGES = CONTENT["stages"]
 
 
 def imported_modules(file: Path, seen: set[Path]) -> set[Path]:
@@ -70,6 +71,20 @@ def test_npu_variants_are_compiled_for_every_platform_that_params_take():
     assert matrix["platform"] == [str(platform) for platform in accepted]
     listed = {key.rsplit(".", 1)[-1] for key in STAGES["quantize_openvino"]["params"] if key.startswith("variants.")}
     assert listed == OpenvinoInt4.model_fields.keys() - {"npu"}
+
+
+def test_params_spell_out_what_dvc_watches():
+    """DVC fails on a key that is not in params.yaml, default or not: every quantized IR's block has all of them."""
+    blocks = YAML(typ="safe").load(ROOT / "params.yaml")["variants"]
+    for name in STAGES["quantize_openvino"]["matrix"]["variant"]:
+        assert blocks[name].keys() >= OpenvinoInt4.model_fields.keys() - {"npu"}
+
+
+def test_every_variant_is_an_artifact_for_dvc():
+    """Each variant of the embedded model has a name for `gto register` and `dvc artifacts get`."""
+    variants = load_params(ROOT / "params.yaml").variants
+    paths = {name: block["path"] for name, block in CONTENT["artifacts"].items()}
+    assert paths == {f"smol-phi3-{name}": f"artifacts/smol-phi3/{name}" for name in variants}
 
 
 def test_schema_is_current():

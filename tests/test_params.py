@@ -38,7 +38,9 @@ def test_the_project_s_file():
         symmetric=True,
         group_size=-1,
         ratio=1.0,
+        calibrated=True,
         awq=True,
+        scale_estimation=True,
         npu=Npu(max_prompt_len=1024, min_response_len=128, required=npu.npu.required),  # CI sets it
     )
 
