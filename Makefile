@@ -13,7 +13,7 @@ repro: $(VENV)/.installed wine
 	@dvc metrics show
 
 test: $(VENV)/.installed wine chromium docker-registry
-	pytest
+	pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.installed
 	pytest -m "not slow"

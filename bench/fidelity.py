@@ -31,6 +31,7 @@ OPENVINO: dict[str, dict[str, Any]] = {
     "SE": {"scale_estimation": True} | CALIBRATED,
     "GPTQ": {"gptq": True} | CALIBRATED,
     "AWQ + SE": {"awq": True, "scale_estimation": True} | CALIBRATED,
+    "SE + GPTQ": {"scale_estimation": True, "gptq": True} | CALIBRATED,
     "AWQ + SE + GPTQ": {"awq": True, "scale_estimation": True, "gptq": True} | CALIBRATED,
 }
 NPU = [name for name in OPENVINO if name not in ("SE", "GPTQ")]
@@ -65,11 +66,13 @@ def recipes() -> dict[str, dict[str, OpenvinoInt4 | OnnxInt4]]:
         return OnnxInt4(stage="build_onnx", execution_provider=provider, **plain | options)
 
     return {
-        "openvino-int4": {k: openvino_recipe(v, group_size=128, ratio=0.6) for k, v in (OPENVINO | MIXED).items()},
-        "npu-int4-channelwise": {k: openvino_recipe(OPENVINO[k], group_size=-1, ratio=1.0) for k in NPU},
-        "npu-int4-group128": {k: openvino_recipe(OPENVINO[k], group_size=128, ratio=1.0) for k in NPU},
+        "openvino-int4": {
+            k: openvino_recipe(v, group_size=128, ratio=0.6) for k, v in (OPENVINO | MIXED).items() if k != "SE + GPTQ"
+        },
         "onnx-directml-int4": {k: onnx_recipe(v, "dml") for k, v in ONNX.items()},
         "onnx-cpu-int4": {k: onnx_recipe(ONNX[k], "cpu") for k in ONNX if "block" in k or "mixed" in k},
+        "npu-int4-channelwise": {k: openvino_recipe(OPENVINO[k], group_size=-1, ratio=1.0) for k in NPU},
+        "npu-int4-group128": {k: openvino_recipe(OPENVINO[k], group_size=128, ratio=1.0) for k in NPU},
     }
 
 

@@ -74,17 +74,17 @@ class Comparison:
         return {name: float(f"{value:.5g}") for name, value in figures.items()}
 
 
-def source_distributions(
-    source: Runtime, answers: Sequence[Answer], *, progress: Callable[[str], None]
-) -> tuple[Distributions, float]:
-    """Return the distributions of `source` at each token of `answers`, and the mean mass beyond the TOP tokens."""
-    ids, log_probs = [], []
-    for logits in _teacher_forced(source, answers, progress=progress):
-        top = np.argsort(-logits, axis=1, kind="stable")[:, : min(TOP, logits.shape[1] - 1)].astype(np.int32)
-        ids.append(top)
-        log_probs.append(_with_tail(_log_probs(logits, top)).astype(np.float32))
-    distributions = Distributions(np.concatenate(ids), np.concatenate(log_probs))
-    return distributions, float(np.exp(distributions.log_probs[:, -1]).mean())
+def distributions(logits: Any) -> Distributions:
+    """Return what is kept of the source's `logits`, shape (rows, vocabulary)."""
+    top = np.argsort(-logits, axis=1, kind="stable")[:, : min(TOP, logits.shape[1] - 1)].astype(np.int32)
+    return Distributions(top, _with_tail(_log_probs(logits, top)).astype(np.float32))
+
+
+def concatenate(parts: Sequence[Distributions]) -> Distributions:
+    """Return the rows of `parts`, one after the other."""
+    return Distributions(
+        np.concatenate([part.ids for part in parts]), np.concatenate([part.log_probs for part in parts])
+    )
 
 
 def compare(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -101,9 +102,13 @@ def make_reference(
     *,
     params: Params,
     eos_token_ids: list[int],
+    on_logits: Callable[[int, Any], None],
     progress: Callable[[str], None],
 ) -> Reference:
-    """Return what `source`, the source model, says to every probe, to validate.prompts and to the reference prompts."""
+    """Return what `source`, the source model, says to every probe, to validate.prompts and to the reference prompts.
+
+    `on_logits` is given the index and the logits of each answer to the reference prompts; see `Torch.answer`.
+    """
     answers = []
     for question in params.validate_.prompts:
         answers.append(ask(source, question, max_new_tokens=params.validate_.max_new_tokens))
@@ -111,30 +116,28 @@ def make_reference(
     rendered = [Chat(messages=messages, rendered=source.render_chat(messages)) for messages in CHATS]
     texts = [*TEXTS, *(chat.rendered for chat in rendered)]  # the rendered chats hold the special tokens
     ids = [source.encode(text) for text in texts]
+    prompts = load_prompts("reference")
+    prompt_ids = [source.encode(source.render_chat(prompt.messages)) for prompt in prompts]
+    continuations = source.answer(
+        prompt_ids, max_new_tokens=params.reference.max_new_tokens, on_logits=on_logits, progress=progress
+    )
     return Reference(
         texts=[Text(text=text, ids=i, decoded=source.decode(i)) for text, i in zip(texts, ids, strict=True)],
         chats=rendered,
         eos_token_ids=eos_token_ids,
         answers=answers,
-        continuations=_continuations(source, max_new_tokens=params.reference.max_new_tokens, progress=progress),
+        continuations=[
+            Continuation(
+                category=prompt.category,
+                question=prompt.messages[-1]["content"],
+                prompt_ids=before,
+                ids=answer,
+                text=source.decode(answer),
+                stopped=answer[-1] in source.eos_token_ids(),
+            )
+            for prompt, before, answer in zip(prompts, prompt_ids, continuations, strict=True)
+        ],
     )
-
-
-def _continuations(source: Torch, *, max_new_tokens: int, progress: Callable[[str], None]) -> list[Continuation]:
-    prompts = load_prompts("reference")
-    prompt_ids = [source.encode(source.render_chat(prompt.messages)) for prompt in prompts]
-    answers = source.answer(prompt_ids, max_new_tokens=max_new_tokens, progress=progress)
-    return [
-        Continuation(
-            category=prompt.category,
-            question=prompt.messages[-1]["content"],
-            prompt_ids=ids,
-            ids=answer,
-            text=source.decode(answer),
-            stopped=answer[-1] in source.eos_token_ids(),
-        )
-        for prompt, ids, answer in zip(prompts, prompt_ids, answers, strict=True)
-    ]
 
 
 def read_reference(path: Path) -> Reference:

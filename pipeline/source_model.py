@@ -36,11 +36,17 @@ class Torch(Transformers):
                     module.register_forward_hook(lambda module, inputs, output: output.float())
 
     def answer(
-        self, prompts: list[list[int]], *, max_new_tokens: int, progress: Callable[[str], None]
+        self,
+        prompts: list[list[int]],
+        *,
+        max_new_tokens: int,
+        on_logits: Callable[[int, Any], None] | None = None,
+        progress: Callable[[str], None],
     ) -> list[list[int]]:
         """Return the ids that continue each of `prompts` greedily, to the eos token that ends them or to the limit.
 
-        Prompts of similar length are answered together, padded on the left.
+        Prompts of similar length are answered together, padded on the left. `on_logits` is given each prompt's index
+        and the float32 logits that led to its answer, shape (len(answer), vocabulary).
         """
         import torch
 
@@ -49,14 +55,21 @@ class Torch(Transformers):
         for batch in _batches([len(prompt) for prompt in prompts]):
             width = max(len(prompts[index]) for index in batch)
             padding = [width - len(prompts[index]) for index in batch]
-            ids = torch.tensor([[eos[0]] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)])
-            mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
             output = self._model.generate(
-                ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=eos[0]
+                torch.tensor([[eos[0]] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)]),
+                attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=eos[0],
+                return_dict_in_generate=True,
+                output_logits=on_logits is not None,
             )
-            for index, row in zip(batch, output[:, width:].tolist(), strict=True):
-                end = next((position for position, token in enumerate(row) if token in eos), len(row) - 1)
-                answers[index] = row[: end + 1]
+            for row, index in enumerate(batch):
+                ids = output.sequences[row, width:].tolist()
+                end = next((position for position, token in enumerate(ids) if token in eos), len(ids) - 1)
+                answers[index] = ids[: end + 1]
+                if on_logits:
+                    on_logits(index, torch.stack([step[row] for step in output.logits[: end + 1]]).float().numpy())
             progress(f"answered {len(answers)} of {len(prompts)} prompts")
         return [answers[index] for index in range(len(prompts))]
 

@@ -1,9 +1,12 @@
 """Stage reference."""
 
+from typing import Any
+
 import click
+import numpy as np
 
 from pipeline import paths
-from pipeline.fidelity import source_distributions, write_distributions
+from pipeline.fidelity import Distributions, concatenate, distributions, write_distributions
 from pipeline.manifest import read_manifest, replace_file
 from pipeline.params import load_params
 from pipeline.process import stage_command
@@ -15,13 +18,22 @@ from pipeline.source_model import Torch
 def main(model: str) -> None:
     """Record what the source checkpoint of MODEL says, and how probable it finds the alternatives."""
     params = load_params()
-    source = Torch(paths.source(model), trust_remote_code=params.get_model(model).source.trust_remote_code)
+    kept: dict[int, Distributions] = {}
+
+    def keep(index: int, logits: Any) -> None:
+        kept[index] = distributions(logits)
+
     reference = make_reference(
-        source, params=params, eos_token_ids=read_manifest(paths.source(model)).eos_token_ids, progress=click.echo
+        Torch(paths.source(model), trust_remote_code=params.get_model(model).source.trust_remote_code),
+        params=params,
+        eos_token_ids=read_manifest(paths.source(model)).eos_token_ids,
+        on_logits=keep,
+        progress=click.echo,
     )
-    distributions, tail = source_distributions(source, reference.continuations, progress=click.echo)
-    click.echo(f"{len(distributions.ids)} tokens; {tail:.1e} of the probability is beyond the tokens kept for each")
-    write_distributions(paths.distributions(model), distributions)
+    found = concatenate([kept[index] for index in range(len(kept))])
+    tail = float(np.exp(found.log_probs[:, -1]).mean())
+    click.echo(f"{len(found.ids)} tokens; {tail:.1e} of the probability is beyond the tokens kept for each")
+    write_distributions(paths.distributions(model), found)
     replace_file(paths.reference(model), reference.model_dump_json(indent=2))
 
 

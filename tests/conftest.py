@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = (
@@ -118,9 +119,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded() -> Path:
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifacts of the embedded model, built by `dvc repro` unless they are there."""
-    run("dvc", "repro", cwd=ROOT)
+    with FileLock(tmp_path_factory.getbasetemp().parent / "embedded.lock"):  # `make test` runs two processes
+        run("dvc", "repro", cwd=ROOT)
     return ROOT / "artifacts/smol-phi3"
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline import fidelity
-from pipeline.fidelity import compare, read_distributions, source_distributions, write_distributions
+from pipeline.fidelity import compare, concatenate, distributions, read_distributions, write_distributions
 from pipeline.reference import Answer, read_reference
 from pipeline.runtimes import OpenvinoGenai
 from pipeline.source_model import Torch
@@ -66,6 +66,11 @@ def independent(source, variant, answers):
     }
 
 
+def kept(source, answers):
+    """What is kept of the source's distributions at each token of `answers`."""
+    return concatenate([distributions(source.logits(a.prompt_ids + a.ids[:-1], last=len(a.ids))) for a in answers])
+
+
 @pytest.fixture
 def answers():
     """Greedy answers of the source, as the measure assumes."""
@@ -76,8 +81,8 @@ def answers():
 def test_a_second_implementation_agrees(answers):
     """With no tail, all figures are those that torch computes over the whole vocabulary."""
     source, variant = Table(0), Table(1)
-    distributions, _ = source_distributions(source, answers, progress=quiet)
-    metrics = compare(variant, answers, distributions, progress=quiet).metrics()
+    reference = kept(source, answers)
+    metrics = compare(variant, answers, reference, progress=quiet).metrics()
     assert metrics.pop("common_prefix_tokens") >= 0
     assert metrics == pytest.approx(independent(source, variant, answers), rel=1e-4)
 
@@ -86,11 +91,12 @@ def test_the_tail_makes_a_lower_bound(answers, monkeypatch):
     """With few tokens kept, KL divergence is below the whole vocabulary's; the rest of the figures stay the same."""
     monkeypatch.setattr(fidelity, "TOP", 4)
     source, variant = Table(0), Table(1)
-    distributions, tail = source_distributions(source, answers, progress=quiet)
-    metrics = compare(variant, answers, distributions, progress=quiet).metrics()
+    reference = kept(source, answers)
+    tail = np.exp(reference.log_probs[:, -1]).mean()
+    metrics = compare(variant, answers, reference, progress=quiet).metrics()
     whole = independent(source, variant, answers)
-    assert distributions.log_probs.shape == (24, 5)
-    assert np.exp(distributions.log_probs.astype(float)).sum(axis=1) == pytest.approx(np.ones(24), abs=1e-6)
+    assert reference.log_probs.shape == (24, 5)
+    assert np.exp(reference.log_probs.astype(float)).sum(axis=1) == pytest.approx(np.ones(24), abs=1e-6)
     assert 0 < tail < 0.5
     assert 0.5 * whole["kl_mean"] < metrics["kl_mean"] < whole["kl_mean"]
     for name in ("top1_agreement", "perplexity", "perplexity_source"):
@@ -99,8 +105,8 @@ def test_the_tail_makes_a_lower_bound(answers, monkeypatch):
 
 def test_the_source_against_itself(answers):
     """The source itself has no divergence, agrees everywhere and shares its whole answers."""
-    distributions, _ = source_distributions(Table(0), answers, progress=quiet)
-    comparison = compare(Table(0), answers, distributions, progress=quiet)
+    reference = kept(Table(0), answers)
+    comparison = compare(Table(0), answers, reference, progress=quiet)
     metrics = comparison.metrics()
     assert metrics["kl_max"] == pytest.approx(0, abs=1e-6)
     assert (metrics["top1_agreement"], metrics["perplexity_ratio"], metrics["common_prefix_tokens"]) == (1, 1, 12)
@@ -111,8 +117,8 @@ def test_common_prefix_is_that_of_greedy_decoding(answers):
     """Teacher forcing tells where the variant's own greedy answer leaves the source's, and with which token."""
     variant = Table(0)
     variant._table += np.random.default_rng(2).normal(scale=0.3, size=variant._table.shape)
-    distributions, _ = source_distributions(Table(0), answers, progress=quiet)
-    comparison = compare(variant, answers, distributions, progress=quiet)
+    reference = kept(Table(0), answers)
+    comparison = compare(variant, answers, reference, progress=quiet)
     for answer, prefix, preferred in zip(answers, comparison.prefixes, comparison.preferred, strict=True):
         own = greedy(variant, answer.prompt_ids, 12)
         assert own[:prefix] == answer.ids[:prefix]
@@ -122,26 +128,38 @@ def test_common_prefix_is_that_of_greedy_decoding(answers):
 
 def test_distributions_are_stored_as_they_are(answers, tmp_path):
     """What is read is what was written."""
-    distributions, _ = source_distributions(Table(0), answers, progress=quiet)
-    write_distributions(tmp_path / "reference.npz", distributions)
+    reference = kept(Table(0), answers)
+    write_distributions(tmp_path / "reference.npz", reference)
     read = read_distributions(tmp_path / "reference.npz")
-    assert (read.ids == distributions.ids).all()
-    assert (read.log_probs == distributions.log_probs).all()
+    assert (read.ids == reference.ids).all()
+    assert (read.log_probs == reference.log_probs).all()
 
 
 @pytest.mark.slow
 def test_the_embedded_models_figures(embedded):
     """On real answers torch and a second implementation confirm the INT4 IR's figures, and the kept tokens suffice."""
-    reference = read_reference(embedded / "reference.json").continuations[::8]
+    answers = read_reference(embedded / "reference.json").continuations[::8]
     source, variant = Torch(embedded / "source"), OpenvinoGenai(embedded / "openvino-int4", device="CPU")
-    distributions, tail = source_distributions(source, reference, progress=quiet)
-    metrics = compare(variant, reference, distributions, progress=quiet).metrics()
-    whole = independent(source, variant, reference)
+    reference = kept(source, answers)
+    tail = np.exp(reference.log_probs[:, -1]).mean()
+    metrics = compare(variant, answers, reference, progress=quiet).metrics()
+    whole = independent(source, variant, answers)
     assert tail < 0.02
     assert 0.98 * whole["kl_mean"] < metrics["kl_mean"] <= whole["kl_mean"] * 1.0001
     assert {k: metrics[k] for k in ("top1_agreement", "perplexity")} == pytest.approx(
         {k: whole[k] for k in ("top1_agreement", "perplexity")}, rel=1e-3
     )
+
+
+@pytest.mark.slow
+def test_what_the_stage_kept_is_what_teacher_forcing_gives(embedded):
+    """The distributions kept while the source answered, in batches, are those of reading an answer alone."""
+    answers = read_reference(embedded / "reference.json").continuations
+    stored = read_distributions(embedded / "reference.npz")
+    last = kept(Torch(embedded / "source"), answers[-1:])
+    rows = slice(len(stored.ids) - len(last.ids), None)
+    np.testing.assert_allclose(stored.log_probs[rows], last.log_probs, atol=1e-3)
+    assert [answer.ids for answer in answers[-1:]] == [[int(i) for i in stored.ids[rows, 0]]]
 
 
 @pytest.mark.slow

@@ -39,8 +39,8 @@ def test_the_project_s_file():
         group_size=-1,
         ratio=1.0,
         calibrated=True,
-        awq=True,
         scale_estimation=True,
+        gptq=True,
         npu=Npu(max_prompt_len=1024, min_response_len=128, required=npu.npu.required),  # CI sets it
     )
 

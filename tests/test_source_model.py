@@ -23,7 +23,11 @@ def test_answers_in_batches(tiny_checkpoint):
     source = Torch(tiny_checkpoint)
     prompts = [list(range(start, start + length)) for start, length in ((30, 9), (80, 2), (50, 30))]
     lines: list[str] = []
-    answers = source.answer(prompts, max_new_tokens=12, progress=lines.append)
+    logits = {}
+    answers = source.answer(prompts, max_new_tokens=12, on_logits=logits.__setitem__, progress=lines.append)
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        expected = source.logits(prompt + answer[:-1], last=len(answer))
+        np.testing.assert_allclose(logits[index], expected, atol=1e-4)
     assert answers == [source.generate(prompt, max_new_tokens=12).ids for prompt in prompts]
     assert lines == ["answered 3 of 3 prompts"]
 
