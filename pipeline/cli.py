@@ -1,5 +1,6 @@
 """The `phi3` command; parses, prints and sets exit codes, nothing else."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,10 @@ def chat_command(directory: Path, device: str | None) -> None:
 
     chat = load_chat(directory, device=device)
     _say(f"loaded for {chat.device}")
-    while question := click.prompt("you", default="", show_default=False, prompt_suffix="> ", err=True).strip():
-        chat.ask(question, on_text=lambda text: click.echo(text, nl=False))
-        click.echo()
+    with contextlib.suppress(click.Abort):  # the end of the input, or Ctrl-C
+        while question := click.prompt("you", default="", show_default=False, prompt_suffix="> ", err=True).strip():
+            chat.ask(question, on_text=lambda text: click.echo(text, nl=False))
+            click.echo()
 
 
 def _say(line: str) -> None:

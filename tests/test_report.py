@@ -119,7 +119,7 @@ def test_all_variants_at_a_glance(page, embedded):
     assert rows[1][3].strip() == f"{metrics['kl_mean']:.4f} nats"
     assert rows[2][-1].strip() == "openvino-genai, CPU (NPU static pipeline)"
     assert "openvino-int4 fails: check 'fidelity' <failed>" in page.inner_text("main")
-    assert page.inner_text("header").startswith("smol-phi3: every variant against the source model\n4 pass 1 fail")
+    assert "4 pass 1 fail 1 not validated of 6 variants" in page.inner_text("header")
 
 
 @pytest.mark.slow
@@ -170,8 +170,9 @@ def test_narrow_screens(page, width):
     """On a phone nothing is cut off to the right, and text keeps a readable size."""
     page.set_viewport_size({"width": width, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    cells = page.locator("#glance + div td").all()
-    assert all(0 <= cell.bounding_box()["x"] <= width for cell in cells)
+    if width < 400:
+        boxes = [cell.bounding_box() for cell in page.locator("#glance + div td").all()]
+        assert all(box["x"] >= 0 and box["x"] + box["width"] <= width for box in boxes)
     sizes = "[...document.querySelectorAll('td, p, summary')].map(e => parseFloat(getComputedStyle(e).fontSize))"
     assert min(page.evaluate(sizes)) >= 13
 
