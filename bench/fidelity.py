@@ -122,9 +122,13 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     for variant, rows in results.items():
         best = min(rows, key=lambda name: rows[name]["kl_mean"])
         columns = list(rows[best])
-        parts += [f"\n## {variant}\n", f"| option | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+        missing = [name for name in recipes()[variant] if name not in rows]
+        parts += [f"\n## {variant}\n"]
+        if missing:
+            parts += [f"Not measured yet: {'; '.join(missing)}.\n"]
+        parts += [f"| option | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
         for name, row in rows.items():
-            label = f"**{name}**" if name == best else name
+            label = f"**{name}**" if name == best and not missing else name
             parts.append(f"| {label} | {' | '.join(f'{row[column]:g}' for column in columns)} |")
     return "\n".join(parts)
 
