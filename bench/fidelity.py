@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -16,7 +16,7 @@ from pipeline import onnx_genai, openvino, paths
 from pipeline.calibration import read_calibration
 from pipeline.fidelity import compare, read_distributions
 from pipeline.manifest import replace_file, tool_versions
-from pipeline.params import OnnxInt4, OpenvinoInt4
+from pipeline.params import OnnxInt4, OpenvinoInt4, SensitivityMetric
 from pipeline.reference import read_reference
 from pipeline.runtimes import OnnxGenai, OpenvinoGenai
 
@@ -35,12 +35,7 @@ OPENVINO: dict[str, dict[str, Any]] = {
     "AWQ + SE + GPTQ": {"awq": True, "scale_estimation": True, "gptq": True} | CALIBRATED,
 }
 NPU = [name for name in OPENVINO if name not in ("SE", "GPTQ")]
-METRICS = (
-    "hessian_input_activation",
-    "mean_activation_variance",
-    "max_activation_variance",
-    "mean_activation_magnitude",
-)
+METRICS = get_args(SensitivityMetric)[1:]  # the first needs no data, and is the default
 MIXED = {f"AWQ + SE, {metric}": OPENVINO["AWQ + SE"] | {"sensitivity_metric": metric} for metric in METRICS}
 INT8 = ["last_matmul", "mixed_layers"]
 ONNX: dict[str, dict[str, Any]] = {
@@ -107,10 +102,11 @@ def measure(recipe: OpenvinoInt4 | OnnxInt4, directory: Path) -> dict[str, float
     comparison = compare(
         runtime, reference.continuations, read_distributions(paths.distributions(MODEL)), progress=lambda line: None
     )
+    metrics = comparison.metrics()
     chosen = ("kl_mean", "kl_p99", "top1_agreement", "perplexity_ratio", "common_prefix_tokens")
     return {
         "size_mb": round(weights.stat().st_size / 1e6, 1),
-        **{name: comparison.metrics()[name] for name in chosen},
+        **{name: metrics[name] for name in chosen},
         "build_s": round(seconds, 1),
         "tokens_per_second": round(median(speeds[1:]), 1),
     }

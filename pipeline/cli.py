@@ -94,16 +94,17 @@ def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: 
               phi3 pull hf:someone/phi-3-mini --for npu
     """
     registry = open_registry(url)
-    name, _, reference = artifact.partition("@")
+    name, _, version = artifact.partition("@")
+    reference = version or "latest"
     if "/" not in name:
-        name = suggest(registry, name, reference=reference or "latest", target=target, say=_say)
+        name = suggest(registry, name, reference=reference, target=target, say=_say)
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int, file: str) -> None:
             bar.total, bar.n = total, done
             bar.set_description(file)
 
-        directory = pull(registry, name, reference=reference or "latest", to=to, key=key, progress=progress)
+        directory = pull(registry, name, reference=reference, to=to, key=key, progress=progress)
     click.echo(directory)
 
 

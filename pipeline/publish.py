@@ -1,6 +1,5 @@
 """Publish a validated artifact to a registry: complete, immutable, and visible in one step."""
 
-import hashlib
 import re
 import tempfile
 from collections.abc import Callable
@@ -59,6 +58,7 @@ def publish(
         if _is_published(release, registry, signed=key is not None):
             progress(f"{release.name} {version} is there already, with the same bytes")
         else:
+            registry.prepare(release.name)
             for name, file in release.files.items():
                 if not registry.has(release.name, file):
                     progress(f"uploading {name}, {file.size / 1e6:.1f} MB")
@@ -96,10 +96,9 @@ def _require_validation(model: str, variant: str) -> None:
     if not evidence_file.exists():
         raise PipelineError(f"{model}/{variant} has not been validated: {remedy}.")
     evidence = read_json(evidence_file)
-    manifest = (paths.variant(model, variant) / MANIFEST).read_bytes()
     if evidence.get("failures"):
         raise PipelineError(f"{model}/{variant} did not pass validation ({evidence['failures'][0]}): it stays here.")
-    if evidence.get("manifest_sha256") != hashlib.sha256(manifest).hexdigest():
+    if evidence.get("manifest_sha256") != digest(paths.variant(model, variant) / MANIFEST).sha256:
         raise PipelineError(f"{model}/{variant} was built anew since it was validated: {remedy}.")
 
 

@@ -14,7 +14,7 @@ from pipeline import paths, publish, pull
 from pipeline.errors import PipelineError
 from pipeline.manifest import Manifest, building, digest, seal, verify
 from pipeline.pull import check
-from pipeline.registry import Entry, open_registry
+from pipeline.registry import Entry, open_registry, require_own
 from pipeline.registry.directory import DirectoryRegistry
 from pipeline.release import RELEASE, read_release, unsafe
 from tests.conftest import run
@@ -76,6 +76,16 @@ def publish_version(version="1.0.0", registry=None, aliases=("latest",)):
 def pull_latest(to=None, reference="latest"):
     """Pull into the cache, or `to`."""
     return pull.pull(open_registry("dir:registry"), NAME, reference=reference, to=to, progress=quiet)
+
+
+def exit_codes(function, *arguments, processes):
+    """Return how so many processes end that call `function` at the same time."""
+    started = [multiprocessing.get_context("fork").Process(target=function, args=arguments) for _ in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
 
 
 @pytest.fixture(autouse=True)
@@ -213,12 +223,7 @@ def test_a_killed_publisher(method, calls, after):
     """Killed at any phase, readers see the old version whole; a retry uploads only what is missing and ends well."""
     publish_version("1.0.0")
     build(b"newer")
-    process = multiprocessing.get_context("fork").Process(
-        target=publish_version, args=("2.0.0", Dies(method, calls, after=after))
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == 9
+    assert exit_codes(publish_version, "2.0.0", Dies(method, calls, after=after), processes=1) == [9]
     visible = [entry.version for entry in open_registry("dir:registry").entries()]
     assert visible == (["1.0.0", "2.0.0"] if method == "point" or (method == "publish" and after) else ["1.0.0"])
     moved = method == "point" and after
@@ -235,12 +240,7 @@ def test_a_killed_publisher(method, calls, after):
 
 def test_two_publishers_at_once():
     """Of two publishers of the same version both succeed with the same bytes, and one is refused with others."""
-    processes = [multiprocessing.get_context("fork").Process(target=publish_version) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
+    assert exit_codes(publish_version, processes=4) == [0] * 4
     assert check(pull_latest()).version == "1.0.0"
 
     class Late(DirectoryRegistry):
@@ -254,15 +254,19 @@ def test_two_publishers_at_once():
         publish_version(registry=Late(Path("registry")))
 
 
+def test_a_registry_of_another_artifact():
+    """A registry that is for one artifact takes no other, and an empty one takes any."""
+    release = publish_version().content()
+    require_own(None, "tiny/other", url="hf:a/b")
+    require_own(release, NAME, url="hf:a/b")
+    with pytest.raises(PipelineError, match=f"hf:a/b is the registry of {NAME}: give tiny/other a repository of its"):
+        require_own(release, "tiny/other", url="hf:a/b")
+
+
 def test_two_pulls_at_once():
     """Pulls of the same release at the same time all succeed, and fetch each content once."""
     publish_version()
-    processes = [multiprocessing.get_context("fork").Process(target=pull_latest) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
+    assert exit_codes(pull_latest, processes=4) == [0] * 4
     check(pull_latest())
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from pipeline.errors import PipelineError
 from pipeline.manifest import File
-from pipeline.release import Release
+from pipeline.release import Release, read_release
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class Entry:
     name: str
     version: str
     aliases: list[str] = field(default_factory=list)
+
+    @property
+    def order(self) -> tuple[str, list[int]]:
+        """What entries are sorted by: the name, then the version by its numbers."""
+        return self.name, [int(part) for part in self.version.split(".")]
 
 
 class Registry(Protocol):
@@ -34,6 +39,9 @@ class Registry(Protocol):
     def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
         """Return release.json and its signature, if it has one, of a version; None when it is not published."""
 
+    def prepare(self, name: str) -> None:
+        """Make ready for uploads of `name`; raise PipelineError when the registry is for one artifact, and another."""
+
     def has(self, name: str, file: File) -> bool:
         """Return whether the content of `file` is there already, whole, from this or another version of `name`."""
 
@@ -48,6 +56,12 @@ class Registry(Protocol):
 
     def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
         """Yield the content of the file `path` of a release from byte `offset` on."""
+
+
+def require_own(release: bytes | None, name: str, *, url: str) -> None:
+    """Raise PipelineError when `release`, the release.json that a registry for one artifact has, is not of `name`."""
+    if release is not None and (other := read_release(release, origin=url).name) != name:
+        raise PipelineError(f"{url} is the registry of {other}: give {name} a repository of its own.")
 
 
 def open_registry(url: str) -> Registry:

@@ -36,7 +36,7 @@ class DirectoryRegistry:
             model, variant, version = path.parts[-4:-1]
             aliases = [alias for alias in self._aliases(f"{model}/{variant}") if alias[1] == version]
             found.append(Entry(f"{model}/{variant}", version, sorted(alias for alias, _ in aliases)))
-        return sorted(found, key=lambda entry: (entry.name, [int(part) for part in entry.version.split(".")]))
+        return sorted(found, key=lambda entry: entry.order)
 
     def resolve(self, name: str, reference: str) -> str | None:
         if re.fullmatch(VERSION, reference):
@@ -49,6 +49,9 @@ class DirectoryRegistry:
             return None
         signature = directory / SIGNATURE
         return (directory / RELEASE).read_bytes(), signature.read_bytes() if signature.is_file() else None
+
+    def prepare(self, name: str) -> None:
+        pass  # directories are made as they are needed
 
     def has(self, name: str, file: File) -> bool:
         blob = self._blob(file)

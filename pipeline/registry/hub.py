@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Hf
 
 from pipeline.errors import PipelineError
 from pipeline.manifest import File
-from pipeline.registry import Entry
+from pipeline.registry import Entry, require_own
 from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 
 ALIASES = "aliases.json"
@@ -40,7 +40,7 @@ class HubRegistry:
             if content is not None:
                 release = read_release(content, origin=self.url)
                 found.append(Entry(release.name, version, sorted(a for a, v in aliases.items() if v == version)))
-        return sorted(found, key=lambda entry: [int(part) for part in entry.version.split(".")])
+        return sorted(found, key=lambda entry: entry.order)
 
     def resolve(self, name: str, reference: str) -> str | None:
         if re.fullmatch(VERSION, reference):
@@ -51,13 +51,16 @@ class HubRegistry:
         content = self._file(RELEASE, version)
         return None if content is None else (content, self._file(SIGNATURE, version))
 
+    def prepare(self, name: str) -> None:
+        with self._sentences():
+            self._api.create_repo(self._repo, exist_ok=True)
+        require_own(self._file(RELEASE, MAIN), name, url=self.url)
+
     def has(self, name: str, file: File) -> bool:
         return False  # the client asks the Hub for each content before it sends it
 
     def upload(self, name: str, path: str, local: Path, file: File) -> None:
         with self._sentences():
-            self._api.create_repo(self._repo, exist_ok=True)
-            self._require_own(name)
             operation = CommitOperationAdd(path_in_repo=path, path_or_fileobj=local)
             self._api.preupload_lfs_files(self._repo, [operation], free_memory=False)
         self._uploads[path] = operation
@@ -107,11 +110,6 @@ class HubRegistry:
                 stream.seek(offset)
                 while chunk := stream.read(CHUNK):
                     yield chunk
-
-    def _require_own(self, name: str) -> None:
-        content = self._file(RELEASE, MAIN)
-        if content is not None and (other := read_release(content, origin=self.url).name) != name:
-            raise PipelineError(f"{self.url} is the registry of {other}: give {name} a repository of its own.")
 
     def _versions(self) -> list[str]:
         with self._sentences():

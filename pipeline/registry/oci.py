@@ -23,7 +23,7 @@ from urllib3.util import Retry
 
 from pipeline.errors import PipelineError
 from pipeline.manifest import File, digest
-from pipeline.registry import Entry
+from pipeline.registry import Entry, require_own
 from pipeline.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 
 TYPE = "application/vnd.cncf.model"
@@ -55,7 +55,7 @@ class OciRegistry:
                 release = read_release(content[0], origin=self.url)
                 aliases = [tag for tag in tags if tag != version and digests[tag] == digests[version]]
                 found.append(Entry(release.name, version, sorted(tag for tag in aliases if re.fullmatch(NAME, tag))))
-        return sorted(found, key=lambda entry: [int(part) for part in entry.version.split(".")])
+        return sorted(found, key=lambda entry: entry.order)
 
     def resolve(self, name: str, reference: str) -> str | None:
         content = self.read(name, reference)
@@ -71,17 +71,16 @@ class OciRegistry:
         contents = [self._small(layers[path]) if path in layers else None for path in (RELEASE, SIGNATURE)]
         return contents[0] or b"", contents[1]
 
+    def prepare(self, name: str) -> None:
+        version = next((tag for tag in self._tags() if re.fullmatch(VERSION, tag)), None)
+        content = self.read(name, version) if version else None
+        require_own(content[0] if content else None, name, url=self.url)
+
     def has(self, name: str, file: File) -> bool:
         with _sentences(self.url):
             return bool(self._client.blob_exists(_descriptor(file, ""), self._container("latest")))
 
     def upload(self, name: str, path: str, local: Path, file: File) -> None:
-        published = self._tags()
-        other = next((tag for tag in published if re.fullmatch(VERSION, tag)), None)
-        if other and (content := self.read(name, other)):
-            theirs = read_release(content[0], origin=self.url).name
-            if theirs != name:
-                raise PipelineError(f"{self.url} is the registry of {theirs}: give {name} a repository of its own.")
         self._upload(local, file)
 
     def publish(self, release: Release, signature: bytes | None) -> None:
