@@ -7,7 +7,8 @@ import pytest
 from pipeline.pull import check
 from tests.conftest import ROOT, run
 from tests.hub_registry_server import HubRegistryServer
-from tests.test_publish import NAME, build, project  # noqa: F401
+from tests.release_project import NAME, build
+from tests.release_project import project as project
 
 pytestmark = pytest.mark.slow
 REPO = "someone/tiny-openvino-int4"

@@ -14,7 +14,8 @@ import requests
 
 from pipeline.pull import check
 from tests.conftest import ROOT, run
-from tests.test_publish import NAME, build, project  # noqa: F401
+from tests.release_project import NAME, build
+from tests.release_project import project as project
 
 pytestmark = pytest.mark.slow
 BIG = bytes(range(256)) * 100

@@ -1,0 +1,96 @@
+"""A folder with one small validated artifact, to publish to a directory and to pull from there."""
+
+import hashlib
+import json
+import multiprocessing
+
+import pytest
+
+from pipeline import paths, publish, pull
+from pipeline.manifest import Manifest, building, seal
+from pipeline.registry import open_registry
+from tests.conftest import run
+
+MODEL, VARIANT = "tiny", "openvino-int4"
+NAME = f"{MODEL}/{VARIANT}"
+METRICS = {"passed": True, "size_bytes": 3, "kl_mean": 0.1, "runtime": "openvino-genai", "device": "CPU"}
+
+
+def quiet(*arguments):
+    """Take progress."""
+
+
+def build(weights=b"weights"):
+    """Build and validate an artifact with the given weights in the current directory."""
+    directory = paths.variant(MODEL, VARIANT)
+    with building(directory) as target:
+        (target / "openvino_model.bin").write_bytes(weights)
+        (target / "tokenizer.json").write_text("{}")
+        seal(
+            target,
+            Manifest(
+                name=NAME,
+                model=MODEL,
+                variant=VARIANT,
+                source={"repo": "microsoft/Phi-3-mini-4k-instruct", "revision": "f" * 40},
+                license="MIT",
+                recipe={"asked": {"ratio": 0.6}, "achieved": {"formats": {"int4-sym-g128": 1.0}}},
+                eos_token_ids=[1],
+                context={"max_position_embeddings": 512},
+                runtime={"requires": {"openvino-genai": "2026.4.1.0"}, "devices": ["CPU", "GPU"]},
+                tools={"openvino": "2026.4.1"},
+            ),
+        )
+    validate()
+
+
+def validate(failures=()):
+    """Write what the stage validate would."""
+    manifest = (paths.variant(MODEL, VARIANT) / "manifest.json").read_bytes()
+    evidence = {"manifest_sha256": hashlib.sha256(manifest).hexdigest(), "failures": list(failures)}
+    for path, content in ((paths.validation(MODEL, VARIANT), evidence), (paths.metrics(MODEL, VARIANT), METRICS)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+
+def publish_version(version="1.0.0", registry=None, aliases=("latest",), key=None):
+    """Publish the artifact of the current directory, signed if a key is given."""
+    return publish.publish(
+        MODEL,
+        VARIANT,
+        registry=registry or open_registry("dir:registry"),
+        version=version,
+        aliases=aliases,
+        key=key,
+        progress=quiet,
+    )
+
+
+def pull_latest(to=None, reference="latest", key=None):
+    """Pull into the cache, or `to`."""
+    return pull.pull(open_registry("dir:registry"), NAME, reference=reference, to=to, key=key, progress=quiet)
+
+
+def exit_codes(function, *arguments, processes):
+    """Return how so many processes end that call `function` at the same time."""
+    started = [multiprocessing.get_context("fork").Process(target=function, args=arguments) for _ in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """A folder with git, a validated artifact, a source with a licence, and a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PHI3_CACHE", str(tmp_path / "cache"))
+    run("git", "init", "-q", cwd=tmp_path)
+    (tmp_path / "dvc.lock").write_text("")
+    run("git", "add", "dvc.lock", cwd=tmp_path)
+    run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start", cwd=tmp_path)
+    paths.source(MODEL).mkdir(parents=True)
+    (paths.source(MODEL) / "LICENSE").write_text("MIT")
+    build()
+    return tmp_path

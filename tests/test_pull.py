@@ -1,0 +1,176 @@
+"""Pulling: every byte is checked, hostile releases are refused, and nothing wrong is installed."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from pipeline import paths, pull
+from pipeline.errors import PipelineError
+from pipeline.manifest import digest
+from pipeline.pull import check
+from pipeline.registry.directory import DirectoryRegistry
+from pipeline.release import RELEASE, read_release, unsafe
+from tests.release_project import MODEL, NAME, VARIANT, build, exit_codes, publish_version, pull_latest, quiet
+from tests.release_project import project as project
+
+
+def test_two_pulls_at_once():
+    """Pulls of the same release at the same time all succeed, and fetch each content once."""
+    publish_version()
+    assert exit_codes(pull_latest, processes=4) == [0] * 4
+    check(pull_latest())
+
+
+def test_contents_are_shared(tmp_path):
+    """Two releases with the same tokenizer store it once, in the registry and on the consumer's disk."""
+    publish_version("1.0.0")
+    first = pull_latest()
+    build(b"newer")
+    publish_version("2.0.0")
+    second = pull_latest()
+    assert first != second
+    assert (first / "tokenizer.json").stat().st_ino == (second / "tokenizer.json").stat().st_ino
+    shutil.rmtree("registry")
+    assert pull.pull(DirectoryRegistry(tmp_path / "nothing"), NAME, reference="1.0.0", to=None, progress=quiet) == first
+
+
+def test_a_pull_continues():
+    """An interrupted download goes on at the byte where it stopped."""
+    publish_version()
+    offsets = []
+
+    class Cut(DirectoryRegistry):
+        def download(self, release, path, *, offset):
+            offsets.append((path, offset))
+            for chunk in super().download(release, path, offset=offset):
+                if path == "openvino_model.bin" and not offset:
+                    yield chunk[:3]
+                    raise OSError("the network is down")
+                yield chunk
+
+    registry = Cut(Path("registry"))
+    with pytest.raises(OSError, match="the network is down"):
+        pull.pull(registry, NAME, reference="latest", to=Path("model"), progress=quiet)
+    assert not Path("model").exists()
+    pull.pull(registry, NAME, reference="latest", to=Path("model"), progress=quiet)
+    assert [offset for path, offset in offsets if path == "openvino_model.bin"] == [0, 3]
+    check(Path("model"))
+
+
+def blob_of(path):
+    """Return the registry's file with the content of `path`, a file of the artifact."""
+    sha256 = digest(paths.variant(MODEL, VARIANT) / path).sha256
+    return Path("registry/blobs/sha256") / sha256[:2] / sha256
+
+
+@pytest.mark.parametrize("content", [b"Weights", b"weights and more", b""])
+def test_a_corrupt_content_in_the_registry(content):
+    """Other bytes than release.json says are refused, and nothing is installed; publishing again mends the registry."""
+    publish_version()
+    blob_of("openvino_model.bin").write_bytes(content)
+    with pytest.raises(PipelineError, match=r"gave other bytes for openvino_model\.bin than release\.json says"):
+        pull_latest(to=Path("model"))
+    assert not Path("model").exists()
+    publish_version("1.0.1")
+    check(pull_latest(to=Path("model")))
+
+
+def test_a_corrupt_file_in_the_cache():
+    """A changed file in the cache is found before it is used, and fetched anew."""
+    publish_version()
+    directory = pull_latest()
+    (directory / "openvino_model.bin").chmod(0o644)
+    (directory / "openvino_model.bin").write_bytes(b"wEights")
+    with pytest.raises(PipelineError, match=r"openvino_model\.bin has changed\. Remove it and pull it again"):
+        pull_latest()
+    check(pull_latest(to=Path("model")))
+
+
+def test_what_is_no_longer_the_release():
+    """Anything additional, missing, changed or replaced by a link in a pulled directory is found."""
+    publish_version()
+    directory = pull_latest(to=Path("model"))
+    (directory / "extra").write_text("x")
+    (directory / "README.md").unlink()
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.json").symlink_to("LICENSE")
+    with pytest.raises(PipelineError) as refused:
+        check(directory)
+    assert str(refused.value) == (
+        "model: README.md is missing; extra is not of the release; tokenizer.json has changed. Remove it and pull it "
+        "again."
+    )
+
+
+def hostile(**changes):
+    """Publish a release.json with `changes`, as a hostile registry would; return the refusal of a pull."""
+    release = publish_version()
+    content = json.loads(release.content()) | changes
+    Path("registry/releases", NAME, "1.0.0", RELEASE).write_text(json.dumps(content))
+    with pytest.raises(PipelineError) as refused:
+        pull_latest(to=Path("model"))
+    assert not Path("model").exists()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../x", "/etc/x", "a/../../x", "a//x", "C:/x", "a\\x", "nul", "com1.txt", "x.", "x ", "x\n", "release.json", ""],
+)
+def test_hostile_paths(path):
+    """A path that leaves the directory, or that a system treats specially, is refused before anything is written."""
+    assert unsafe(path)
+    file = {"size": 1, "sha256": "0" * 64}
+    assert "release.json is refused (files: the path " in hostile(files={path: file})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"version": "0.9.0"}, "has tiny/openvino-int4 0.9.0, not tiny/openvino-int4 1.0.0"),
+        ({"variant": "openvino-fp16"}, "has tiny/openvino-fp16 1.0.0, not tiny/openvino-int4 1.0.0"),
+        ({"schema_version": 2}, "is of another schema; install the phi3-pipeline that published it"),
+        ({"files": {}}, "release.json is refused (files: "),
+        ({"files": {"x": {"size": 10**13, "sha256": "0" * 64}}}, "the files have 10000 GB"),
+        (
+            {"files": {"a": {"size": 1, "sha256": "0" * 64}, "A": {"size": 1, "sha256": "0" * 64}}},
+            "differ in upper and",
+        ),
+        ({"surprise": 1}, "release.json is refused (surprise: Extra inputs are not permitted)"),
+    ],
+)
+def test_hostile_releases(changes, reason):
+    """An older version under a newer name, another variant or schema, absurd sizes and unknown keys are refused."""
+    assert reason in hostile(**changes)
+
+
+def test_content_that_is_not_json():
+    """Rubbish, deep nesting and sheer size end with one sentence."""
+    for content in (b"\xff", b"[" * 100_000, b" " * 2_000_000):
+        with pytest.raises(PipelineError, match=r"^here: release\.json is "):
+            read_release(content, origin="here")
+
+
+def test_a_target_that_is_taken(tmp_path):
+    """A directory with other files in it is left as it is."""
+    publish_version()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("x")
+    with pytest.raises(PipelineError, match="mine is not empty: give another directory"):
+        pull_latest(to=tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_a_full_disk(monkeypatch):
+    """Too little space is told with figures, and nothing is installed."""
+    publish_version()
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free=1))
+    with pytest.raises(
+        PipelineError, match=r"has 0\.0 GB free, 0\.0 GB are needed: free some space, or set PHI3_CACHE"
+    ):
+        pull_latest(to=Path("model"))
+    assert not Path("model").exists()
