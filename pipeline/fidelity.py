@@ -76,7 +76,9 @@ class Comparison:
 
 def distributions(logits: Any) -> Distributions:
     """Return what is kept of the source's `logits`, shape (rows, vocabulary)."""
-    top = np.argsort(-logits, axis=1, kind="stable")[:, : min(TOP, logits.shape[1] - 1)].astype(np.int32)
+    import torch
+
+    top = torch.topk(torch.from_numpy(logits), min(TOP, logits.shape[1] - 1)).indices.numpy().astype(np.int32)
     return Distributions(top, _with_tail(_log_probs(logits, top)).astype(np.float32))
 
 
@@ -151,10 +153,10 @@ def _teacher_forced(runtime: Runtime, answers: Sequence[Answer], *, progress: Ca
 
 def _log_probs(logits: Any, ids: npt.NDArray[np.integer[Any]]) -> Floats:
     # The log-probabilities of `ids` (rows, n), by log-softmax.
-    from scipy.special import logsumexp
+    import torch
 
-    wide = logits.astype(np.float64)
-    result: Floats = np.take_along_axis(wide, ids, axis=1) - logsumexp(wide, axis=1, keepdims=True)
+    normalizer = torch.from_numpy(logits).double().logsumexp(dim=1, keepdim=True).numpy()
+    result: Floats = np.take_along_axis(logits, ids, axis=1).astype(np.float64) - normalizer
     return result
 
 

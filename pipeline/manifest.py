@@ -121,21 +121,35 @@ def read_manifest(directory: Path) -> Manifest:
 def verify(directory: Path) -> Manifest:
     """Return the manifest of `directory` after hashing every file.
 
-    Raises PipelineError that lists all files which are missing, changed or not in the manifest.
+    Raises PipelineError that lists all files which are missing, changed or not listed in the manifest.
     """
     manifest = read_manifest(directory)
-    present = set(_paths(directory)) - {MANIFEST}
-    faults = [f"{path} is missing" for path in manifest.files.keys() - present]
-    faults += [f"{path} is not in the manifest" for path in present - manifest.files.keys()]
+    if faults := compare_files(directory, manifest.files, besides={MANIFEST}):
+        raise PipelineError(f"{directory}: {'; '.join(faults)}. Build or pull it again.")
+    return manifest
+
+
+def compare_files(directory: Path, files: dict[str, File], *, besides: set[str]) -> list[str]:
+    """Return what in `directory` differs from `files`, sorted; the paths `besides` are not looked at.
+
+    Every file is hashed; a link, a device or a directory in the place of a file has changed.
+    """
+    present = set(_paths(directory)) - besides
+    faults = [f"{path} is missing" for path in files.keys() - present]
+    faults += [f"{path} is not listed" for path in present - files.keys()]
     faults += [
         f"{path} has changed"
-        for path in present & manifest.files.keys()
-        if (directory / path).stat().st_size != manifest.files[path].size
-        or digest(directory / path) != manifest.files[path]
+        for path in present & files.keys()
+        if not is_regular(directory / path)
+        or (directory / path).stat().st_size != files[path].size
+        or digest(directory / path) != files[path]
     ]
-    if faults:
-        raise PipelineError(f"{directory}: {'; '.join(sorted(faults))}. Build or pull it again.")
-    return manifest
+    return sorted(faults)
+
+
+def is_regular(path: Path) -> bool:
+    """Return whether `path` is a file itself, not a link to one nor a device."""
+    return path.is_file() and not path.is_symlink()
 
 
 def digest(path: Path) -> File:
@@ -151,7 +165,8 @@ def tool_versions(*packages: str) -> dict[str, str]:
 
 
 def _paths(directory: Path) -> list[str]:
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(directory).as_posix() for path in found)
 
 
 def _fsync(path: Path) -> None:

@@ -1,5 +1,7 @@
 """Pull a published artifact: every byte is hashed before a file appears under its final name. No ML imports."""
 
+import hashlib
+import logging
 import os
 import re
 import shutil
@@ -13,11 +15,12 @@ from platformdirs import user_cache_path
 
 from pipeline.device import Target, choose_release
 from pipeline.errors import PipelineError
-from pipeline.manifest import digest
+from pipeline.manifest import compare_files, digest, is_regular, replace_file
 from pipeline.registry import Registry
 from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 from pipeline.signing import require_signature
 
+logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "PHI3_CACHE"
 Progress = Callable[[int, int, str], None]  # bytes so far, bytes in all, file
 
@@ -39,7 +42,8 @@ def pull(
     """Return the directory of the release `reference` (a version or an alias) of `name`, complete and verified.
 
     Without `to` it is in the cache. Contents are kept in the cache by their hash, so what is there is not fetched
-    again, and files of the same content share the disk where the file system has hard links.
+    again, and files of the same content share the disk where the file system has hard links. When the registry cannot
+    be asked what an alias stands for, it is what it was when it last could.
 
     With the public key in the file `key` only what its owner signed is taken.
 
@@ -48,22 +52,21 @@ def pull(
     model, _, variant = name.partition("/")
     if not (re.fullmatch(NAME, model) and re.fullmatch(NAME, variant)):
         raise PipelineError(f"'{name}' is no name: give MODEL/VARIANT.")
-    if re.fullmatch(VERSION, reference) and ((to or _home(name, reference)) / RELEASE).exists():
-        target = to or _home(name, reference)  # a version never changes, so no registry is needed
-        _require(check(target, key=key), name, reference, origin=str(target))
+    version = reference if re.fullmatch(VERSION, reference) else _resolve(registry, name, reference)
+    target = to or _home(registry, name) / version
+    if (target / RELEASE).exists():  # a version never changes, so no registry is needed
+        _require(check(target, key=key), name, version, origin=str(target))
         return target
-    version = registry.resolve(name, reference)
-    content = registry.read(name, version) if version and re.fullmatch(VERSION, version) else None
-    if version is None or content is None:
-        raise PipelineError(f"{registry.url} has no {name} {reference}: see `phi3 list {registry.url}`.")
+    content = registry.read(name, version)
+    if content is None:
+        raise _unknown(registry, name, reference)
     release = read_release(content[0], origin=registry.url)
     _require(release, name, version, origin=registry.url)
     if key:
         require_signature(content[0], content[1], key, origin=f"{registry.url}: {name} {version}")
-    target = to or _home(name, version)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
-        if (target / RELEASE).exists():
+        if (target / RELEASE).exists():  # another process was faster
             _require(check(target, key=key), name, version, origin=str(target))
         elif target.exists() and any(target.iterdir()):
             raise PipelineError(f"{target} is not empty: give another directory.")
@@ -97,7 +100,7 @@ def suggest(registry: Registry, model: str, *, reference: str, target: Target, s
 def check(directory: Path, *, key: Path | None = None) -> Release:
     """Return the release in `directory` after hashing every file and, given a public key, verifying the signature.
 
-    Raises PipelineError that lists all files which are missing, changed or not of the release.
+    Raises PipelineError that lists all files which are missing, changed or not listed in the release.
     """
     path = directory / RELEASE
     if not path.is_file():
@@ -105,19 +108,10 @@ def check(directory: Path, *, key: Path | None = None) -> Release:
     release = read_release(path.read_bytes(), origin=str(directory))
     if key:
         signature = directory / SIGNATURE
-        signed = signature.read_bytes() if _is_regular(signature) else None
+        signed = signature.read_bytes() if is_regular(signature) else None
         require_signature(path.read_bytes(), signed, key, origin=str(directory))
-    present = {file.relative_to(directory).as_posix() for file in directory.rglob("*") if not file.is_dir()}
-    present -= {RELEASE, SIGNATURE}
-    faults = [f"{name} is missing" for name in release.files.keys() - present]
-    faults += [f"{name} is not of the release" for name in present - release.files.keys()]
-    faults += [
-        f"{name} has changed"
-        for name in present & release.files.keys()
-        if not _is_regular(directory / name) or digest(directory / name) != release.files[name]
-    ]
-    if faults:
-        raise PipelineError(f"{directory}: {'; '.join(sorted(faults))}. Remove it and pull it again.")
+    if faults := compare_files(directory, release.files, besides={RELEASE, SIGNATURE}):
+        raise PipelineError(f"{directory}: {'; '.join(faults)}. Remove it and pull it again.")
     return release
 
 
@@ -175,8 +169,28 @@ def _fetch(registry: Registry, release: Release, path: str, *, progress: Callabl
     return blob
 
 
-def _home(name: str, version: str) -> Path:
-    return cache() / "releases" / name / version
+def _resolve(registry: Registry, name: str, alias: str) -> str:
+    known = _home(registry, name) / f"{alias}.alias"
+    try:
+        version = registry.resolve(name, alias)
+    except PipelineError as error:
+        if not known.exists():
+            raise
+        version = known.read_text("utf-8").strip()
+        logger.warning("%s Taking %s %s as it was: %s.", error, name, alias, version)
+    if version is None or not re.fullmatch(VERSION, version):
+        raise _unknown(registry, name, alias)
+    replace_file(known, version)
+    return version
+
+
+def _unknown(registry: Registry, name: str, reference: str) -> PipelineError:
+    return PipelineError(f"{registry.url} has no {name} {reference}: see `phi3 list {registry.url}`.")
+
+
+def _home(registry: Registry, name: str) -> Path:
+    # Per registry: another one's release of the same name and version may be another.
+    return cache() / "releases" / hashlib.sha256(registry.url.encode()).hexdigest()[:16] / name
 
 
 def _require(release: Release, name: str, version: str, *, origin: str) -> None:
@@ -189,10 +203,6 @@ def _link(blob: Path, target: Path) -> None:
         target.hardlink_to(blob)
     except OSError:
         shutil.copyfile(blob, target)
-
-
-def _is_regular(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
 
 
 def _require_space(directory: Path, needed: int) -> None:

@@ -9,17 +9,9 @@ from pipeline import paths
 from pipeline.checkpoint import read_json
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.paths import MANIFEST
+from pipeline.report import FIGURES, figure
 
 CARD, METRICS, PROVENANCE, SBOM = "README.md", "metrics.json", "provenance.json", "sbom.cdx.json"
-ROWS = {  # of the model card's table: metric, factor, decimals, unit
-    "size": ("size_bytes", 1e-6, 1, "MB"),
-    "mean KL divergence to the source model": ("kl_mean", 1, 4, "nats"),
-    "top-1 agreement with the source model": ("top1_agreement", 100, 1, "%"),
-    "perplexity ratio to the source model": ("perplexity_ratio", 1, 3, ""),
-    "time to first token": ("time_to_first_token_s", 1, 2, "s"),
-    "speed": ("tokens_per_second", 1, 1, "tokens/s"),
-    "peak memory": ("peak_memory_bytes", 1e-9, 2, "GB"),
-}
 
 
 def write_documents(directory: Path, *, model: str, variant: str, version: str) -> None:
@@ -53,11 +45,7 @@ def card(manifest: Manifest, metrics: dict[str, Any], *, version: str) -> str:
         pipeline_tag="text-generation",
         tags=[library, manifest.variant, "phi3", *(device.lower() for device in manifest.runtime["devices"])],
     )
-    rows = [
-        f"| {label} | {metrics[name] * factor:.{decimals}f} {unit} |"
-        for label, (name, factor, decimals, unit) in ROWS.items()
-        if name in metrics
-    ]
+    rows = [f"| {heading} | {figure(metrics[name], name)} |" for name, (heading, *_) in FIGURES.items()]
     formats = ", ".join(f"{share:.1%} {name}" for name, share in manifest.recipe["achieved"]["formats"].items())
     requires = " ".join(f"{package}=={number}" for package, number in manifest.runtime["requires"].items())
     source = ", ".join(f"{key} `{value}`" for key, value in manifest.source.items())
@@ -72,6 +60,7 @@ Made from {source}. Weights: {formats}. For {", ".join(manifest.runtime["devices
 | --- | --- |
 {chr(10).join(rows)}
 
+KL divergence, agreement, perplexity and prefix compare it with the source model, token by token.
 `{MANIFEST}` has the recipe matrix by matrix, `{METRICS}` all figures, `{PROVENANCE}` how it was made,
 `{SBOM}` with what.
 """

@@ -2,13 +2,13 @@
 
 import csv
 import io
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from pipeline import paths
+from pipeline.checkpoint import read_json
 from pipeline.manifest import read_manifest
 from pipeline.params import Params
 from pipeline.reference import read_reference
@@ -141,5 +141,4 @@ def _ticks(highest: float) -> list[float]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
-    return content
+    return read_json(path) if path.exists() else {}

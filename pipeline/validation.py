@@ -1,6 +1,5 @@
 """Prove one variant: run every check through the runtime that an application would use, and measure it."""
 
-import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from pipeline.artifact import asked
 from pipeline.checkpoint import read_json, tensor_shapes
 from pipeline.errors import PipelineError
 from pipeline.fidelity import Distributions, compare
-from pipeline.manifest import read_manifest, verify
+from pipeline.manifest import digest, read_manifest, verify
 from pipeline.params import Limits, Model, OnnxInt4, OpenvinoInt4, Validate, Variant
 from pipeline.paths import MANIFEST
 from pipeline.process import peak_memory
@@ -109,8 +108,7 @@ def validate(
         return result(failures)
     manifest = read_manifest(directory)
     # Whoever publishes the artifact can tell by the manifest's hash that these very files are what was validated.
-    digest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
-    evidence |= {"manifest_sha256": digest, "recipe": manifest.recipe}
+    evidence |= {"manifest_sha256": digest(directory / MANIFEST).sha256, "recipe": manifest.recipe}
     evidence |= {"runs_on": manifest.runtime, "tools": manifest.tools}
     metrics["size_bytes"] = sum(path.stat().st_size for path in directory.iterdir())
     started = time.perf_counter()
@@ -134,7 +132,7 @@ def validate(
         "peak_memory_bytes": peak_memory(),
         "answer_recall": round(sum(map(smoke.recall, answers, reference.answers)) / len(answers), 4),
     }
-    if not isinstance(variant, OnnxInt4):
+    if not isinstance(variant, OnnxInt4) and "NPU" not in manifest.runtime["devices"]:
         tutorial = OptimumIntel(directory, device=params.openvino_device)
         first = ask(tutorial, params.prompts[0], max_new_tokens=params.max_new_tokens)
         progress(f"{tutorial.name}: {first.text.strip()}")

@@ -85,7 +85,7 @@ def test_verify_lists_every_fault(artifact):
     with pytest.raises(PipelineError) as refused:
         verify(artifact)
     assert str(refused.value) == (
-        f"{artifact}: a.bin has changed; c.bin is not in the manifest; sub/b.bin is missing. Build or pull it again."
+        f"{artifact}: a.bin has changed; c.bin is not listed; sub/b.bin is missing. Build or pull it again."
     )
 
 

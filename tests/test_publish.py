@@ -29,7 +29,8 @@ def test_publish_then_pull(tmp_path):
     """What is pulled is the artifact with licence, model card, metrics, provenance and bill of materials."""
     release = publish_version()
     directory = pull_latest()
-    assert directory == tmp_path / "cache/releases" / NAME / "1.0.0"
+    assert directory.is_relative_to(tmp_path / "cache/releases")
+    assert directory.parts[-3:] == (*NAME.split("/"), "1.0.0")
     assert sorted(path.name for path in directory.iterdir()) == [
         "LICENSE",
         "README.md",
@@ -46,7 +47,7 @@ def test_publish_then_pull(tmp_path):
     card = (directory / "README.md").read_text()
     assert card.startswith("---\nbase_model: microsoft/Phi-3-mini-4k-instruct\nlibrary_name: openvino\nlicense: mit\n")
     assert "\nbase_model_relation: quantized\n---\n" in card
-    assert "| mean KL divergence to the source model | 0.1000 nats |" in card
+    assert "| mean KL | 0.1000 nats |" in card
     statement = json.loads((directory / "provenance.json").read_text())
     weights = hashlib.sha256(b"weights").hexdigest()
     assert {"name": "openvino_model.bin", "digest": {"sha256": weights}} in statement["subject"]
@@ -68,7 +69,7 @@ def test_versions_and_aliases():
     ]
     assert (pull_latest() / "openvino_model.bin").read_bytes() == b"weights 1"
     assert (pull_latest(reference="stage") / "openvino_model.bin").read_bytes() == b"weights 0"
-    with pytest.raises(PipelineError, match=r"dir:registry has no tiny/openvino-int4 2\.0\.0: see `phi3 list"):
+    with pytest.raises(PipelineError, match=r"registry has no tiny/openvino-int4 2\.0\.0: see `phi3 list"):
         pull_latest(reference="2.0.0")
 
 

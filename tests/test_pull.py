@@ -11,6 +11,7 @@ from pipeline import paths, pull
 from pipeline.errors import PipelineError
 from pipeline.manifest import digest
 from pipeline.pull import check
+from pipeline.registry import open_registry
 from pipeline.registry.directory import DirectoryRegistry
 from pipeline.release import RELEASE, read_release, unsafe
 from tests.release_project import MODEL, NAME, VARIANT, build, exit_codes, publish_version, pull_latest, quiet
@@ -24,7 +25,7 @@ def test_two_pulls_at_once():
     check(pull_latest())
 
 
-def test_contents_are_shared(tmp_path):
+def test_contents_are_shared():
     """Two releases with the same tokenizer store it once, in the registry and on the consumer's disk."""
     publish_version("1.0.0")
     first = pull_latest()
@@ -33,8 +34,6 @@ def test_contents_are_shared(tmp_path):
     second = pull_latest()
     assert first != second
     assert (first / "tokenizer.json").stat().st_ino == (second / "tokenizer.json").stat().st_ino
-    shutil.rmtree("registry")
-    assert pull.pull(DirectoryRegistry(tmp_path / "nothing"), NAME, reference="1.0.0", to=None, progress=quiet) == first
 
 
 def test_a_pull_continues():
@@ -100,8 +99,7 @@ def test_what_is_no_longer_the_release():
     with pytest.raises(PipelineError) as refused:
         check(directory)
     assert str(refused.value) == (
-        "model: README.md is missing; extra is not of the release; tokenizer.json has changed. Remove it and pull it "
-        "again."
+        "model: README.md is missing; extra is not listed; tokenizer.json has changed. Remove it and pull it again."
     )
 
 
@@ -174,3 +172,26 @@ def test_a_full_disk(monkeypatch):
     ):
         pull_latest(to=Path("model"))
     assert not Path("model").exists()
+
+
+def test_offline(caplog):
+    """When the registry is gone, what was pulled is there by version and by alias, verified as ever."""
+    publish_version()
+    directory = pull_latest()
+    Path("registry").rename("gone")
+    assert pull_latest(reference="1.0.0") == directory
+    assert caplog.text == ""
+    assert pull_latest() == directory
+    assert "is not there: is the share mounted? Taking tiny/openvino-int4 latest as it was: 1.0.0." in caplog.text
+    with pytest.raises(PipelineError, match="is not there"):
+        pull_latest(reference="stage")
+
+
+def test_registries_do_not_mix():
+    """The same name and version of another registry are another release."""
+    publish_version()
+    first = pull_latest()
+    build(b"another's")
+    publish_version(registry=open_registry("dir:other"))
+    second = pull.pull(open_registry("dir:other"), NAME, progress=quiet)
+    assert [(path / "openvino_model.bin").read_bytes() for path in (first, second)] == [b"weights", b"another's"]

@@ -35,19 +35,6 @@ def test_publish_and_pull(embedded, tmp_path):
     assert "openvino_model.bin" in run(sys.executable, "-c", snippet, cwd=ROOT, **here).stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("example", ["openvino-chat", "onnxruntime-chat"])
-def test_examples(embedded, tmp_path, example):
-    """Each example application starts from a registry's URL and answers."""
-    program = ROOT / "examples" / example / "chat.py"
-    name = re.search(r'MODEL = "(.+)"', program.read_text("utf-8"))[1]
-    here = {"PHI3_CACHE": str(tmp_path / "cache")}
-    run("phi3", "publish", name, "--to", f"dir:{tmp_path}/registry", "--version", "1.0.0", cwd=ROOT, **here)
-    question = "What is the capital of France?"
-    answer = run(sys.executable, program, f"dir:{tmp_path}/registry", question, cwd=ROOT, **here).stdout
-    assert answer.strip() == "The capital of France is Paris."
-
-
 def test_every_check_is_explained():
     """The README's table of checks names all of them, in their order."""
     table = README.split("### Checks")[1].split("\n\n")[1]

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeline.errors import PipelineError
 from pipeline.manifest import File, digest
 from pipeline.registry import Entry
 from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION, Release
@@ -27,8 +28,8 @@ class DirectoryRegistry:
     """The registry below `root`."""
 
     def __init__(self, root: Path) -> None:
-        self.url = f"dir:{root}"
-        self._root = root
+        self._root = root.absolute()
+        self.url = f"dir:{self._root}"
 
     def entries(self) -> list[Entry]:
         found = []
@@ -39,6 +40,8 @@ class DirectoryRegistry:
         return sorted(found, key=lambda entry: entry.order)
 
     def resolve(self, name: str, reference: str) -> str | None:
+        if not self._root.is_dir():
+            raise PipelineError(f"{self.url} is not there: is the share mounted?")
         if re.fullmatch(VERSION, reference):
             return reference if (self._versions(name) / reference / RELEASE).exists() else None
         return dict(self._aliases(name)).get(reference)

@@ -4,6 +4,7 @@ or alias, a layer per file.
 Format: https://github.com/modelpack/model-spec/blob/main/docs/spec.md
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -44,7 +45,10 @@ class OciRegistry:
         self.url = f"oci:{repository}"
         logging.getLogger("oras").setLevel(logging.CRITICAL)  # what fails is told in one sentence here
         self._repository = repository
-        self._client = _client(self._container("latest"), url=self.url)
+
+    @functools.cached_property
+    def _client(self) -> Any:
+        return _client(self._container("latest"), url=self.url)
 
     def entries(self) -> list[Entry]:
         tags = self._tags()

@@ -1,0 +1,79 @@
+"""The example applications in empty environments of their own, each started from a registry's URL."""
+
+import os
+import re
+import subprocess
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, run
+from tests.hub_registry_server import HubRegistryServer
+from tests.oci_registry_server import Registry
+
+pytestmark = pytest.mark.slow
+QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """An empty Hub."""
+    with HubRegistryServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def oci(tmp_path_factory):
+    """An empty OCI registry."""
+    registry = Registry(tmp_path_factory.mktemp("oci") / "registry")
+    yield registry
+    registry.stop()
+
+
+def install(example: str, directory: Path) -> Path:
+    """Return the Python of a new environment with phi3-pipeline's base install and the example's requirements."""
+    venv.create(directory, with_pip=True)
+    python = directory / "bin/python"
+    requirements = ROOT / "examples" / example / "requirements.txt"
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", ROOT, "-r", requirements]
+    subprocess.run(pip, check=True)
+    return python
+
+
+def chat(python: Path, example: str, url: str, folder: Path, **environment: str) -> str:
+    """Return what the example prints, with nothing of the project's folder on its path."""
+    program = ROOT / "examples" / example / "chat.py"
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PHI3_CACHE": str(folder / "cache")} | environment
+    result = subprocess.run(
+        [python, program, url, QUESTION], cwd=folder, env=environment, check=True, capture_output=True, text=True
+    )
+    return result.stdout.strip()
+
+
+def publish(example: str, url: str, **environment: str) -> None:
+    """Publish the artifact that the example pulls."""
+    program = ROOT / "examples" / example / "chat.py"
+    name = re.search(r'MODEL = "(.+)"', program.read_text("utf-8"))[1]
+    run("phi3", "publish", name, "--to", url, "--version", "1.0.0", cwd=ROOT, **environment)
+
+
+def test_openvino_chat(embedded, tmp_path, hub, oci):
+    """With the base install and openvino-genai alone, openvino-int4 answers from each kind of registry."""
+    python = install("openvino-chat", tmp_path / "venv")
+    packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
+    assert not re.search(r"^(torch|transformers|optimum.*|nncf|dvc)==", packages, re.MULTILINE)
+    token = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
+    registries = {f"dir:{tmp_path}/registry": {}, "hf:someone/smol-phi3-int4": token, oci.url: {}}
+    for number, (url, environment) in enumerate(registries.items()):
+        publish("openvino-chat", url, **environment)
+        folder = tmp_path / f"home{number}"  # nothing is taken from another's cache
+        folder.mkdir()
+        assert chat(python, "openvino-chat", url, folder, **environment) == ANSWER
+
+
+def test_onnxruntime_chat(embedded, tmp_path):
+    """The same with the base install and onnxruntime-genai alone."""
+    python = install("onnxruntime-chat", tmp_path / "venv")
+    publish("onnxruntime-chat", f"dir:{tmp_path}/registry")
+    assert chat(python, "onnxruntime-chat", f"dir:{tmp_path}/registry", tmp_path) == ANSWER
