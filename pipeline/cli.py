@@ -9,7 +9,7 @@ import click
 from tqdm import tqdm
 
 from pipeline.device import TARGETS, Target
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, full_disk
 from pipeline.manifest import verify
 from pipeline.params import json_schema, load_params
 from pipeline.paths import PARAMS_FILE
@@ -26,6 +26,10 @@ class _Sentences(click.Group):
             return super().invoke(context)
         except PipelineError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if (sentence := full_disk(error)) is None:
+                raise
+            raise click.ClickException(sentence) from error
 
 
 @click.group(cls=_Sentences)

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import errno
 import functools
 import os
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 import click
 from filelock import FileLock, Timeout
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, full_disk
 from pipeline.paths import ARTIFACTS
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -43,9 +42,9 @@ def stage_command(function: Callable[..., None]) -> click.Command:
         except PipelineError as error:
             _fail(f"{cell}: {error}")
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if (sentence := full_disk(error)) is None:
                 raise
-            _fail(f"{cell}: the disk is full ({error.filename or 'while writing'}): free some space and run again.")
+            _fail(f"{cell}: {sentence}")
         except MemoryError:
             _fail(f"{cell}: not enough memory: close other programs, or build on a machine with more.")
         except KeyboardInterrupt:

@@ -8,7 +8,8 @@ from pathlib import Path
 from pipeline import paths
 from pipeline.checkpoint import LICENCE_FILES, read_json
 from pipeline.errors import PipelineError
-from pipeline.manifest import digest, verify
+from pipeline.manifest import Manifest, digest, verify
+from pipeline.npu.load import RELEASED_BLOBS, belongs
 from pipeline.paths import MANIFEST
 from pipeline.registry import Registry
 from pipeline.release import NAME, VERSION, Release, read_release
@@ -28,7 +29,7 @@ def publish(
 ) -> Release:
     """Publish the artifact `variant` of `model` as `version`, then let `aliases` point to it; return the release.
 
-    With the private key in the file `key` the release is signed.
+    The blobs of an NPU variant come along. With the private key in the file `key` the release is signed.
 
     The same bytes published again change nothing but the aliases. What an interrupted publication uploaded is used.
 
@@ -40,18 +41,19 @@ def publish(
         raise PipelineError(f"'{wrong[0]}' is no alias: use small letters, digits and hyphens.")
     directory = paths.variant(model, variant)
     progress(f"hashing {directory}")
-    runtime = verify(directory).runtime
+    manifest = verify(directory)
     _require_validation(model, variant)
+    blobs = _blobs(manifest, progress=progress)
     with tempfile.TemporaryDirectory(prefix="phi3-release-") as folder:
         added = Path(folder)
         write_documents(added, model=model, variant=variant, version=version)
-        contents = {path.name: path for path in [*directory.iterdir(), *_licences(model), *added.iterdir()]}
+        contents = {path.name: path for path in [*directory.iterdir(), *_licences(model), *added.iterdir()]} | blobs
         release = Release(
             model=model,
             variant=variant,
             version=version,
-            devices=runtime["devices"],
-            requires=runtime["requires"],
+            devices=manifest.runtime["devices"],
+            requires=manifest.runtime["requires"],
             files={name: digest(path) for name, path in sorted(contents.items())},
         )
         signature = sign(release.content(), key) if key else None
@@ -67,7 +69,10 @@ def publish(
                 registry.publish(release, signature)
             except FileExistsError:
                 # Another publisher was faster: with the same bytes all is well.
-                _is_published(release, registry, signed=key is not None)
+                if not _is_published(release, registry, signed=key is not None):
+                    raise PipelineError(
+                        f"another publisher is at work on {registry.url}: run again when it has ended."
+                    ) from None
     for alias in aliases:
         registry.point(release.name, alias, version)
     return release
@@ -100,6 +105,20 @@ def _require_validation(model: str, variant: str) -> None:
         raise PipelineError(f"{model}/{variant} did not pass validation ({evidence['failures'][0]}): it stays here.")
     if evidence.get("manifest_sha256") != digest(paths.variant(model, variant) / MANIFEST).sha256:
         raise PipelineError(f"{model}/{variant} was built anew since it was validated: {remedy}.")
+
+
+def _blobs(ir: Manifest, *, progress: Callable[[str], None]) -> dict[str, Path]:
+    # The files of the compiled blobs by their paths in the release; what the compiler refused is told.
+    contents: dict[str, Path] = {}
+    for directory in sorted(paths.blobs(ir.model).glob(f"{ir.variant}-[0-9]*")):
+        blob, platform = verify(directory), directory.name.rsplit("-", 1)[1]
+        if blob.not_compiled:
+            progress(f"without a blob for NPU {platform}: {blob.not_compiled}")
+        elif not belongs(blob, ir):
+            raise PipelineError(f"{directory} was compiled from another IR: run `dvc repro compile_npu` first.")
+        else:
+            contents |= {f"{RELEASED_BLOBS}/{platform}/{path.name}": path for path in directory.iterdir()}
+    return contents
 
 
 def _licences(model: str) -> list[Path]:

@@ -58,9 +58,9 @@ class Registry:
         auths = {self.host: {"auth": base64.b64encode(f"user:{secret}".encode()).decode()}}
         (self.home / ".docker/config.json").write_text(json.dumps({"auths": auths}))
 
-    def phi3(self, *arguments, check=True):
-        """Run `phi3` with this home."""
-        return run("phi3", *arguments, cwd=Path.cwd(), check=check, PYTHONPATH=str(ROOT), HOME=str(self.home))
+    def phi3(self, *arguments, check=True, program=("phi3",)):
+        """Run `phi3`, or a program with its arguments, with this home."""
+        return run(*program, *arguments, cwd=Path.cwd(), check=check, PYTHONPATH=str(ROOT), HOME=str(self.home))
 
     def stop(self):
         """End the registry."""

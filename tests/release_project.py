@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import sys
 
 import pytest
 
@@ -95,3 +96,29 @@ def project(tmp_path, monkeypatch):
     (paths.source(MODEL) / "LICENSE").write_text("MIT")
     build()
     return tmp_path
+
+
+def run_and_kill(function, *, calls=1, after=False):
+    """Return the start of a command line that runs `phi3` and is killed at the n-th call of `function`, or after it.
+
+    `function` is spelled `module:Class.method`.
+    """
+    module, _, attribute = function.partition(":")
+    owner, _, method = attribute.partition(".")
+    program = f"""
+import os
+from {module} import {owner}
+from pipeline.cli import main
+original, left = {owner}.{method}, [{calls}]
+def call(*arguments, **options):
+    left[0] -= 1
+    if left[0] == 0 and not {after}:
+        os._exit(9)
+    result = original(*arguments, **options)
+    if left[0] == 0:
+        os._exit(9)
+    return result
+{owner}.{method} = call
+main()
+"""
+    return sys.executable, "-c", program

@@ -1,5 +1,6 @@
 """Publishing to a repository of the Hugging Face Hub with the real client, and pulling from it, on loopback."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from pipeline.pull import check
 from tests.conftest import ROOT, run
 from tests.hub_registry_server import HubRegistryServer
-from tests.release_project import NAME, build
+from tests.release_project import NAME, build, run_and_kill
 from tests.release_project import project as project
 
 pytestmark = pytest.mark.slow
@@ -23,15 +24,15 @@ def hub():
         yield server
 
 
-def phi3(hub, *arguments, check=True):
-    """Run `phi3` against the emulator."""
+def phi3(hub, *arguments, check=True, program=("phi3",)):
+    """Run `phi3`, or a program with its arguments, against the emulator."""
     environment = {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": "hf_secret",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    return run("phi3", *arguments, cwd=Path.cwd(), check=check, PYTHONPATH=str(ROOT), **environment)
+    return run(*program, *arguments, cwd=Path.cwd(), check=check, PYTHONPATH=str(ROOT), **environment)
 
 
 def test_publish_list_pull(hub, tmp_path):
@@ -78,6 +79,47 @@ def test_an_interrupted_publication(hub, part):
     phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0")
     sent = [path for _, path in hub.log if path.startswith("/lfs/")]
     assert (len(sent) > 0, len(set(sent))) == (part == "/lfs/", len(sent))
+    phi3(hub, "pull", URL, NAME, "--to", "model")
+    assert Path("model/openvino_model.bin").read_bytes() == BIG
+
+
+@pytest.mark.parametrize(
+    ("function", "calls", "after"),
+    [
+        ("pipeline.registry.hub:HubRegistry.upload", 1, False),
+        ("pipeline.registry.hub:HubRegistry.upload", 8, True),
+        ("huggingface_hub:HfApi.create_commit", 1, True),
+        ("huggingface_hub:HfApi.create_tag", 1, True),
+        ("pipeline.registry.hub:HubRegistry.point", 1, True),
+    ],
+)
+def test_a_killed_publisher(hub, function, calls, after):
+    """Killed at any phase, readers see the old version whole until the tag is there; a retry ends well."""
+    phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0")
+    build(BIG)
+    program = run_and_kill(function, calls=calls, after=after)
+    publish = ("publish", NAME, "--to", URL, "--version", "2.0.0")
+    assert phi3(hub, *publish, program=program, check=False).returncode == 9
+    tagged = "create_tag" in function or "point" in function
+    versions = [line.split()[1] for line in phi3(hub, "list", URL).stdout.splitlines()]
+    assert versions == (["1.0.0", "2.0.0"] if tagged else ["1.0.0"])
+    phi3(hub, "pull", URL, NAME, "--to", "latest")
+    assert Path("latest/openvino_model.bin").read_bytes() == (BIG if "point" in function else b"weights")
+    phi3(hub, *publish)
+    phi3(hub, "pull", URL, NAME, "--to", "newer")
+    assert Path("newer/openvino_model.bin").read_bytes() == BIG
+
+
+def test_two_publishers_at_once(hub):
+    """Of publishers of the same bytes at the same time each succeeds or is told to run again; the release is whole."""
+    build(BIG)
+    with ThreadPoolExecutor() as pool:
+        command = ("publish", NAME, "--to", URL, "--version", "1.0.0")
+        results = list(pool.map(lambda _: phi3(hub, *command, check=False), range(3)))
+    said = [result.stderr for result in results if result.returncode]
+    assert len(said) < len(results)
+    assert all("another publisher is at work" in stderr or "failed (412" in stderr for stderr in said), said
+    phi3(hub, *command)
     phi3(hub, "pull", URL, NAME, "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 

@@ -1,6 +1,7 @@
 """Publishing to Debian's docker-registry with a real OCI client, and pulling from it, on loopback."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import requests
 from pipeline.pull import check
 from tests.conftest import ROOT, run
 from tests.oci_registry_server import Registry
-from tests.release_project import NAME, build
+from tests.release_project import NAME, build, run_and_kill
 from tests.release_project import project as project
 
 pytestmark = pytest.mark.slow
@@ -52,6 +53,39 @@ def test_published_again(registry):
     build(BIG)
     refused = registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0", check=False)
     assert (refused.returncode, "with other bytes (manifest.json, openvino_model.bin" in refused.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "calls", "after"),
+    [("upload", 1, False), ("upload", 5, True), ("publish", 1, False), ("publish", 1, True), ("point", 1, True)],
+)
+def test_a_killed_publisher(registry, method, calls, after):
+    """Killed at any phase, readers see the old version whole until the tag is there; a retry ends well."""
+    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    build(BIG)
+    program = run_and_kill(f"pipeline.registry.oci:OciRegistry.{method}", calls=calls, after=after)
+    publish = ("publish", NAME, "--to", registry.url, "--version", "2.0.0")
+    assert registry.phi3(*publish, program=program, check=False).returncode == 9
+    tagged = method == "point" or (method == "publish" and after)
+    versions = [line.split()[1] for line in registry.phi3("list", registry.url).stdout.splitlines()]
+    assert versions == (["1.0.0", "2.0.0"] if tagged else ["1.0.0"])
+    registry.phi3("pull", registry.url, NAME, "--to", "latest")
+    assert Path("latest/openvino_model.bin").read_bytes() == (BIG if method == "point" else b"weights")
+    again = registry.phi3(*publish).stdout
+    assert ("uploading openvino_model.bin" in again) == (method == "upload" and not after)
+    registry.phi3("pull", registry.url, NAME, "--to", "newer")
+    assert Path("newer/openvino_model.bin").read_bytes() == BIG
+
+
+def test_two_publishers_at_once(registry):
+    """Publishers of the same bytes at the same time all succeed, and the release is whole."""
+    build(BIG)
+    command = ("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda _: registry.phi3(*command, check=False), range(3)))
+    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
+    registry.phi3("pull", registry.url, NAME, "--to", "model")
+    assert Path("model/openvino_model.bin").read_bytes() == BIG
 
 
 def test_a_corrupt_content(registry):

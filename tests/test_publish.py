@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import paths
+from pipeline import paths, publish
 from pipeline.errors import PipelineError
-from pipeline.manifest import verify
+from pipeline.manifest import building, read_manifest, seal, verify
+from pipeline.npu.load import choose
 from pipeline.pull import check
 from pipeline.registry import Entry, open_registry, require_own
 from pipeline.registry.directory import DirectoryRegistry
@@ -168,6 +169,45 @@ def test_two_publishers_at_once():
     build(b"others")
     with pytest.raises(PipelineError, match="with other bytes"):
         publish_version(registry=Late(Path("registry")))
+
+
+def make_blob(platform, *, compiled=True, ir="weights"):
+    """Build the directory of a blob for `platform` that says it was compiled from an IR with these weights."""
+    manifest = read_manifest(paths.variant(MODEL, VARIANT))
+    with building(paths.blob(paths.variant(MODEL, VARIANT), platform)) as build_:
+        if compiled:
+            (build_ / "x.blob").write_text(f"blob for {platform}")
+        source = {"files": {"openvino_model.bin": hashlib.sha256(ir.encode()).hexdigest()}}
+        reason = None if compiled else "the NPU compiler refused"
+        recipe = {"asked": {"weightless": True}, "achieved": {"openvino": "2026.4.1"}}
+        seal(build_, manifest.model_copy(update={"source": source, "not_compiled": reason, "recipe": recipe}))
+
+
+def test_blobs_come_along():
+    """A release has the compiled blobs of its variant, which an application then finds; what was refused, or was
+    compiled from another IR, is not published."""
+    make_blob("4000")
+    make_blob("3720", compiled=False)
+    said = []
+    release = publish.publish(
+        MODEL,
+        VARIANT,
+        registry=open_registry("dir:registry"),
+        version="1.0.0",
+        aliases=("latest",),
+        progress=said.append,
+    )
+    assert [path for path in release.files if "blob" in path] == ["blobs/4000/manifest.json", "blobs/4000/x.blob"]
+    assert "without a blob for NPU 3720: the NPU compiler refused" in said
+    directory = pull_latest()
+    choice = choose(directory, architecture="4000", openvino="2026.4.1-1")
+    assert choice.options == {
+        "BLOB_PATH": str(directory / "blobs/4000/x.blob"),
+        "WEIGHTS_PATH": str(directory / "openvino_model.bin"),
+    }
+    make_blob("4000", ir="other")
+    with pytest.raises(PipelineError, match=r"tiny/blobs/openvino-int4-4000 was compiled from another IR"):
+        publish_version("2.0.0")
 
 
 def test_a_registry_of_another_artifact():

@@ -1,8 +1,10 @@
 """Pulling: every byte is checked, hostile releases are refused, and nothing wrong is installed."""
 
 import json
-import shutil
-from collections import namedtuple
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from pipeline.pull import check
 from pipeline.registry import open_registry
 from pipeline.registry.directory import DirectoryRegistry
 from pipeline.release import RELEASE, read_release, unsafe
+from tests.conftest import ROOT, run
 from tests.release_project import MODEL, NAME, VARIANT, build, exit_codes, publish_version, pull_latest, quiet
 from tests.release_project import project as project
 
@@ -162,14 +165,83 @@ def test_a_target_that_is_taken(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
 
 
-def test_a_full_disk(monkeypatch):
-    """Too little space is told with figures, and nothing is installed."""
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("only root can mount a small file system")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_too_little_space(small_disk, monkeypatch):
+    """A disk that is too small is told with figures before anything is fetched."""
+    build(bytes(2 << 20))
     publish_version()
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free=1))
+    monkeypatch.setenv("PHI3_CACHE", str(small_disk / "cache"))
     with pytest.raises(
         PipelineError, match=r"has 0\.0 GB free, 0\.0 GB are needed: free some space, or set PHI3_CACHE"
     ):
+        pull_latest(to=Path("model"))
+    assert not Path("model").exists()
+
+
+def test_a_full_disk(small_disk, tmp_path):
+    """A disk that fills up during a pull or a publication is one sentence, and nothing is installed or visible; with
+    space the next run goes on."""
+    build(random.Random(0).randbytes(700_000))
+    publish_version()
+    cache = {"PHI3_CACHE": str(small_disk / "cache")}
+    program = """
+from pathlib import Path
+from pipeline import pull
+from pipeline.cli import main
+def fill(directory, needed):
+    Path("disk/filler").write_bytes(bytes(500_000))  # another program's, after the space was checked
+    pull._require_space = lambda directory, needed: None
+pull._require_space = fill
+main()
+"""
+    command = ("pull", "dir:registry", NAME, "--to", "disk/model")
+    refused = run(sys.executable, "-c", program, *command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT), **cache)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("Error: the disk is full (")
+    assert not (small_disk / "model").exists()
+    (small_disk / "filler").unlink()
+    run("phi3", *command, cwd=tmp_path, PYTHONPATH=str(ROOT), **cache)
+    check(small_disk / "model")
+
+    publish = ("publish", NAME, "--to", f"dir:{small_disk}/registry", "--version", "1.0.0")
+    refused = run("phi3", *publish, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("Error: the disk is full (")
+    assert open_registry(f"dir:{small_disk}/registry").entries() == []
+
+
+@pytest.mark.parametrize("kind", ["link", "device", "pipe", "directory"])
+@pytest.mark.parametrize("part", ["content", "release", "alias"])
+def test_what_is_no_plain_file(part, kind):
+    """Links, devices, pipes and directories in the place of a registry's files are refused without being read."""
+    publish_version()
+    releases = Path("registry/releases", NAME)
+    path = {
+        "content": blob_of("openvino_model.bin"),
+        "release": releases / "1.0.0" / RELEASE,
+        "alias": releases / "aliases/latest",
+    }[part]
+    path.rename("moved")
+    if kind == "link":
+        path.symlink_to(Path("moved").absolute())
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    refusal = "is missing, or no plain file" if part == "content" else f"has no {NAME} latest"
+    with pytest.raises(PipelineError, match=refusal):
         pull_latest(to=Path("model"))
     assert not Path("model").exists()
 

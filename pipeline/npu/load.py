@@ -7,6 +7,8 @@ from pipeline import paths
 from pipeline.errors import PipelineError
 from pipeline.manifest import Manifest, read_manifest, verify
 
+RELEASED_BLOBS = "blobs"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -20,7 +22,8 @@ class Choice:
 def choose(directory: Path, *, architecture: str | None = None, openvino: str | None = None) -> Choice:
     """Return how to load the NPU variant in `directory`: its blob where one fits, else its IR, compiled on loading.
 
-    Blobs are looked for in `../blobs/<variant>-<platform>`. One fits when it is for this NPU's `architecture` (such as
+    Blobs are looked for in `blobs/<platform>`, where a release has them, and in `../blobs/<variant>-<platform>`, where
+    they are built. One fits when it is for this NPU's `architecture` (such as
     "4000"), was made by this version of `openvino`, and belongs to just this IR; both are asked of OpenVINO unless
     given. Without an NPU the IR goes to the CPU.
 
@@ -36,8 +39,9 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
     ir = read_manifest(directory)
     if not architecture:
         return Choice("CPU", {}, "this machine has no NPU, or no driver for it: the IR runs on the CPU")
-    blob_directory = paths.blob(directory, architecture)
-    if not blob_directory.is_dir():
+    places = (directory / RELEASED_BLOBS / architecture, paths.blob(directory, architecture))
+    blob_directory = next((place for place in places if place.is_dir()), None)
+    if blob_directory is None:
         return Choice("NPU", {}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
     blob = verify(blob_directory)
     if reason := _mismatch(blob, ir, openvino):
@@ -59,9 +63,12 @@ def _mismatch(blob: Manifest, ir: Manifest, openvino: str) -> str | None:
     made_by = blob.recipe["achieved"]["openvino"]
     if openvino.split("-")[0] != made_by:
         return f"it was made by OpenVINO {made_by} and this is {openvino}"
-    if any(ir.files[name].sha256 != sha256 for name, sha256 in blob.source["files"].items()):
-        return "it belongs to another IR"
-    return None
+    return None if belongs(blob, ir) else "it belongs to another IR"
+
+
+def belongs(blob: Manifest, ir: Manifest) -> bool:
+    """Return whether `blob` was compiled from just the files of `ir`."""
+    return all(ir.files[name].sha256 == sha256 for name, sha256 in blob.source["files"].items())
 
 
 def load_pipeline(directory: Path, **options: str | int) -> tuple[object, str]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import PipelineError
-from pipeline.manifest import File, digest
+from pipeline.manifest import File, digest, is_regular
 from pipeline.registry import Entry
-from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION, Release
+from pipeline.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release
 
 CHUNK = 1 << 20
 
@@ -48,10 +48,8 @@ class DirectoryRegistry:
 
     def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
         directory = self._versions(name) / version
-        if not (directory / RELEASE).is_file():
-            return None
-        signature = directory / SIGNATURE
-        return (directory / RELEASE).read_bytes(), signature.read_bytes() if signature.is_file() else None
+        content = _small(directory / RELEASE)
+        return None if content is None else (content, _small(directory / SIGNATURE))
 
     def prepare(self, name: str) -> None:
         pass  # directories are made as they are needed
@@ -84,7 +82,10 @@ class DirectoryRegistry:
         _put(self._versions(name) / "aliases" / alias, io.BytesIO(version.encode()))
 
     def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
-        with self._blob(release.files[path]).open("rb") as stream:
+        blob = self._blob(release.files[path])
+        if not is_regular(blob):
+            raise PipelineError(f"{self.url}: {path} is missing, or no plain file: nothing was installed.")
+        with blob.open("rb") as stream:
             stream.seek(offset)
             while chunk := stream.read(CHUNK):
                 yield chunk
@@ -97,7 +98,15 @@ class DirectoryRegistry:
 
     def _aliases(self, name: str) -> list[tuple[str, str]]:
         files = [path for path in self._versions(name).glob("aliases/*") if re.fullmatch(NAME, path.name)]
-        return [(path.name, path.read_text("utf-8").strip()) for path in files]
+        return [(path.name, (_small(path) or b"").decode("utf-8", "replace").strip()) for path in files]
+
+
+def _small(path: Path) -> bytes | None:
+    # The beginning of what should be a small file, too much of it to be valid when it is large; None when it is none.
+    if not is_regular(path):
+        return None
+    with path.open("rb") as stream:
+        return stream.read(MAX_RELEASE + 1)
 
 
 def _put(path: Path, content: BinaryIO) -> None:

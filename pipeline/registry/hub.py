@@ -71,7 +71,7 @@ class HubRegistry:
         operations += [
             CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in documents.items()
         ]
-        with self._sentences():
+        with self._sentences(), _races():
             head = self._api.repo_info(self._repo, revision=MAIN)
             kept = {operation.path_in_repo for operation in operations} | {ALIASES, ".gitattributes"}
             old = [sibling.rfilename for sibling in head.siblings or [] if sibling.rfilename not in kept]
@@ -82,12 +82,7 @@ class HubRegistry:
                 commit_message=f"{release.name} {release.version}",
                 parent_commit=head.sha,
             )
-            try:
-                self._api.create_tag(self._repo, tag=release.version, revision=commit.oid)
-            except errors.HfHubHTTPError as error:
-                if error.response.status_code == httpx.codes.CONFLICT:
-                    raise FileExistsError(release.version) from error
-                raise
+            self._api.create_tag(self._repo, tag=release.version, revision=commit.oid)
 
     def point(self, name: str, alias: str, version: str) -> None:
         with self._sentences():
@@ -152,3 +147,14 @@ class HubRegistry:
             raise PipelineError(
                 f"{self.url}: {constants.ENDPOINT} failed ({reason}): check the network and HF_TOKEN, then run again."
             ) from error
+
+
+@contextmanager
+def _races() -> Iterator[None]:
+    # What the Hub says to the slower of two publishers: another commit came first, or the tag is there.
+    try:
+        yield
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code in (httpx.codes.CONFLICT, httpx.codes.PRECONDITION_FAILED):
+            raise FileExistsError from error
+        raise
