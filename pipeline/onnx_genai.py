@@ -19,6 +19,7 @@ CONFIG = "genai_config.json"
 REQUIRED = (*MODEL, CONFIG, "tokenizer.json", "tokenizer_config.json")
 WEIGHTS = MODEL[1]
 INT4 = 4
+BUILDER = "pipeline.onnx_builder"
 
 
 def build_int4(
@@ -46,7 +47,7 @@ def build_int4(
     if recipe.int8:
         options["matmul_mixed_precision"] = ",".join(f"{selector}:int8" for selector in recipe.int8)
     with tempfile.TemporaryDirectory(prefix=".builder-", dir=target) as cache:
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        command = [sys.executable, "-m", BUILDER]
         command += [
             "-i",
             str(checkpoint),
@@ -61,12 +62,15 @@ def build_int4(
         ]
         command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
         # Without a repository to look at, the model names the builder's commit as its producer, not this project's.
+        eighths = 0
         for line in stream_lines(command, log, env=os.environ | {"GIT_DIR": os.devnull}):
             layer = re.match(r"Reading layer (\d+)", line)
             if layer and int(layer[1]) % 8 == 0:
                 progress(f"builder: layer {layer[1]}")
-            elif line.startswith("Saving ONNX model"):
-                progress("builder: quantizing")
+            elif node := re.match(r"Quantized node (\d+) of (\d+)", line):
+                if int(node[1]) * 8 // int(node[2]) > eighths:
+                    eighths = int(node[1]) * 8 // int(node[2])
+                    progress(f"builder: quantized {eighths} of 8 parts")
             elif line.startswith("Saving GenAI config"):
                 progress("builder: saved")
     missing = [name for name in REQUIRED if not (target / name).is_file()]

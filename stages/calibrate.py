@@ -7,7 +7,7 @@ import click
 from pipeline import paths
 from pipeline.calibration import make_calibration
 from pipeline.manifest import replace_file
-from pipeline.params import load_params
+from pipeline.params import OpenvinoInt4, load_params
 from pipeline.process import stage_command
 from pipeline.prompts import load_prompts
 from pipeline.source_model import Torch
@@ -15,8 +15,12 @@ from pipeline.source_model import Torch
 
 @stage_command
 def main(model: str) -> None:
-    """Let the source checkpoint of MODEL answer the calibration prompts."""
+    """Let the source checkpoint of MODEL answer the calibration prompts, unless no variant is calibrated."""
     params = load_params()
+    if not any(isinstance(variant, OpenvinoInt4) and variant.calibrated for variant in params.variants.values()):
+        click.echo("no variant is calibrated: the model is not asked")
+        replace_file(paths.calibration(model), "[]")
+        return
     sequences = make_calibration(
         Torch(paths.source(model), trust_remote_code=params.get_model(model).source.trust_remote_code),
         load_prompts("calibration"),

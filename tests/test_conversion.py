@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import pytest
 
 from pipeline import onnx_genai, openvino
@@ -97,13 +98,47 @@ def test_onnx(style, tmp_path, provider):
         log=tmp_path / "log",
         progress=lines.append,
     )
-    assert lines == ["builder: layer 0", "builder: quantizing", "builder: saved"]
+    assert (lines[0], lines[-2:]) == ("builder: layer 0", ["builder: quantized 8 of 8 parts", "builder: saved"])
     assert "Extra options" in (tmp_path / "log").read_text()
     # The same bytes in every checkout: by default the producer's version is the commit of the project around .venv.
     head = run("git", "rev-parse", "HEAD", cwd=ROOT).stdout[:7]
     assert head.encode() not in (tmp_path / "model/model.onnx").read_bytes()
     assert_recipe(onnx_genai, tmp_path / "model", checkpoint, recipe)
     assert_same_model(OnnxGenai(tmp_path / "model"), checkpoint, correlation=0.95)
+
+
+@pytest.mark.parametrize(
+    ("provider", "quantizer"),
+    [
+        ("dml", {"algorithm": "rtn", "symmetric": False, "int8": ["last_matmul", "mixed_layers"]}),
+        ("cpu", {"algorithm": "default", "symmetric": True}),
+    ],
+    ids=["dml-rtn-mixed", "cpu-default"],
+)
+def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch, provider, quantizer):
+    """Quantized matrix by matrix the model has just the nodes and the bytes that the builder gives by itself."""
+    _, checkpoint, _ = style
+    built = []
+    for module in ("pipeline.onnx_builder", "onnxruntime_genai.models.builder"):
+        target = tmp_path / module
+        target.mkdir()
+        monkeypatch.setattr(onnx_genai, "BUILDER", module)
+        onnx_genai.build_int4(
+            checkpoint,
+            target,
+            recipe=OnnxInt4(execution_provider=provider, **ONNX | quantizer),
+            trust_remote_code=False,
+            log=tmp_path / "log",
+            progress=lambda text: None,
+        )
+        model = onnx.load(target / "model.onnx")
+        weights = {tensor.name: (tensor.data_type, tensor.dims, tensor.raw_data) for tensor in model.graph.initializer}
+        nodes = [
+            (node.name, node.op_type, node.input, node.output, sorted(a.SerializeToString() for a in node.attribute))
+            for node in model.graph.node
+        ]
+        built.append((weights, sorted(nodes), sorted((opset.domain, opset.version) for opset in model.opset_import)))
+    assert built[0] == built[1]
 
 
 def test_a_group_size_that_does_not_divide(style, tmp_path):

@@ -1,0 +1,204 @@
+"""Phi-3-mini's shape built by hand, as tutorials do, and by this pipeline, on the same machine: `make bench`.
+
+A seeded random checkpoint stands for the weights, since only their shape costs. Both ways use the tutorial's recipes,
+and both results are compared, matrix by matrix.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+
+from bench.measure import Cost, disk_used, measure
+from pipeline import onnx_genai, openvino
+from pipeline.manifest import replace_file, tool_versions
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).with_suffix(".json")
+MODEL = "full-size"
+FREE = 60e9  # bytes that a run may need
+OPENVINO = {
+    "openvino-fp16": ["--weight-format", "fp16"],
+    "openvino-int4": ["--weight-format", "int4", "--sym", "--group-size", "128", "--ratio", "0.6"],
+    "npu-int4-channelwise": ["--weight-format", "int4", "--sym", "--group-size", "-1", "--ratio", "1.0"],
+    "npu-int4-group128": ["--weight-format", "int4", "--sym", "--group-size", "128", "--ratio", "1.0"],
+}
+ONNX = {"onnx-directml-int4": "dml", "onnx-cpu-int4": "cpu"}
+PLAIN = {  # the tutorial's recipes in params.yaml's words
+    "calibrated: true": "calibrated: false",
+    "awq: true": "awq: false",
+    "scale_estimation: true": "scale_estimation: false",
+    "gptq: true": "gptq: false",
+    "sensitivity_metric: max_activation_variance": "sensitivity_metric: weight_quantization_error",
+    "algorithm: rtn": "algorithm: default",
+    "symmetric: false": "symmetric: true",
+    "int8: [last_matmul, mixed_layers]": "int8: []",
+}
+STAGES = ("quantize_openvino", "build_onnx")  # and what they need
+GOALS = {"wall_ratio": 0.5, "openvino_anonymous_gb": 4.0, "onnx_anonymous_gb": 6.0, "disk_ratio": 1.1}
+
+
+def by_hand(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[str, Any]]:
+    """Build each variant with the tutorial's command; return the costs and what was built. Nothing is kept."""
+    costs, built = {}, {}
+    for variant in (*OPENVINO, *ONNX):
+        click.echo(f"by hand: {variant}")
+        target = folder / variant
+        if variant in OPENVINO:
+            command = ["optimum-cli", "export", "openvino", "--model", str(checkpoint)]
+            command += ["--task", "text-generation-with-past", *OPENVINO[variant], str(target)]
+        else:
+            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-p", "int4"]
+            command += ["-o", str(target), "-c", str(folder / "cache"), "-e", ONNX[variant]]
+        costs |= measure(command, step=variant, cwd=folder, log=folder / "by-hand.log", GIT_DIR=os.devnull)
+        built[variant] = content(target, variant)
+        shutil.rmtree(target)
+    return costs, built
+
+
+def by_pipeline(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[str, Any], dict[str, float]]:
+    """Build all variants with one `dvc repro` in a clone of this project; return costs, what was built, and more."""
+    project = folder / "project"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
+    params = (project / "params.yaml").read_text("utf-8")
+    for default, plain in PLAIN.items():
+        params = params.replace(default, plain)
+    block = f"  {MODEL}:\n    source: {{path: {checkpoint}}}\n    license: MIT\n    group_size_fallback: error\n"
+    params = params.replace("build: [smol-phi3]", f"build: [{MODEL}]").replace("models:\n", f"models:\n{block}", 1)
+    (project / "params.yaml").write_text(params, "utf-8")
+    here = {"PYTHONPATH": str(project)}
+    click.echo("by the pipeline")
+    log = folder / "pipeline.log"
+    costs = measure(["dvc", "repro", *STAGES], step="dvc", cwd=project, log=log, **here)
+    artifacts = project / "artifacts" / MODEL
+    built = {variant: content(artifacts / variant, variant) for variant in (*OPENVINO, *ONNX)}
+    again = []
+    for _ in range(2):
+        started = time.monotonic()
+        subprocess.run(["dvc", "repro", *STAGES], cwd=project, check=True, capture_output=True)
+        again.append(round(time.monotonic() - started, 1))
+    more = {
+        "disk_gb": round(disk_used(project) / 1e9, 2),
+        "artifacts_gb": round(sum(disk_used(artifacts / variant) for variant in built) / 1e9, 2),
+        "noop_first_s": again[0],
+        "noop_s": again[1],
+    }
+    return costs, built, more
+
+
+def content(directory: Path, variant: str) -> dict[str, Any]:
+    """Return the format of each matrix and the SHA-256 of the weights of a built variant."""
+    backend: Any = openvino if variant in OPENVINO else onnx_genai
+    with (directory / backend.WEIGHTS).open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"formats": {m.name: m.format for m in backend.read_matrices(directory)}, "sha256": sha256}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    totals, goals = results["totals"], results["reached"]
+    lines = ["# Phi-3-mini-4k's shape: by hand and by the pipeline", ""]
+    lines += [f"Made by `make bench` on {results['date']}: {results['machine']}; {results['versions']}.", ""]
+    lines += ["| | by hand | pipeline | ratio | goal |", "| --- | --- | --- | --- | --- |"]
+    ratio = f"{goals['wall_ratio']:.2f}"
+    lines += [
+        f"| wall time | {totals['hand_s']:.0f} s | {totals['pipeline_s']:.0f} s | {ratio} | {GOALS['wall_ratio']} |"
+    ]
+    for kind in ("openvino", "onnx"):
+        hand, own = totals[f"hand_{kind}_gb"], goals[f"{kind}_anonymous_gb"]
+        goal = f"{GOALS[f'{kind}_anonymous_gb']:g} GB"
+        lines += [f"| largest anonymous memory, {kind} | {hand} GB | {own} GB | {own / hand:.2f} | {goal} |"]
+    needed = f"{results['pipeline_more']['artifacts_gb'] + totals['checkpoint_gb']:.1f} GB of artifacts and checkpoint"
+    own = f"{results['pipeline_more']['disk_gb']} GB"
+    lines += [f"| disk | {needed} | {own} | {goals['disk_ratio']:.2f} | {GOALS['disk_ratio']} |"]
+    lines += [f"| `dvc repro` with nothing to do | | {results['pipeline_more']['noop_s']} s | | 5 s |"]
+    for title, key in (("By hand", "hand"), ("By the pipeline", "pipeline")):
+        steps = results[key]
+        columns = list(next(iter(steps.values())))
+        lines += ["", f"## {title}", "", f"| step | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+        lines += [f"| {name} | {' | '.join(f'{row[c]:g}' for c in columns)} |" for name, row in steps.items()]
+    lines += ["", "## The same artifacts", "", "| variant | bit widths | weights |", "| --- | --- | --- |"]
+    for variant, same in results["same"].items():
+        lines += [f"| {variant} | {same['formats']} | {same['weights']} |"]
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path),
+    default=Path("bench/work"),
+    show_default=True,
+    help="Where everything is built, and deleted afterwards; needs 60 GB.",
+)
+@click.option("--layers", default=32, show_default=True, help="Fewer make a quicker trial, which is not recorded.")
+def main(directory: Path, layers: int) -> None:
+    """Build Phi-3-mini's shape by hand and by the pipeline, and write bench/full_size.md and .json.
+
+    Example: make bench
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(directory).free) < FREE * layers / 32:
+        raise click.ClickException(f"{directory} has {free / 1e9:.0f} GB free, {FREE / 1e9:.0f} GB are needed.")
+    folder = directory.absolute()
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        command = [sys.executable, "bench/make_checkpoint.py", str(checkpoint), "--layers", str(layers)]
+        subprocess.run(command, check=True, cwd=ROOT)
+    for left in ("hand", "pipeline"):
+        shutil.rmtree(folder / left, ignore_errors=True)
+        (folder / left).mkdir()
+    hand, hand_built = by_hand(checkpoint, folder / "hand")
+    own, own_built, more = by_pipeline(checkpoint, folder / "pipeline")
+    same = {
+        variant: {
+            "formats": "the same" if hand_built[variant]["formats"] == own_built[variant]["formats"] else "differ",
+            "weights": "the same bytes" if hand_built[variant]["sha256"] == own_built[variant]["sha256"] else "differ",
+        }
+        for variant in hand_built
+    }
+    memory = psutil.virtual_memory().total
+    checkpoint_gb = disk_used(checkpoint) / 1e9
+    totals = {"checkpoint_gb": round(checkpoint_gb, 2)}
+    reached = {"disk_ratio": round(more["disk_gb"] / (more["artifacts_gb"] + checkpoint_gb), 3)}
+    for name, costs in (("hand", hand), ("pipeline", own)):
+        totals[f"{name}_s"] = round(sum(cost.wall for cost in costs.values()), 1)
+        for kind in ("openvino", "onnx"):
+            peak = max(c.anonymous for step, c in costs.items() if ("onnx" in step) == (kind == "onnx"))
+            (totals if name == "hand" else reached)[f"hand_{kind}_gb" if name == "hand" else f"{kind}_anonymous_gb"] = (
+                round(peak / 1e9, 2)
+            )
+    reached["wall_ratio"] = round(totals["pipeline_s"] / totals["hand_s"], 3)
+    versions = tool_versions("openvino", "nncf", "optimum-intel", "onnxruntime-genai", "onnxruntime", "torch", "dvc")
+    results = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {memory / 1e9:.0f} GB, {platform.system()} {platform.machine()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "layers": layers,
+        "totals": totals,
+        "reached": reached,
+        "pipeline_more": more,
+        "hand": {step: cost.figures() for step, cost in hand.items()},
+        "pipeline": {step: cost.figures() for step, cost in own.items()},
+        "same": same,
+    }
+    text = table(results)
+    click.echo(text)
+    if layers == 32:
+        replace_file(RESULTS, json.dumps(results, indent=2))
+        replace_file(RESULTS.with_suffix(".md"), text)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
