@@ -147,3 +147,27 @@ def params_command(file: Path, schema: bool) -> None:
         return
     params = load_params(file)
     click.echo(f"builds {', '.join(params.build)} as {', '.join(params.variants)}")
+
+
+@main.command("doctor")
+def doctor_command() -> None:
+    """Examine this machine and its settings; each problem comes with its remedy.
+
+    Ends with status 1 when there is one.
+
+    Example: phi3 doctor
+    """
+    from pipeline.doctor import examine
+
+    problems = 0
+    for finding in examine():
+        problems += finding.remedy is not None
+        click.echo(f"{'problem' if finding.remedy else 'ok':8}{finding.subject}: {finding.found}")
+        if finding.remedy:
+            click.echo(f"        remedy: {finding.remedy}")
+    if problems:
+        raise click.ClickException(f"{problems} problem{'s' * (problems > 1)} found")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline import onnx_builder
 from pipeline.errors import PipelineError
 from pipeline.params import OnnxInt4
 from pipeline.process import stream_lines
@@ -19,7 +20,7 @@ CONFIG = "genai_config.json"
 REQUIRED = (*MODEL, CONFIG, "tokenizer.json", "tokenizer_config.json")
 WEIGHTS = MODEL[1]
 INT4 = 4
-BUILDER = "pipeline.onnx_builder"
+BUILDER = onnx_builder.__name__
 
 
 def build_int4(

@@ -96,3 +96,9 @@ def test_readme_table_of_stages():
     """The README's table of stages is generated from dvc.yaml."""
     table = "".join(f"| `{name}` | {stage['desc']} |\n" for name, stage in STAGES.items())
     assert f"| stage | what it does |\n| --- | --- |\n{table}" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_calibrate_knows_whether_anything_is_calibrated():
+    """The stage calibrate has nothing to do when no variant is calibrated, so it watches that key of each."""
+    listed = [key for key in STAGES["calibrate"]["params"] if key.startswith("variants.")]
+    assert listed == [f"variants.{name}.calibrated" for name in STAGES["quantize_openvino"]["matrix"]["variant"]]

@@ -1,0 +1,158 @@
+"""What of this machine and its settings a build, a pull or an application will stumble over, each with its remedy."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+DVC_FILE = Path("dvc.yaml")
+LOCK = Path("requirements.lock")
+CACHE = Path(".dvc/cache")
+LEAST_FREE = 9e9  # bytes that the embedded model's build takes
+TIMEOUT = 5  # seconds
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, what was found, and the remedy if that is a problem."""
+
+    subject: str
+    found: str
+    remedy: str | None = None
+
+
+def examine() -> Iterator[Finding]:
+    """Yield what is found, check by check; in a folder that is no project, only what an application needs."""
+    yield from _packages()
+    yield from _openvino()
+    yield from _onnxruntime()
+    if DVC_FILE.exists():
+        yield from _npu_compiler()
+        yield from _cache()
+        yield from _remotes()
+    yield from _hub()
+
+
+def _packages() -> Iterator[Finding]:
+    from packaging.requirements import Requirement
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    yield Finding("python", python, None if supported else "use Python 3.11 to 3.13")
+    if not LOCK.exists():
+        return
+    lines = [line for line in LOCK.read_text("utf-8").splitlines() if line and not line.startswith("#")]
+    wanted = {requirement.name: str(requirement.specifier)[2:] for requirement in map(Requirement, lines)}
+    differing = []
+    for name, expected in wanted.items():
+        installed = _version(name)
+        if installed != expected:
+            differing.append(f"{name} {installed or 'missing'} instead of {expected}")
+    remedy = f"pip install --no-deps -r {LOCK}" if differing else None
+    yield Finding("packages", "; ".join(differing) or f"{len(wanted)} as in {LOCK}", remedy)
+
+
+def _openvino() -> Iterator[Finding]:
+    if not (installed := _version("openvino")):
+        yield Finding("openvino", "not installed", "pip install openvino-genai, to run OpenVINO artifacts")
+        return
+    import openvino
+
+    core = openvino.Core()
+    devices = [f"{device} ({core.get_property(device, 'FULL_DEVICE_NAME')})" for device in core.available_devices]
+    yield Finding("openvino", f"{installed}, devices: {', '.join(devices)}")
+
+
+def _onnxruntime() -> Iterator[Finding]:
+    packages = ("onnxruntime-genai", "onnxruntime-genai-winml")
+    found = [f"{name} {number}" for name in packages if (number := _version(name))]
+    if not found:
+        yield Finding("onnxruntime", "not installed", "pip install onnxruntime-genai, to run ONNX artifacts")
+        return
+    import onnxruntime
+
+    yield Finding("onnxruntime", f"{', '.join(found)}, providers: {', '.join(onnxruntime.get_available_providers())}")
+
+
+def _npu_compiler() -> Iterator[Finding]:
+    from pipeline import npu
+    from pipeline.npu import wine
+
+    if npu.has_native_compiler():
+        yield Finding("NPU compiler", "native")
+    else:
+        reason = wine.unavailable()
+        yield Finding("NPU compiler", "none" if reason else "under Wine", reason)
+
+
+def _cache() -> Iterator[Finding]:
+    free = shutil.disk_usage(".").free
+    yield Finding(
+        "disk",
+        f"{free / 1e9:.0f} GB free",
+        None if free > LEAST_FREE else f"{LEAST_FREE / 1e9:.0f} GB are needed for the smallest model: free some space",
+    )
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        file = Path(folder, "file")
+        file.write_text("x", "utf-8")
+        try:
+            Path(folder, "link").hardlink_to(file)
+        except OSError as error:
+            yield Finding(
+                "cache", f"no hard links ({error.strerror})", "move the project to a file system that has them"
+            )
+        else:
+            yield Finding("cache", "shares the disk with artifacts/ by hard links")
+
+
+def _remotes() -> Iterator[Finding]:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        names = list(repo.config["remote"])
+        for name in names:
+            try:
+                remote = repo.cloud.get_remote(name)
+                remote.fs.exists(remote.path)
+                there = remote.fs.protocol != "local" or Path(remote.path).is_dir()
+                yield Finding(
+                    f"remote {name}",
+                    remote.path if there else f"{remote.path} is not there",
+                    None if there else "mount or create it, or remove it with `dvc remote remove`",
+                )
+            except (DvcException, OSError) as error:
+                yield Finding(f"remote {name}", str(error).splitlines()[0], "check the network and its credentials")
+    if not names:
+        yield Finding("remotes", "none: artifacts stay on this machine until `dvc remote add`")
+
+
+def _hub() -> Iterator[Finding]:
+    import httpx
+    from huggingface_hub import constants
+
+    settings = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
+    shown = [f"{name}={'(set)' if 'TOKEN' in name else value}" for name, value in sorted(settings.items())]
+    yield Finding("settings", ", ".join(shown) or "no HF_* variable is set")
+    if constants.HF_HUB_OFFLINE:
+        yield Finding("Hub", "offline by HF_HUB_OFFLINE: only what is in the cache can be used")
+        return
+    try:
+        httpx.get(constants.ENDPOINT, timeout=TIMEOUT)
+        yield Finding("Hub", f"{constants.ENDPOINT} answers")
+    except httpx.HTTPError as error:
+        reason = str(error).strip() or type(error).__name__
+        found = f"{constants.ENDPOINT} does not answer ({reason})"
+        yield Finding("Hub", found, "check the network, set HF_ENDPOINT, or HF_HUB_OFFLINE=1 to work without")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

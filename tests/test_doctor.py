@@ -1,0 +1,77 @@
+"""`phi3 doctor` names each problem with its remedy and ends with 1 when there is one."""
+
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A server that answers."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        """Be quiet."""
+
+
+@pytest.fixture
+def hub():
+    """The URL of a server that answers."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def doctor(folder, **environment):
+    """Run `phi3 doctor` in `folder`."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | environment
+    command = [sys.executable, "-m", "pipeline.cli", "doctor"]
+    return subprocess.run(
+        command, cwd=folder, env=clean | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+
+
+def test_all_is_well(project, hub):
+    """In a project whose packages are the locked ones, with a Hub that answers, there is no problem."""
+    (project / "requirements.lock").write_bytes((ROOT / "requirements.lock").read_bytes())
+    result = doctor(project, HF_ENDPOINT=hub, HF_TOKEN="hf_secret")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert all(line.startswith("ok      ") for line in lines)
+    assert f"ok      Hub: {hub} answers" in lines
+    assert f"ok      settings: HF_ENDPOINT={hub}, HF_TOKEN=(set)" in lines
+    assert "hf_secret" not in result.stdout
+    assert any(line.startswith("ok      openvino: ") and "devices: CPU (" in line for line in lines)
+
+
+def test_problems(project, tmp_path):
+    """Another version, a remote that is gone and a Hub that does not answer are told with their remedies."""
+    (project / "requirements.lock").write_text("# locked\nclick==0.1\nno-such-package==1.0\n")
+    with (project / ".dvc/config").open("a") as config:
+        config.write(f"['remote \"store\"']\n    url = {tmp_path}/gone\n")
+    result = doctor(project, HF_ENDPOINT="http://127.0.0.1:9")
+    assert result.returncode == 1
+    assert result.stderr == "Error: 3 problems found\n"
+    assert "no-such-package missing instead of 1.0\n        remedy: pip install --no-deps -r" in result.stdout
+    assert f"problem remote store: {tmp_path}/gone is not there\n        remedy: mount or create it" in result.stdout
+    assert "problem Hub: http://127.0.0.1:9 does not answer (" in result.stdout
+
+
+def test_without_a_project(tmp_path, hub):
+    """Elsewhere only what an application needs is examined, and nothing is written."""
+    result = doctor(tmp_path, HF_ENDPOINT=hub)
+    assert (result.returncode, result.stderr) == (0, "")
+    subjects = [line[8:].split(":")[0] for line in result.stdout.splitlines()]
+    assert subjects == ["python", "openvino", "onnxruntime", "settings", "Hub"]
+    assert list(tmp_path.iterdir()) == []
