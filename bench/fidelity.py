@@ -37,6 +37,8 @@ OPENVINO: dict[str, dict[str, Any]] = {
 NPU = [name for name in OPENVINO if name not in ("SE", "GPTQ")]
 METRICS = get_args(SensitivityMetric)[1:]  # the first needs no data, and is the default
 MIXED = {f"AWQ + SE, {metric}": OPENVINO["AWQ + SE"] | {"sensitivity_metric": metric} for metric in METRICS}
+BEST = "max_activation_variance"  # of these
+MIXED[f"AWQ + SE + GPTQ, {BEST}"] = OPENVINO["AWQ + SE + GPTQ"] | {"sensitivity_metric": BEST}
 INT8 = ["last_matmul", "mixed_layers"]
 ONNX: dict[str, dict[str, Any]] = {
     "default, symmetric, block 32 (the tutorial's)": {"algorithm": "default", "symmetric": True},

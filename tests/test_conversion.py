@@ -107,17 +107,17 @@ def test_onnx(style, tmp_path, provider):
     assert_same_model(OnnxGenai(tmp_path / "model"), checkpoint, correlation=0.95)
 
 
-@pytest.mark.parametrize(
-    ("provider", "quantizer"),
-    [
-        ("dml", {"algorithm": "rtn", "symmetric": False, "int8": ["last_matmul", "mixed_layers"]}),
-        ("cpu", {"algorithm": "default", "symmetric": True}),
-    ],
-    ids=["dml-rtn-mixed", "cpu-default"],
-)
-def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch, provider, quantizer):
+MIXED = {"algorithm": "rtn", "symmetric": False, "int8": ["last_matmul", "mixed_layers"]}
+ONE_BY_ONE = {
+    "phi-3-4k": {"execution_provider": "dml"} | MIXED,
+    "phi-3-128k": {"execution_provider": "cpu"},
+    "phi-4-mini": {"execution_provider": "cpu"} | MIXED,
+}
+
+
+def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch):
     """Quantized matrix by matrix the model has just the nodes and the bytes that the builder gives by itself."""
-    _, checkpoint, _ = style
+    name, checkpoint, _ = style
     built = []
     for module in ("pipeline.onnx_builder", "onnxruntime_genai.models.builder"):
         target = tmp_path / module
@@ -126,7 +126,7 @@ def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch, provider, quant
         onnx_genai.build_int4(
             checkpoint,
             target,
-            recipe=OnnxInt4(execution_provider=provider, **ONNX | quantizer),
+            recipe=OnnxInt4(**ONNX | ONE_BY_ONE[name]),
             trust_remote_code=False,
             log=tmp_path / "log",
             progress=lambda text: None,
