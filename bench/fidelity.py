@@ -32,13 +32,17 @@ OPENVINO: dict[str, dict[str, Any]] = {
     "GPTQ": {"gptq": True} | CALIBRATED,
     "AWQ + SE": {"awq": True, "scale_estimation": True} | CALIBRATED,
     "SE + GPTQ": {"scale_estimation": True, "gptq": True} | CALIBRATED,
+    "AWQ + GPTQ": {"awq": True, "gptq": True} | CALIBRATED,
     "AWQ + SE + GPTQ": {"awq": True, "scale_estimation": True, "gptq": True} | CALIBRATED,
 }
-NPU = [name for name in OPENVINO if name not in ("SE", "GPTQ")]
 METRICS = get_args(SensitivityMetric)[1:]  # the first needs no data, and is the default
-MIXED = {f"AWQ + SE, {metric}": OPENVINO["AWQ + SE"] | {"sensitivity_metric": metric} for metric in METRICS}
 BEST = "max_activation_variance"  # of these
-MIXED[f"AWQ + SE + GPTQ, {BEST}"] = OPENVINO["AWQ + SE + GPTQ"] | {"sensitivity_metric": BEST}
+MIXED = [("AWQ + SE", metric) for metric in METRICS] + [
+    (name, BEST) for name in ("GPTQ", "AWQ + GPTQ", "AWQ + SE + GPTQ")
+]
+INT4 = {name: options for name, options in OPENVINO.items() if name == "GPTQ" or "GPTQ" not in name}
+INT4 |= {f"{name}, {metric}": OPENVINO[name] | {"sensitivity_metric": metric} for name, metric in MIXED}
+NPU = {name: options for name, options in OPENVINO.items() if name != "SE"}
 INT8 = ["last_matmul", "mixed_layers"]
 ONNX: dict[str, dict[str, Any]] = {
     "default, symmetric, block 32 (the tutorial's)": {"algorithm": "default", "symmetric": True},
@@ -63,13 +67,11 @@ def recipes() -> dict[str, dict[str, OpenvinoInt4 | OnnxInt4]]:
         return OnnxInt4(stage="build_onnx", execution_provider=provider, **plain | options)
 
     return {
-        "openvino-int4": {
-            k: openvino_recipe(v, group_size=128, ratio=0.6) for k, v in (OPENVINO | MIXED).items() if k != "SE + GPTQ"
-        },
+        "openvino-int4": {k: openvino_recipe(v, group_size=128, ratio=0.6) for k, v in INT4.items()},
         "onnx-directml-int4": {k: onnx_recipe(v, "dml") for k, v in ONNX.items()},
         "onnx-cpu-int4": {k: onnx_recipe(ONNX[k], "cpu") for k in ONNX if "block" in k or "mixed" in k},
-        "npu-int4-channelwise": {k: openvino_recipe(OPENVINO[k], group_size=-1, ratio=1.0) for k in NPU},
-        "npu-int4-group128": {k: openvino_recipe(OPENVINO[k], group_size=128, ratio=1.0) for k in NPU},
+        "npu-int4-channelwise": {k: openvino_recipe(v, group_size=-1, ratio=1.0) for k, v in NPU.items()},
+        "npu-int4-group128": {k: openvino_recipe(v, group_size=128, ratio=1.0) for k, v in NPU.items()},
     }
 
 

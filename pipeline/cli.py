@@ -149,6 +149,31 @@ def params_command(file: Path, schema: bool) -> None:
     click.echo(f"builds {', '.join(params.build)} as {', '.join(params.variants)}")
 
 
+@main.command("plan")
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+def plan_command(models: tuple[str, ...]) -> None:
+    """Say what building each MODEL would run, and what disk, memory and time that takes here.
+
+    Without MODEL those of params.yaml's `build` are meant. Ends with status 1 when it cannot fit.
+
+    Example: phi3 plan phi-3-mini-4k-instruct
+    """
+    from pipeline.plan import available, plan, total
+
+    params = load_params()
+    cells = [cell for model in models or params.build for cell in plan(model, params=params, progress=_say)]
+    width = max(len(cell.name) for cell in cells)
+    click.echo(f"{'':{width}}         disk    memory      time")
+    for cell in cells:
+        cost = cell.cost
+        figures = f"{cost.disk / 1e9:6.2f} GB {cost.memory / 1e9:6.1f} GB {cost.seconds / 60:5.0f} min"
+        click.echo(f"{cell.name:{width}}  {'reused' if cell.reused else figures}")
+    needed, free = total(cells), available()
+    click.echo(f"needed: {needed}\nfree:   {free}")
+    if short := needed.beyond(free):
+        raise click.ClickException(f"{short} too little")
+
+
 @main.command("doctor")
 def doctor_command() -> None:
     """Examine this machine and its settings; each problem comes with its remedy.

@@ -32,12 +32,15 @@ def stage_command(function: Callable[..., None]) -> click.Command:
 
     @functools.wraps(function)
     def run(**arguments: str) -> None:
+        from pipeline.plan import require  # which runs programs, too
+
         cell = "@".join([stage, "-".join(arguments[name] for name in names)])
         _end_with_dvc()
         started = time.monotonic()
         try:
             with _lock(cell), _anonymous_peak() as anonymous:
                 click.echo(f"{cell}: started")
+                require(cell, arguments["model"])
                 function(**arguments)
         except PipelineError as error:
             _fail(f"{cell}: {error}")

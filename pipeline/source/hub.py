@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import is_wanted
+from pipeline.checkpoint import is_wanted, read_json
 from pipeline.errors import PipelineError
 from pipeline.manifest import digest
 from pipeline.params import COMMIT, HubSource
@@ -64,6 +64,16 @@ def fetch(source: HubSource, target: Path, *, progress: Callable[[str], None]) -
                 "again; if it happens twice, the server, a proxy or the Hugging Face cache damages it."
             )
     return {"hub": source.repo, "revision": info.sha}
+
+
+def fetch_config(source: HubSource) -> dict[str, Any]:
+    """Return the config of the checkpoint of `source`, without its weights; raise PipelineError as `fetch` does."""
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    with _sentences(source):
+        if not constants.HF_HUB_OFFLINE:  # says at once, and why, when the Hub cannot be reached
+            HfApi().model_info(source.repo, revision=source.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return read_json(Path(hf_hub_download(source.repo, "config.json", revision=source.revision)))
 
 
 def _from_cache(source: HubSource, target: Path, *, progress: Callable[[str], None]) -> dict[str, Any]:

