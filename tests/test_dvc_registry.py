@@ -12,7 +12,8 @@ NAME = "smol-phi3-onnx-cpu-int4"
 
 @pytest.mark.slow
 def test_push_register_get(embedded, tmp_path):
-    """An artifact that was pushed to a DVC remote and registered with GTO is got by its name from another directory."""
+    """An artifact that was pushed to a DVC remote and registered with GTO is got by its name from another directory; one
+    that the remote has damaged is refused."""
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     elsewhere.mkdir()
     run("git", "clone", "-q", ROOT, project, cwd=tmp_path)
@@ -29,3 +30,14 @@ def test_push_register_get(embedded, tmp_path):
     run("gto", "register", NAME, "--version", "v1.0.0", cwd=project, **author)
     run("dvc", "artifacts", "get", project, NAME, "--rev", "v1.0.0", "-o", "model", cwd=elsewhere)
     assert verify(elsewhere / "model").name == "smol-phi3/onnx-cpu-int4"
+
+    # A damaged object of the remote is refused where it is not in the cache, since the remote says `verify`.
+    largest = max((path for path in (tmp_path / "store").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    largest.chmod(0o644)
+    with largest.open("r+b") as stream:
+        stream.write(b"damaged")
+    other = tmp_path / "other"
+    run("git", "clone", "-q", project, other, cwd=tmp_path)
+    refused = run("dvc", "pull", "artifacts/smol-phi3/onnx-cpu-int4", cwd=other, check=False)
+    assert refused.returncode != 0
+    assert not (other / "artifacts/smol-phi3/onnx-cpu-int4/model.onnx.data").exists()
