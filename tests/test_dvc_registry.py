@@ -12,8 +12,8 @@ NAME = "smol-phi3-onnx-cpu-int4"
 
 @pytest.mark.slow
 def test_push_register_get(embedded, tmp_path):
-    """An artifact that was pushed to a DVC remote and registered with GTO is got by its name from another directory; one
-    that the remote has damaged is refused."""
+    """An artifact that was pushed to a DVC remote and registered with GTO is got by its name from another directory;
+    one that the remote has damaged is refused."""
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     elsewhere.mkdir()
     run("git", "clone", "-q", ROOT, project, cwd=tmp_path)
