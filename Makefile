@@ -6,7 +6,7 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine chromium docker-registry repro test test-fast lint bench-fidelity clean
+.PHONY: wine chromium docker-registry repro test test-fast lint bench bench-fidelity clean
 
 # GPTQ keeps one core busy, so two variants are quantized at a time; the last line builds what is left, or fails.
 repro: $(VENV)/.installed wine
@@ -25,6 +25,10 @@ lint: $(VENV)/.installed
 	ruff check .
 	ruff format --check .
 	mypy
+
+bench: $(VENV)/.installed
+	dvc repro download
+	python -m bench.full_size
 
 bench-fidelity: $(VENV)/.installed
 	dvc repro validate
