@@ -1,7 +1,8 @@
-"""The example applications in empty environments of their own, each started from a registry's URL."""
+"""The example applications in an environment of their own, each started from a registry's URL."""
 
 import os
 import re
+import shutil
 import subprocess
 import venv
 from pathlib import Path
@@ -31,12 +32,17 @@ def oci(tmp_path_factory):
     registry.stop()
 
 
-def install(example: str, directory: Path) -> Path:
-    """Return the Python of a new environment with phi3-pipeline's base install and the example's requirements."""
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """The Python of an empty environment that got phi3-pipeline's base install and the examples' requirements."""
+    directory = tmp_path_factory.mktemp("environment") / "venv"
     venv.create(directory, with_pip=True)
     python = directory / "bin/python"
-    requirements = ROOT / "examples" / example / "requirements.txt"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", ROOT, "-r", requirements]
+    requirements = [part for file in sorted((ROOT / "examples").glob("*/requirements.txt")) for part in ("-r", file)]
+    project = shutil.copytree(ROOT / "pipeline", tmp_path_factory.mktemp("project") / "pipeline").parent
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", project, *requirements]
     subprocess.run(pip, check=True)
     return python
 
@@ -58,9 +64,8 @@ def publish(example: str, url: str, **environment: str) -> None:
     run("phi3", "publish", name, "--to", url, "--version", "1.0.0", cwd=ROOT, **environment)
 
 
-def test_openvino_chat(embedded, tmp_path, hub, oci):
-    """With the base install and openvino-genai alone, openvino-int4 answers from each kind of registry."""
-    python = install("openvino-chat", tmp_path / "venv")
+def test_openvino_chat(embedded, tmp_path, hub, oci, python):
+    """With the base install and the runtime alone, openvino-int4 answers from each kind of registry."""
     packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
     assert not re.search(r"^(torch|transformers|optimum.*|nncf|dvc)==", packages, re.MULTILINE)
     token = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
@@ -72,8 +77,7 @@ def test_openvino_chat(embedded, tmp_path, hub, oci):
         assert chat(python, "openvino-chat", url, folder, **environment) == ANSWER
 
 
-def test_onnxruntime_chat(embedded, tmp_path):
-    """The same with the base install and onnxruntime-genai alone."""
-    python = install("onnxruntime-chat", tmp_path / "venv")
+def test_onnxruntime_chat(embedded, tmp_path, python):
+    """The same with onnxruntime-genai."""
     publish("onnxruntime-chat", f"dir:{tmp_path}/registry")
     assert chat(python, "onnxruntime-chat", f"dir:{tmp_path}/registry", tmp_path) == ANSWER

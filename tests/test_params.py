@@ -95,9 +95,9 @@ def test_the_project_s_file():
             "params.yaml: variants.npu-int4-channelwise.npu: hints: NPUW_DEVICES is set by the pipeline: remove it.",
         ),
         (
-            "calibrated: true",
-            "calibrated: false",
-            "params.yaml: variants.openvino-int4: scale_estimation needs calibrated: true.",
+            "calibrated: true\n    awq: false",
+            "calibrated: false\n    awq: false",
+            "params.yaml: variants.npu-int4-channelwise: scale_estimation needs calibrated: true.",
         ),
         (
             "  onnx-cpu-int4: {kl_mean",
