@@ -8,10 +8,10 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: wine chromium docker-registry repro test test-fast lint bench bench-fidelity clean
 
-# GPTQ keeps one core busy, so two variants are quantized at a time; the last line builds what is left, or fails.
+# GPTQ keeps one core busy, so what is not measured runs two at a time; the last line builds what is left, or fails.
 repro: $(VENV)/.installed wine
 	dvc repro export_openvino calibrate
-	-dvc stage list --name-only quantize_openvino | xargs -P 2 -n 1 dvc repro --single-item
+	-dvc stage list --name-only quantize_openvino reference build_onnx | xargs -P 2 -n 1 dvc repro --single-item
 	dvc repro
 	@dvc metrics show
 
