@@ -1,7 +1,8 @@
 """What a build will cost, from the model's config alone: disk, memory and time of each cell of dvc.yaml.
 
-Sizes follow from the recipes. Memory and time are straight lines through what was measured on the embedded model and at
-Phi-3-mini's shape (bench/full_size.md) on 2 cores; `make bench` checks them.
+Sizes follow from the recipes. Memory and time are rough: straight lines between the embedded model and Phi-3-mini's shape
+on 2 cores. Not measured at that shape are calibrated recipes, `validate`, and `build_onnx` since it quantizes one matrix
+after the other.
 """
 
 import os
