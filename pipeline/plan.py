@@ -1,8 +1,7 @@
 """What a build will cost, from the model's config alone: disk, memory and time of each cell of dvc.yaml.
 
-Sizes follow from the recipes. Memory and time are rough: straight lines between the embedded model and Phi-3-mini's shape
-on 2 cores. Not measured at that shape are calibrated recipes, `validate`, and `build_onnx` since it quantizes one matrix
-after the other.
+Sizes follow from the recipes. Memory and time are rough: straight lines between the embedded model and Phi-3-mini's
+shape on 2 cores. Calibrated recipes and `validate` were not measured at that shape.
 """
 
 import os
