@@ -32,7 +32,7 @@ MEMORY = {
     "export_openvino": (0.75e9, 0.06),
     "quantize_openvino": (0.8e9, 0.4),
     "compile_npu": (0.6e9, 0.0),
-    "build_onnx": (0.8e9, 0.5),
+    "build_onnx": (0.9e9, 0.85),
     "validate": (0.5e9, 0.4),
     "report": (0.1e9, 0.0),
 }
