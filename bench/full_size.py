@@ -4,7 +4,6 @@ A seeded random checkpoint stands for the weights, since only their shape costs.
 and both results are compared, matrix by matrix.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ import psutil
 
 from bench.measure import Cost, disk_used, measure
 from pipeline import onnx_genai, openvino
-from pipeline.manifest import replace_file, tool_versions
+from pipeline.manifest import digest, replace_file, tool_versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_suffix(".json")
@@ -99,9 +98,13 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[s
 def content(directory: Path, variant: str) -> dict[str, Any]:
     """Return the format of each matrix and the SHA-256 of the weights of a built variant."""
     backend: Any = openvino if variant in OPENVINO else onnx_genai
-    with (directory / backend.WEIGHTS).open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"formats": {m.name: m.format for m in backend.read_matrices(directory)}, "sha256": sha256}
+    formats = {matrix.name: matrix.format for matrix in backend.read_matrices(directory)}
+    return {"formats": formats, "sha256": digest(directory / backend.WEIGHTS).sha256}
+
+
+def peak(costs: dict[str, Cost], kind: str) -> float:
+    """Return the largest anonymous memory, in GB, of the steps for `kind`: openvino or onnx."""
+    return round(max(c.anonymous for step, c in costs.items() if ("onnx" in step) == (kind == "onnx")) / 1e9, 2)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -169,16 +172,12 @@ def main(directory: Path, layers: int) -> None:
     }
     memory = psutil.virtual_memory().total
     checkpoint_gb = disk_used(checkpoint) / 1e9
-    totals = {"checkpoint_gb": round(checkpoint_gb, 2)}
-    reached = {"disk_ratio": round(more["disk_gb"] / (more["artifacts_gb"] + checkpoint_gb), 3)}
-    for name, costs in (("hand", hand), ("pipeline", own)):
-        totals[f"{name}_s"] = round(sum(cost.wall for cost in costs.values()), 1)
-        for kind in ("openvino", "onnx"):
-            peak = max(c.anonymous for step, c in costs.items() if ("onnx" in step) == (kind == "onnx"))
-            (totals if name == "hand" else reached)[f"hand_{kind}_gb" if name == "hand" else f"{kind}_anonymous_gb"] = (
-                round(peak / 1e9, 2)
-            )
-    reached["wall_ratio"] = round(totals["pipeline_s"] / totals["hand_s"], 3)
+    hand_s, own_s = (round(sum(cost.wall for cost in costs.values()), 1) for costs in (hand, own))
+    totals = {"checkpoint_gb": round(checkpoint_gb, 2), "hand_s": hand_s, "pipeline_s": own_s}
+    totals |= {f"hand_{kind}_gb": peak(hand, kind) for kind in ("openvino", "onnx")}
+    reached = {f"{kind}_anonymous_gb": peak(own, kind) for kind in ("openvino", "onnx")}
+    reached["wall_ratio"] = round(own_s / hand_s, 3)
+    reached["disk_ratio"] = round(more["disk_gb"] / (more["artifacts_gb"] + checkpoint_gb), 3)
     versions = tool_versions("openvino", "nncf", "optimum-intel", "onnxruntime-genai", "onnxruntime", "torch", "dvc")
     results = {
         "date": datetime.now(UTC).date().isoformat(),

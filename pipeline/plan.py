@@ -4,6 +4,7 @@ Sizes follow from the recipes. Memory and time are rough: straight lines between
 shape on 2 cores. Calibrated recipes and `validate` were not measured at that shape.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -103,19 +104,17 @@ def tensors(config: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
         }
     if not config.get("tie_word_embeddings", False):
         shapes["lm_head.weight"] = [vocabulary, hidden]
-    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    return {name: (dtype, shape) for name, shape in shapes.items()}
+    return {name: (_dtype(config), shape) for name, shape in shapes.items()}
 
 
 def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) -> Cost:
     """Return what the cell `cell` of the model `name` with this `config` costs."""
     stage, _, rest = cell.partition("@")
-    shapes = tensors(config)
-    source = matrices(shapes)
+    source = matrices(tensors(config))
     fp16 = 2.0 * sum(matrix.elements for matrix in source)
     size = temporary = 0.0
     if stage == "download":
-        size = fp16 * (2 if all(dtype == "float32" for dtype, _ in shapes.values()) else 1)
+        size = fp16 * (2 if _dtype(config) == "float32" else 1)
     elif stage == "export_openvino":
         size = temporary = fp16  # for a while a float16 copy of the checkpoint, too
     elif stage in ("quantize_openvino", "build_onnx"):
@@ -162,20 +161,29 @@ def read_config(name: str, model: Model, *, progress: Callable[[str], None]) -> 
     return fetch_config(model.source.hub)
 
 
+def _dtype(config: dict[str, Any]) -> str:
+    # Transformers 5 writes `dtype`, earlier ones `torch_dtype`.
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
+@functools.cache
+def _changed() -> frozenset[str]:
+    # A dry run stops at outputs that are not there yet, but not before it named what makes them.
+    command = ["dvc", "repro", "--dry", "--allow-missing", "--keep-going"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return frozenset(re.findall(r"Running stage '([^']+)'", listed))
+
+
 def _reused(name: str, params: Params) -> dict[str, bool]:
     # DVC knows what has changed; a cell runs, too, when one that it needs runs.
     from dvc.repo import Repo
     from networkx import ancestors, topological_sort
 
-    # A dry run stops at outputs that are not there yet, but not before it named what makes them.
-    command = ["dvc", "repro", "--dry", "--allow-missing", "--keep-going"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    changed = set(re.findall(r"Running stage '([^']+)'", listed))
     known = name if name in params.build else params.build[0]
     with Repo() as repo:
         graph = repo.index.graph  # an edge leads from a stage to one that it needs
         stages = [s for s in reversed(list(topological_sort(graph))) if re.search(rf"@{known}(-|$)", s.addressing)]
-        runs = {s for s in stages if s.addressing in changed or known != name}
+        runs = {s for s in stages if s.addressing in _changed() or known != name}
         runs |= {after for stage in runs for after in ancestors(graph, stage)}
         return {stage.addressing.replace(f"@{known}", f"@{name}", 1): stage not in runs for stage in stages}
 

@@ -178,9 +178,12 @@ def _resolve(registry: Registry, name: str, alias: str) -> str:
             raise
         version = known.read_text("utf-8").strip()
         logger.warning("%s Taking %s %s as it was: %s.", error, name, alias, version)
+        return version
     if version is None or not re.fullmatch(VERSION, version):
         raise _unknown(registry, name, alias)
-    replace_file(known, version)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(known.with_name(f".{known.name}.lock")):  # another pull may record it at the same time
+        replace_file(known, version)
     return version
 
 

@@ -28,6 +28,18 @@ def test_two_pulls_at_once():
     check(pull_latest())
 
 
+def resolve_often():
+    """Ask what an alias stands for again and again, as many pulls would."""
+    for _ in range(50):
+        pull._resolve(open_registry("dir:registry"), NAME, "latest")
+
+
+def test_an_alias_resolved_at_once():
+    """Processes that record what an alias stands for at the same time do not disturb each other."""
+    publish_version()
+    assert exit_codes(resolve_often, processes=4) == [0] * 4
+
+
 def test_contents_are_shared():
     """Two releases with the same tokenizer store it once, in the registry and on the consumer's disk."""
     publish_version("1.0.0")
