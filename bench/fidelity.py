@@ -42,7 +42,6 @@ MIXED = [("AWQ + SE", metric) for metric in METRICS] + [
 ]
 INT4 = {name: options for name, options in OPENVINO.items() if name == "GPTQ" or "GPTQ" not in name}
 INT4 |= {f"{name}, {metric}": OPENVINO[name] | {"sensitivity_metric": metric} for name, metric in MIXED}
-NPU = {name: options for name, options in OPENVINO.items() if name != "SE"}
 INT8 = ["last_matmul", "mixed_layers"]
 ONNX: dict[str, dict[str, Any]] = {
     "default, symmetric, block 32 (the tutorial's)": {"algorithm": "default", "symmetric": True},
@@ -70,8 +69,8 @@ def recipes() -> dict[str, dict[str, OpenvinoInt4 | OnnxInt4]]:
         "openvino-int4": {k: openvino_recipe(v, group_size=128, ratio=0.6) for k, v in INT4.items()},
         "onnx-directml-int4": {k: onnx_recipe(v, "dml") for k, v in ONNX.items()},
         "onnx-cpu-int4": {k: onnx_recipe(ONNX[k], "cpu") for k in ONNX if "block" in k or "mixed" in k},
-        "npu-int4-channelwise": {k: openvino_recipe(v, group_size=-1, ratio=1.0) for k, v in NPU.items()},
-        "npu-int4-group128": {k: openvino_recipe(v, group_size=128, ratio=1.0) for k, v in NPU.items()},
+        "npu-int4-channelwise": {k: openvino_recipe(v, group_size=-1, ratio=1.0) for k, v in OPENVINO.items()},
+        "npu-int4-group128": {k: openvino_recipe(v, group_size=128, ratio=1.0) for k, v in OPENVINO.items()},
     }
 
 

@@ -22,6 +22,7 @@ class HubRegistryServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self
+        self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self):
@@ -72,6 +73,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(404, {"error": code}, X_Error_Code=code)
 
     def _handle(self):
+        with self.server.hub.lock:  # one at a time, as the Hub's commits are
+            self._respond()
+
+    def _respond(self):
         hub, path = self.server.hub, unquote(urlsplit(self.path).path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         hub.log.append((self.command, path))

@@ -142,3 +142,13 @@ def test_a_repository_that_is_not_there(hub):
     assert phi3(hub, "list", URL).stdout == ""
     refused = phi3(hub, "pull", URL, NAME, check=False)
     assert (refused.returncode, refused.stderr) == (1, f"Error: {URL} has no {NAME} latest: see `phi3 list {URL}`.\n")
+
+
+def test_a_hub_that_cannot_be_reached(hub):
+    """Listing, pulling and publishing end with one sentence."""
+    hub.url = "http://127.0.0.1:9"
+    for command in (("list", URL), ("pull", URL, NAME), ("publish", NAME, "--to", URL, "--version", "1.0.0")):
+        refused = phi3(hub, *command, check=False)
+        assert refused.returncode == 1
+        assert refused.stderr.endswith("): check the network and HF_TOKEN, then run again.\n")
+        assert f"Error: {URL}: http://127.0.0.1:9 failed ([Errno 111] Connection refused" in refused.stderr

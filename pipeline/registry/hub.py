@@ -5,23 +5,33 @@ Aliases are in aliases.json on the main branch, since the Hub cannot move a tag 
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, HfFileSystem, constants, errors
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    HfFileSystem,
+    constants,
+    errors,
+    get_session,
+    hf_hub_url,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from pipeline.errors import PipelineError
 from pipeline.manifest import File
 from pipeline.registry import Entry, require_own
-from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
+from pipeline.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 
 ALIASES = "aliases.json"
 MAIN = "main"
 CHUNK = 8 << 20
+ALIAS_TRIES = 5
 
 
 class HubRegistry:
@@ -85,18 +95,21 @@ class HubRegistry:
             self._api.create_tag(self._repo, tag=release.version, revision=commit.oid)
 
     def point(self, name: str, alias: str, version: str) -> None:
-        with self._sentences():
-            head = self._api.repo_info(self._repo, revision=MAIN).sha
-            aliases = self._aliases()
-            if aliases.get(alias) == version:
-                return
-            content = json.dumps(aliases | {alias: version}, indent=2, sort_keys=True) + "\n"
-            self._api.create_commit(
-                self._repo,
-                [CommitOperationAdd(path_in_repo=ALIASES, path_or_fileobj=content.encode())],
-                commit_message=f"{alias} is {version}",
-                parent_commit=head,
-            )
+        for _ in range(ALIAS_TRIES):
+            with self._sentences(), suppress(FileExistsError), _races():  # another alias moved: look again
+                head = self._api.repo_info(self._repo, revision=MAIN).sha
+                aliases = self._aliases()
+                if aliases.get(alias) == version:
+                    return
+                content = json.dumps(aliases | {alias: version}, indent=2, sort_keys=True) + "\n"
+                self._api.create_commit(
+                    self._repo,
+                    [CommitOperationAdd(path_in_repo=ALIASES, path_or_fileobj=content.encode())],
+                    commit_message=f"{alias} is {version}",
+                    parent_commit=head,
+                )
+        if self._aliases().get(alias) != version:
+            raise PipelineError(f"others publish to {self.url} all the time: run again to move {alias}.")
 
     def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
         with self._sentences():
@@ -123,14 +136,14 @@ class HubRegistry:
             raise PipelineError(f"{self.url}: {ALIASES} is not valid: pull a version by its number.") from error
 
     def _file(self, path: str, revision: str) -> bytes | None:
-        # In a cache of its own: the user's answers with old content when the Hub fails.
-        with self._sentences(), tempfile.TemporaryDirectory(prefix="phi3-hub-") as cache:
+        # Not by hf_hub_download: its cache answers with old content when the Hub fails.
+        address = hf_hub_url(self._repo, path, revision=revision, endpoint=self._api.endpoint)
+        session, headers = get_session(), build_hf_headers()
+        with self._sentences():
             try:
-                return Path(
-                    self._api.hf_hub_download(self._repo, path, revision=revision, cache_dir=cache)
-                ).read_bytes()
-            except errors.LocalEntryNotFoundError:
-                raise  # the Hub was not reached
+                with session.stream("GET", address, headers=headers, follow_redirects=True) as response:
+                    hf_raise_for_status(response)
+                    return next(response.iter_bytes(MAX_RELEASE + 1), b"")
             except (errors.EntryNotFoundError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError):
                 return None
 

@@ -204,7 +204,8 @@ def _sentences(url: str) -> Iterator[None]:
 def _client(container: Container, *, url: str) -> Any:
     # Returns oras-py's client with the kind of login that the registry asks for; it cannot tell by itself.
     insecure = container.registry.split(":")[0] in ("localhost", "127.0.0.1")
-    retries = HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.5, status_forcelist=(502, 503, 504)))
+    # 500 is what a registry says of a tag that is being written.
+    retries = HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504)))
     with _sentences(url), requests.Session() as session:
         prefix = "http" if insecure else "https"
         session.mount(f"{prefix}://", retries)
