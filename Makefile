@@ -16,7 +16,7 @@ repro: $(VENV)/.installed wine
 	@dvc metrics show
 
 test: $(VENV)/.installed wine chromium docker-registry
-	pytest -n 2 --dist loadfile
+	pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/.installed
 	pytest -m "not slow"
@@ -64,4 +64,4 @@ docker-registry:
 	@command -v docker-registry >/dev/null || $(call apt,docker-registry,The tests of OCI registries need a registry)
 
 clean:
-	rm -rf $(VENV) artifacts/.locks artifacts/logs artifacts/*/logs
+	rm -rf $(VENV) artifacts/.locks artifacts/logs

@@ -85,7 +85,6 @@ def measure(recipe: OpenvinoInt4 | OnnxInt4, directory: Path) -> dict[str, float
             recipe=recipe,
             adjust_group_size=True,
             calibration=read_calibration(paths.calibration(MODEL)),
-            progress=click.echo,
         )
     else:
         onnx_genai.build_int4(
@@ -93,8 +92,6 @@ def measure(recipe: OpenvinoInt4 | OnnxInt4, directory: Path) -> dict[str, float
             directory,
             recipe=recipe,
             trust_remote_code=False,
-            log=paths.log(MODEL, "bench"),
-            progress=lambda line: None,
         )
     seconds = time.perf_counter() - started
     weights = directory / (openvino if isinstance(recipe, OpenvinoInt4) else onnx_genai).WEIGHTS
@@ -102,9 +99,7 @@ def measure(recipe: OpenvinoInt4 | OnnxInt4, directory: Path) -> dict[str, float
     speeds = []
     for answer in reference.continuations[: QUESTIONS + 1]:
         speeds.append(1 / runtime.generate(answer.prompt_ids, max_new_tokens=32).time_per_token)
-    comparison = compare(
-        runtime, reference.continuations, read_distributions(paths.distributions(MODEL)), progress=lambda line: None
-    )
+    comparison = compare(runtime, reference.continuations, read_distributions(paths.distributions(MODEL)))
     metrics = comparison.metrics()
     chosen = ("kl_mean", "kl_p99", "top1_agreement", "perplexity_ratio", "common_prefix_tokens")
     return {

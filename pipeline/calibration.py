@@ -1,19 +1,16 @@
 """Calibration data without a data set: the source model's own answers to prompts that nothing is measured on."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.prompts import Prompt
 from pipeline.source_model import Torch
 
 
-def make_calibration(
-    source: Torch, prompts: list[Prompt], *, max_new_tokens: int, progress: Callable[[str], None]
-) -> list[list[int]]:
+def make_calibration(source: Torch, prompts: list[Prompt], *, max_new_tokens: int) -> list[list[int]]:
     """Return for each of `prompts` the token ids of the rendered chat with the model's greedy answer."""
     rendered = [source.encode(source.render_chat(prompt.messages)) for prompt in prompts]
-    answers = source.answer(rendered, max_new_tokens=max_new_tokens, progress=progress)
+    answers = source.answer(rendered, max_new_tokens=max_new_tokens)
     return [prompt + answer for prompt, answer in zip(rendered, answers, strict=True)]
 
 

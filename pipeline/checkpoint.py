@@ -2,11 +2,11 @@
 
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
+from pipeline.progress import Bar
 
 CONFIG_FILES = (
     "config.json",
@@ -111,7 +111,7 @@ def eos_token_ids(checkpoint: Path) -> list[int]:
     raise PipelineError(f"{checkpoint} names no eos_token_id: generation would never stop; add it to config.json.")
 
 
-def to_float16(checkpoint: Path, target: Path, *, progress: Callable[[str], None]) -> None:
+def to_float16(checkpoint: Path, target: Path) -> None:
     """Write `checkpoint` to the directory `target` with all weights in float16, holding one small shard in memory.
 
     Raises PipelineError when a weight does not fit into float16.
@@ -133,7 +133,7 @@ def to_float16(checkpoint: Path, target: Path, *, progress: Callable[[str], None
 
     for shard in shards(checkpoint):
         with safe_open(shard, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            for name in Bar(tensors.keys(), desc=f"{shard.name} to float16"):
                 tensor = tensors.get_tensor(name).to(torch.float16)
                 if not torch.isfinite(tensor).all():
                     raise PipelineError(f"{shard}: {name} has values beyond float16 (±65504): it has no FP16 form.")
@@ -141,7 +141,6 @@ def to_float16(checkpoint: Path, target: Path, *, progress: Callable[[str], None
                 held += tensor.nbytes
                 if held >= SHARD_BYTES:
                     flush()
-        progress(f"{shard.name} in float16")
     if batch:
         flush()
     (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")

@@ -8,7 +8,7 @@ TOP + 1 outcomes the KL divergence is never larger than over the whole vocabular
 Thomas, Elements of Information Theory, theorem 2.7.1) and falls short only by how the two differ *within* a tail.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.progress import Bar
 from pipeline.reference import Answer
 from pipeline.runtimes import Runtime
 
 TOP = 512
 SMALLEST_TAIL = 1e-12
-PROGRESS_EVERY = 20
 Floats = npt.NDArray[np.float64]
 
 
@@ -89,9 +89,7 @@ def concatenate(parts: Sequence[Distributions]) -> Distributions:
     )
 
 
-def compare(
-    variant: Runtime, answers: Sequence[Answer], source: Distributions, *, progress: Callable[[str], None]
-) -> Comparison:
+def compare(variant: Runtime, answers: Sequence[Answer], source: Distributions) -> Comparison:
     """Return `variant` beside the source at each token of `answers`, whose distributions in the source are `source`.
 
     Greedy decoding takes the most probable token, so the variant's own greedy answer has with the source's in common
@@ -101,7 +99,7 @@ def compare(
     prefixes: list[int] = []
     preferred: list[int | None] = []
     non_finite = start = 0
-    for answer, logits in zip(answers, _teacher_forced(variant, answers, progress=progress), strict=True):
+    for answer, logits in zip(answers, _teacher_forced(variant, answers), strict=True):
         rows = slice(start, start + len(answer.ids))
         ids, p = source.ids[rows], source.log_probs[rows].astype(np.float64)
         start = rows.stop
@@ -143,12 +141,10 @@ def read_distributions(path: Path) -> Distributions:
         return Distributions(content["ids"], content["log_probs"])
 
 
-def _teacher_forced(runtime: Runtime, answers: Sequence[Answer], *, progress: Callable[[str], None]) -> Iterator[Any]:
+def _teacher_forced(runtime: Runtime, answers: Sequence[Answer]) -> Iterator[Any]:
     # The logits that predict an answer's tokens: those at the prompt's last position and at all tokens but the last.
-    for index, answer in enumerate(answers, start=1):
+    for answer in Bar(answers, desc="comparing answers"):
         yield runtime.logits(answer.prompt_ids + answer.ids[:-1], last=len(answer.ids))
-        if index % PROGRESS_EVERY == 0 or index == len(answers):
-            progress(f"compared {index} of {len(answers)} answers")
 
 
 def _log_probs(logits: Any, ids: npt.NDArray[np.integer[Any]]) -> Floats:

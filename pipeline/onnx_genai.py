@@ -4,15 +4,16 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import onnx_builder
+from pipeline.checkpoint import read_json
 from pipeline.errors import PipelineError
 from pipeline.params import OnnxInt4
 from pipeline.process import stream_lines
+from pipeline.progress import Bar
 from pipeline.recipe import Matrix, Role
 
 MODEL = ("model.onnx", "model.onnx.data")
@@ -29,12 +30,10 @@ def build_int4(
     *,
     recipe: OnnxInt4,
     trust_remote_code: bool,
-    log: Path,
-    progress: Callable[[str], None],
 ) -> None:
     """Write the INT4 ONNX model of `checkpoint` for the recipe's execution provider into the directory `target`.
 
-    The builder runs as a process of its own; its output goes to `log`, and to `progress` a line for every few layers.
+    The builder runs as a process of its own.
 
     Raises PipelineError when the builder fails or leaves a file out.
     """
@@ -63,20 +62,17 @@ def build_int4(
         ]
         command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
         # Without a repository to look at, the model names the builder's commit as its producer, not this project's.
-        eighths = 0
-        for line in stream_lines(command, log, env=os.environ | {"GIT_DIR": os.devnull}):
-            layer = re.match(r"Reading layer (\d+)", line)
-            if layer and int(layer[1]) % 8 == 0:
-                progress(f"builder: layer {layer[1]}")
-            elif node := re.match(r"Quantized node (\d+) of (\d+)", line):
-                if int(node[1]) * 8 // int(node[2]) > eighths:
-                    eighths = int(node[1]) * 8 // int(node[2])
-                    progress(f"builder: quantized {eighths} of 8 parts")
-            elif line.startswith("Saving GenAI config"):
-                progress("builder: saved")
+        layers = read_json(checkpoint / "config.json")["num_hidden_layers"]
+        with Bar(desc="reading layers", total=layers) as reading, Bar(desc="quantizing nodes") as quantizing:
+            for line in stream_lines(command, env=os.environ | {"GIT_DIR": os.devnull}):
+                if layer := re.match(r"Reading layer (\d+)", line):
+                    reading.update(int(layer[1]) + 1 - reading.n)
+                elif node := re.match(r"Quantized node (\d+) of (\d+)", line):
+                    quantizing.total = int(node[2])
+                    quantizing.update(int(node[1]) - quantizing.n)
     missing = [name for name in REQUIRED if not (target / name).is_file()]
     if missing:
-        raise PipelineError(f"the onnxruntime-genai builder wrote no {missing[0]}. Its log is {log}.")
+        raise PipelineError(f"the onnxruntime-genai builder wrote no {missing[0]}.")
 
 
 def read_matrices(directory: Path) -> list[Matrix]:

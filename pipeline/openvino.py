@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pipeline.checkpoint import to_float16
 from pipeline.errors import PipelineError
 from pipeline.ir_inputs import model_inputs
 from pipeline.params import OpenvinoFp16, OpenvinoInt4
+from pipeline.progress import Bar, say
 from pipeline.recipe import CHANNEL_WISE, Matrix, Role
 
 MODEL = ("openvino_model.xml", "openvino_model.bin")
@@ -31,9 +32,7 @@ WEIGHTS = MODEL[1]
 MIN_GROUP_SIZE = 32  # min_adjusted_group_size of nncf.AdvancedCompressionParameters
 
 
-def export_fp16(
-    checkpoint: Path, target: Path, *, trust_remote_code: bool = False, progress: Callable[[str], None]
-) -> None:
+def export_fp16(checkpoint: Path, target: Path, *, trust_remote_code: bool = False) -> None:
     """Write the FP16 IR of `checkpoint`, with the OpenVINO tokenizer and detokenizer, into the directory `target`.
 
     The weights are first streamed to float16, since from a float16 checkpoint the export maps them instead of
@@ -43,8 +42,8 @@ def export_fp16(
     """
     with tempfile.TemporaryDirectory(prefix=".float16-", dir=target) as directory:
         half = Path(directory)
-        to_float16(checkpoint, half, progress=progress)
-        progress("exporting the IR")
+        to_float16(checkpoint, half)
+        say("exporting the IR")
         with _optimum_messages() as messages:
             from optimum.exporters.openvino import main_export
             from optimum.intel import OVConfig
@@ -76,7 +75,6 @@ def quantize_int4(
     recipe: OpenvinoInt4,
     adjust_group_size: bool,
     calibration: list[list[int]],
-    progress: Callable[[str], None],
 ) -> None:
     """Write the INT4 form of the FP16 IR in `fp16` into the directory `target`, with the other files beside it.
 
@@ -87,7 +85,7 @@ def quantize_int4(
     import nncf
     import openvino
 
-    progress(
+    say(
         f"quantizing: group size {recipe.group_size}, ratio {recipe.ratio}"
         + (f", calibrated on {len(calibration)} answers" if recipe.calibrated else ", without data")
     )
@@ -95,24 +93,25 @@ def quantize_int4(
     fallback = nncf.GroupSizeFallbackMode.ADJUST if adjust_group_size else nncf.GroupSizeFallbackMode.ERROR
     model = openvino.Core().read_model(fp16 / MODEL[0])
     try:
-        model = nncf.compress_weights(
-            model,
-            mode=mode,
-            group_size=recipe.group_size,
-            ratio=recipe.ratio,
-            dataset=nncf.Dataset([model_inputs(ids) for ids in calibration]) if recipe.calibrated else None,
-            sensitivity_metric=nncf.SensitivityMetric(recipe.sensitivity_metric),
-            awq=recipe.awq,
-            scale_estimation=recipe.scale_estimation,
-            gptq=recipe.gptq,
-            advanced_parameters=nncf.AdvancedCompressionParameters(group_size_fallback_mode=fallback),
-        )
+        with _nncf_bars():
+            model = nncf.compress_weights(
+                model,
+                mode=mode,
+                group_size=recipe.group_size,
+                ratio=recipe.ratio,
+                dataset=nncf.Dataset([model_inputs(ids) for ids in calibration]) if recipe.calibrated else None,
+                sensitivity_metric=nncf.SensitivityMetric(recipe.sensitivity_metric),
+                awq=recipe.awq,
+                scale_estimation=recipe.scale_estimation,
+                gptq=recipe.gptq,
+                advanced_parameters=nncf.AdvancedCompressionParameters(group_size_fallback_mode=fallback),
+            )
     except nncf.InvalidGroupSizeError as error:
         raise PipelineError(
             f"group size {recipe.group_size} does not divide the width of every layer: choose another group_size, "
             f"or set group_size_fallback: adjust for this model ({str(error).splitlines()[0]})"
         ) from error
-    progress("saving the IR")
+    say("saving the IR")
     openvino.save_model(model, target / MODEL[0], compress_to_fp16=False)
     for path in fp16.iterdir():
         if path.name not in (*MODEL, "manifest.json"):
@@ -198,6 +197,21 @@ def _has_zero_point(constant: Any) -> bool:
             return False
         node = users[0]
     return False
+
+
+@contextlib.contextmanager
+def _nncf_bars() -> Iterator[None]:
+    # NNCF's own bars are of use in a terminal only, and go to the log.
+    from nncf.common.logging.track_progress import track
+
+    def bar(self: Any) -> Iterator[Any]:
+        return iter(Bar(self.sequence, desc=self.description, total=self.total if self.weights is None else None))
+
+    own, track.__iter__ = track.__iter__, bar
+    try:
+        yield
+    finally:
+        track.__iter__ = own
 
 
 @contextlib.contextmanager

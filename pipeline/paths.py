@@ -58,6 +58,6 @@ def validation(model: str, name: str) -> Path:
     return ARTIFACTS / model / "validation" / f"{name}.json"
 
 
-def log(model: str, name: str) -> Path:
-    """Return the file that keeps what a stage's tools printed."""
-    return ARTIFACTS / model / "logs" / f"{name}.log"
+def log(cell: str) -> Path:
+    """Return the file that keeps what a cell of dvc.yaml and its tools printed."""
+    return ARTIFACTS / "logs" / f"{cell}.log"

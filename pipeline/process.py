@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import click
 from filelock import FileLock, Timeout
 
 from pipeline.errors import PipelineError, full_disk
-from pipeline.paths import ARTIFACTS
+from pipeline.paths import ARTIFACTS, log
+from pipeline.progress import logged, say
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -25,7 +27,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def stage_command(function: Callable[..., None]) -> click.Command:
     """Return the command line of a stage: `function`'s parameters as arguments, its name as the stage's.
 
-    A PipelineError, a full disk or lack of memory ends with one sentence and status 1, Ctrl-C with status 130.
+    A PipelineError, a full disk, lack of memory or an error in a library ends with one sentence and status 1, Ctrl-C
+    with status 130. What libraries print is in the cell's log, and so is the traceback of their errors.
     """
     stage = function.__module__.rsplit(".", 1)[-1] if function.__module__ != "__main__" else Path(sys.argv[0]).stem
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -38,20 +41,24 @@ def stage_command(function: Callable[..., None]) -> click.Command:
         _end_with_dvc()
         started = time.monotonic()
         try:
-            with _lock(cell), _anonymous_peak() as anonymous:
-                click.echo(f"{cell}: started")
+            with _lock(cell), logged(log(cell)), _anonymous_peak() as anonymous:
+                say(f"{cell}: started")
                 require(cell, arguments["model"])
-                function(**arguments)
+                try:
+                    function(**arguments)
+                except Exception:
+                    traceback.print_exc()
+                    raise
         except PipelineError as error:
             _fail(f"{cell}: {error}")
-        except OSError as error:
-            if (sentence := full_disk(error)) is None:
-                raise
-            _fail(f"{cell}: {sentence}")
         except MemoryError:
             _fail(f"{cell}: not enough memory: close other programs, or build on a machine with more.")
         except KeyboardInterrupt:
             _fail(f"{cell}: interrupted; nothing half-built was left, run again to continue.", status=130)
+        except Exception as error:
+            sentence = full_disk(error) if isinstance(error, OSError) else None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            _fail(f"{cell}: {sentence or f'{type(error).__name__}: {reason}. The whole story is in {log(cell)}.'}")
         seconds = time.monotonic() - started
         memory = f"{peak_memory() / 1e9:.2f} GB, anonymous {max(anonymous) / 1e9:.2f} GB"
         click.echo(f"{cell}: done in {seconds:.1f} s, peak memory {memory}")
@@ -133,36 +140,32 @@ def _anonymous_peak() -> Iterator[list[int]]:
         thread.join()
 
 
-def stream_lines(arguments: list[str], log: Path, **options: Any) -> Iterator[str]:
-    """Run a program, keep its output in `log`, and yield it line by line.
+def stream_lines(arguments: list[str], **options: Any) -> Iterator[str]:
+    """Run a program, print its output, which a stage's log keeps, and yield it line by line.
 
     Raises PipelineError with the last lines when the program fails. It ends with this process.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
     tail: list[str] = []
-    with (
-        log.open("w", encoding="utf-8") as stream,
-        subprocess.Popen(
-            arguments,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
-            **options,
-        ) as process,
-    ):
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        **options,
+    ) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:
-                stream.write(line)
+                print(line, end="", flush=True)
                 tail = [*tail[-4:], line.strip()]
                 yield line
         except BaseException:
             process.kill()
             raise
     if process.returncode != 0:
-        raise PipelineError(f"{arguments[0]} failed: {' / '.join(filter(None, tail))}. The whole log is {log}.")
+        raise PipelineError(f"{arguments[0]} failed: {' / '.join(filter(None, tail))}.")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pipeline.params import Params
+from pipeline.progress import say
 from pipeline.prompts import load_prompts
 from pipeline.runtimes import Message, Runtime
 from pipeline.source_model import Torch
@@ -103,7 +104,6 @@ def make_reference(
     params: Params,
     eos_token_ids: list[int],
     on_logits: Callable[[int, Any], None],
-    progress: Callable[[str], None],
 ) -> Reference:
     """Return what `source`, the source model, says to every probe, to validate.prompts and to the reference prompts.
 
@@ -112,15 +112,13 @@ def make_reference(
     answers = []
     for question in params.validate_.prompts:
         answers.append(ask(source, question, max_new_tokens=params.validate_.max_new_tokens))
-        progress(f"{question} {answers[-1].text.strip()}")
+        say(f"{question} {answers[-1].text.strip()}")
     rendered = [Chat(messages=messages, rendered=source.render_chat(messages)) for messages in CHATS]
     texts = [*TEXTS, *(chat.rendered for chat in rendered)]  # the rendered chats hold the special tokens
     ids = [source.encode(text) for text in texts]
     prompts = load_prompts("reference")
     prompt_ids = [source.encode(source.render_chat(prompt.messages)) for prompt in prompts]
-    continuations = source.answer(
-        prompt_ids, max_new_tokens=params.reference.max_new_tokens, on_logits=on_logits, progress=progress
-    )
+    continuations = source.answer(prompt_ids, max_new_tokens=params.reference.max_new_tokens, on_logits=on_logits)
     return Reference(
         texts=[Text(text=text, ids=i, decoded=source.decode(i)) for text, i in zip(texts, ids, strict=True)],
         chats=rendered,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.progress import Bar
 from pipeline.runtimes import Transformers
 
 BATCH, BATCH_TOKENS = 32, 4096  # prompts answered at a time, and their tokens with padding
@@ -41,7 +42,6 @@ class Torch(Transformers):
         *,
         max_new_tokens: int,
         on_logits: Callable[[int, Any], None] | None = None,
-        progress: Callable[[str], None],
     ) -> list[list[int]]:
         """Return the ids that continue each of `prompts` greedily, to the eos token that ends them or to the limit.
 
@@ -52,25 +52,26 @@ class Torch(Transformers):
 
         eos = self.eos_token_ids()
         answers: dict[int, list[int]] = {}
-        for batch in _batches([len(prompt) for prompt in prompts]):
-            width = max(len(prompts[index]) for index in batch)
-            padding = [width - len(prompts[index]) for index in batch]
-            output = self._model.generate(
-                torch.tensor([[eos[0]] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)]),
-                attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=eos[0],
-                return_dict_in_generate=True,
-                output_logits=on_logits is not None,
-            )
-            for row, index in enumerate(batch):
-                ids = output.sequences[row, width:].tolist()
-                end = next((position for position, token in enumerate(ids) if token in eos), len(ids) - 1)
-                answers[index] = ids[: end + 1]
-                if on_logits:
-                    on_logits(index, torch.stack([step[row] for step in output.logits[: end + 1]]).float().numpy())
-            progress(f"answered {len(answers)} of {len(prompts)} prompts")
+        with Bar(desc="answering prompts", total=len(prompts)) as bar:
+            for batch in _batches([len(prompt) for prompt in prompts]):
+                width = max(len(prompts[index]) for index in batch)
+                padding = [width - len(prompts[index]) for index in batch]
+                output = self._model.generate(
+                    torch.tensor([[eos[0]] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)]),
+                    attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=eos[0],
+                    return_dict_in_generate=True,
+                    output_logits=on_logits is not None,
+                )
+                for row, index in enumerate(batch):
+                    ids = output.sequences[row, width:].tolist()
+                    end = next((position for position, token in enumerate(ids) if token in eos), len(ids) - 1)
+                    answers[index] = ids[: end + 1]
+                    if on_logits:
+                        on_logits(index, torch.stack([step[row] for step in output.logits[: end + 1]]).float().numpy())
+                bar.update(len(batch))
         return [answers[index] for index in range(len(prompts))]
 
 

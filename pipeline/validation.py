@@ -15,6 +15,7 @@ from pipeline.manifest import digest, read_manifest, verify
 from pipeline.params import Limits, Model, OnnxInt4, OpenvinoInt4, Validate, Variant
 from pipeline.paths import MANIFEST
 from pipeline.process import peak_memory
+from pipeline.progress import say
 from pipeline.recipe import matrices, summary
 from pipeline.reference import Answer, Reference, ask
 from pipeline.runtimes import Generation, OnnxGenai, OpenvinoGenai, OptimumIntel, Runtime
@@ -62,9 +63,7 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
     ]
 
 
-def check_runtime(
-    runtime: Runtime, reference: Reference, *, params: Validate, progress: Callable[[str], None]
-) -> tuple[list[Failure], list[Answer]]:
+def check_runtime(runtime: Runtime, reference: Reference, *, params: Validate) -> tuple[list[Failure], list[Answer]]:
     """Return what is wrong with a loaded variant, and its answers; there are none when it cannot be asked rightly."""
     failures = [
         *smoke.check_tokenizer(runtime, reference),
@@ -76,7 +75,7 @@ def check_runtime(
     answers = []
     for question in params.prompts:
         answers.append(ask(runtime, question, max_new_tokens=params.max_new_tokens))
-        progress(f"{question} {answers[-1].text.strip()}")
+        say(f"{question} {answers[-1].text.strip()}")
     return list(smoke.check_answers(answers, reference, params=params)), answers
 
 
@@ -90,7 +89,6 @@ def validate(
     reference: Reference,
     distributions: Distributions,
     params: Validate,
-    progress: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the metrics and the evidence of the variant in `directory`; the evidence lists what failed, if anything.
 
@@ -118,8 +116,8 @@ def validate(
         return result([Failure("load", "a runtime that loads it", str(error))])
     metrics["load_time_s"] = round(time.perf_counter() - started, 3)
     metrics |= {"runtime": runtime.name, "device": runtime.device}
-    progress(f"loaded by {runtime.name} on {runtime.device} in {metrics['load_time_s']:.1f} s")
-    failures, answers = check_runtime(runtime, reference, params=params, progress=progress)
+    say(f"loaded by {runtime.name} on {runtime.device} in {metrics['load_time_s']:.1f} s")
+    failures, answers = check_runtime(runtime, reference, params=params)
     if not answers:
         return result(failures)
     evidence["answers"] = [
@@ -135,11 +133,11 @@ def validate(
     if not isinstance(variant, OnnxInt4) and "NPU" not in manifest.runtime["devices"]:
         tutorial = OptimumIntel(directory, device=params.openvino_device)
         first = ask(tutorial, params.prompts[0], max_new_tokens=params.max_new_tokens)
-        progress(f"{tutorial.name}: {first.text.strip()}")
+        say(f"{tutorial.name}: {first.text.strip()}")
         subset = reference.model_copy(update={"answers": reference.answers[:1]})
         failures += smoke.check_answers([first], subset, params=params)
         evidence[tutorial.name] = {"device": tutorial.device, "text": first.text}
-    comparison = compare(runtime, reference.continuations, distributions, progress=progress)
+    comparison = compare(runtime, reference.continuations, distributions)
     evidence["continuations"] = [
         departure(answer.ids[:prefix] + ([] if token is None else [token]), answer.ids, runtime.decode)
         for answer, prefix, token in zip(

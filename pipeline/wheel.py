@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.process import stream_lines
 
 
-def fetch_wheel(package: str, version: str, sha256: str, *, directory: Path, log: Path, platform: str = "") -> Path:
+def fetch_wheel(package: str, version: str, sha256: str, *, directory: Path, platform: str = "") -> Path:
     """Return the path of the wheel, downloaded into `directory` from wherever pip is set up to look.
 
     `platform` is the wheel's own tag, such as win_amd64, when it is not for this machine; its Python is then 3.11.
@@ -19,7 +19,7 @@ def fetch_wheel(package: str, version: str, sha256: str, *, directory: Path, log
     command += ["--dest", str(directory), "--requirement", str(requirements)]
     if platform:
         command += ["--platform", platform, "--python-version", "311"]
-    for _ in stream_lines(command, log):
+    for _ in stream_lines(command):
         pass
     (wheel,) = directory.glob(f"{package.replace('-', '_')}-*.whl")
     return wheel

@@ -1,7 +1,5 @@
 """Stage build_onnx."""
 
-import click
-
 from pipeline import onnx_genai, paths
 from pipeline.artifact import building_variant
 from pipeline.errors import PipelineError
@@ -22,8 +20,6 @@ def main(model: str, variant: str) -> None:
             build,
             recipe=recipe,
             trust_remote_code=params.get_model(model).source.trust_remote_code,
-            log=paths.log(model, variant),
-            progress=click.echo,
         )
 
 

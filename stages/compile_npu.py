@@ -1,7 +1,5 @@
 """Stage compile_npu."""
 
-import click
-
 from pipeline.errors import PipelineError
 from pipeline.npu.artifact import build_blob
 from pipeline.params import OpenvinoInt4, load_params
@@ -14,7 +12,7 @@ def main(model: str, variant: str, platform: str) -> None:
     recipe = load_params().get_variant(variant)
     if not isinstance(recipe, OpenvinoInt4) or not recipe.npu:
         raise PipelineError(f"variants.{variant} has no npu block: it is not for the NPU.")
-    build_blob(model, variant, platform, params=recipe.npu, progress=click.echo)
+    build_blob(model, variant, platform, params=recipe.npu)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Stage download."""
 
-import click
-
 from pipeline import paths
 from pipeline.checkpoint import eos_token_ids, read_json
 from pipeline.manifest import Manifest, building, seal, tool_versions
@@ -15,7 +13,7 @@ def main(model: str) -> None:
     """Fetch the source checkpoint of MODEL, checked."""
     entry = load_params().get_model(model)
     with building(paths.source(model), resume=True) as build:
-        origin = fetch_checkpoint(entry.source, build, progress=click.echo)
+        origin = fetch_checkpoint(entry.source, build)
         config = read_json(build / "config.json")
         seal(
             build,

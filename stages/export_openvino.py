@@ -1,7 +1,5 @@
 """Stage export_openvino."""
 
-import click
-
 from pipeline import openvino, paths
 from pipeline.artifact import building_variant
 from pipeline.params import load_params
@@ -14,9 +12,7 @@ def main(model: str, variant: str) -> None:
     params = load_params()
     source = params.get_model(model).source
     with building_variant(params, model=model, name=variant, read_matrices=openvino.read_matrices) as build:
-        openvino.export_fp16(
-            paths.source(model), build, trust_remote_code=source.trust_remote_code, progress=click.echo
-        )
+        openvino.export_fp16(paths.source(model), build, trust_remote_code=source.trust_remote_code)
 
 
 if __name__ == "__main__":

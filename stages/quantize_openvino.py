@@ -1,7 +1,5 @@
 """Stage quantize_openvino."""
 
-import click
-
 from pipeline import openvino, paths
 from pipeline.artifact import building_variant
 from pipeline.calibration import read_calibration
@@ -26,7 +24,6 @@ def main(model: str, variant: str) -> None:
             recipe=recipe,
             adjust_group_size=params.get_model(model).group_size_fallback == "adjust",
             calibration=read_calibration(paths.calibration(model)),
-            progress=click.echo,
         )
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import click
 import numpy as np
 
 from pipeline import paths
@@ -10,6 +9,7 @@ from pipeline.fidelity import Distributions, concatenate, distributions, write_d
 from pipeline.manifest import read_manifest, replace_file
 from pipeline.params import load_params
 from pipeline.process import stage_command
+from pipeline.progress import say
 from pipeline.reference import make_reference
 from pipeline.source_model import Torch
 
@@ -28,11 +28,10 @@ def main(model: str) -> None:
         params=params,
         eos_token_ids=read_manifest(paths.source(model)).eos_token_ids,
         on_logits=keep,
-        progress=click.echo,
     )
     found = concatenate([kept[index] for index in range(len(kept))])
     tail = float(np.exp(found.log_probs[:, -1]).mean())
-    click.echo(f"{len(found.ids)} tokens; {tail:.1e} of the probability is beyond the tokens kept for each")
+    say(f"{len(found.ids)} tokens; {tail:.1e} of the probability is beyond the tokens kept for each")
     write_distributions(paths.distributions(model), found)
     replace_file(paths.reference(model), reference.model_dump_json(indent=2))
 

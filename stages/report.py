@@ -1,11 +1,10 @@
 """Stage report."""
 
-import click
-
 from pipeline import paths, report
 from pipeline.manifest import replace_file
 from pipeline.params import load_params
 from pipeline.process import stage_command
+from pipeline.progress import say
 
 
 @stage_command
@@ -16,7 +15,7 @@ def main(model: str) -> None:
     replace_file(directory / "index.html", report.render(content))
     replace_file(directory / "fidelity.csv", report.plot_rows(content, "size_bytes", "kl_mean"))
     replace_file(directory / "speed.csv", report.plot_rows(content, "tokens_per_second"))
-    click.echo(f"open {directory / 'index.html'}")
+    say(f"open {directory / 'index.html'}")
 
 
 if __name__ == "__main__":

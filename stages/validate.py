@@ -2,8 +2,6 @@
 
 import json
 
-import click
-
 from pipeline import paths
 from pipeline.errors import PipelineError
 from pipeline.fidelity import read_distributions
@@ -27,7 +25,6 @@ def main(model: str, variant: str) -> None:
         reference=read_reference(paths.reference(model)),
         distributions=read_distributions(paths.distributions(model)),
         params=params.validate_,
-        progress=click.echo,
     )
     replace_file(paths.validation(model, variant), json.dumps(evidence, indent=2, ensure_ascii=False))
     replace_file(paths.metrics(model, variant), json.dumps(metrics, indent=2))

@@ -14,7 +14,7 @@ from pipeline.source_model import Torch
 def test_chat_and_answer(tiny_checkpoint, tmp_path):
     """Each sequence is a rendered chat with the model's answer to it."""
     source, prompts = Torch(tiny_checkpoint), load_prompts("calibration")[:3]
-    sequences = make_calibration(source, prompts, max_new_tokens=8, progress=lambda line: None)
+    sequences = make_calibration(source, prompts, max_new_tokens=8)
     for prompt, sequence in zip(prompts, sequences, strict=True):
         rendered = source.encode(source.render_chat(prompt.messages))
         assert sequence == rendered + source.generate(rendered, max_new_tokens=8).ids
@@ -28,7 +28,7 @@ def test_calibrated_weights_differ(tiny_checkpoint, tmp_path):
     sequences = [[20 + (7 * i + j) % 200 for j in range(40)] for i in range(4)]
     contents = []
     (tmp_path / "fp16").mkdir()
-    export_fp16(tiny_checkpoint, tmp_path / "fp16", progress=lambda line: None)
+    export_fp16(tiny_checkpoint, tmp_path / "fp16")
     for name, options in {
         "plain": {},
         "calibrated": {"calibrated": True, "scale_estimation": True},
@@ -42,7 +42,6 @@ def test_calibrated_weights_differ(tiny_checkpoint, tmp_path):
             recipe=recipe,
             adjust_group_size=False,
             calibration=sequences,
-            progress=lambda line: None,
         )
         contents.append((tmp_path / name / "openvino_model.bin").read_bytes())
     assert len(set(contents)) == 3

@@ -24,7 +24,7 @@ def test_shapes_of_a_real_checkpoint(tiny_checkpoint):
 def test_to_float16_streams_every_tensor(tiny_checkpoint, tmp_path, monkeypatch):
     """The float16 copy has all tensors, in several shards when one would grow too large, and says so in its config."""
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 100_000)
-    checkpoint.to_float16(tiny_checkpoint, tmp_path, progress=lambda text: None)
+    checkpoint.to_float16(tiny_checkpoint, tmp_path)
     shards = checkpoint.shards(tmp_path)
     assert len(shards) > 2
     written = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
@@ -40,7 +40,7 @@ def test_values_beyond_float16(tmp_path):
     (tmp_path / "half").mkdir()
     save_file({"w": torch.tensor([[70000.0]])}, tmp_path / "model.safetensors")
     with pytest.raises(PipelineError, match=r"w has values beyond float16 \(±65504\)"):
-        checkpoint.to_float16(tmp_path, tmp_path / "half", progress=lambda text: None)
+        checkpoint.to_float16(tmp_path, tmp_path / "half")
 
 
 HEADER = json.dumps({"w": {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()

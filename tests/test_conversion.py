@@ -29,7 +29,7 @@ def style(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     checkpoint = make_checkpoint(root / "checkpoint", request.param)
     (root / "fp16").mkdir()
-    openvino.export_fp16(checkpoint, root / "fp16", progress=lambda text: None)
+    openvino.export_fp16(checkpoint, root / "fp16")
     return request.param, checkpoint, root / "fp16"
 
 
@@ -75,9 +75,7 @@ def test_fp16(style):
 def test_int4(style, tmp_path, recipe):
     """Both INT4 recipes come out as asked and still say nearly what the source says."""
     _, checkpoint, fp16 = style
-    openvino.quantize_int4(
-        fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=[], progress=lambda text: None
-    )
+    openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=[])
     assert_recipe(openvino, tmp_path, checkpoint, recipe)
     assert summary(openvino.read_matrices(tmp_path))["int4_ratio"] <= recipe.ratio
     assert_same_model(OpenvinoGenai(tmp_path, device="CPU"), checkpoint, correlation=0.95)
@@ -95,7 +93,6 @@ def test_onnx(style, tmp_path, provider):
         tmp_path / "model",
         recipe=recipe,
         trust_remote_code=False,
-        log=tmp_path / "log",
         progress=lines.append,
     )
     assert (lines[0], lines[-2:]) == ("builder: layer 0", ["builder: quantized 8 of 8 parts", "builder: saved"])
@@ -128,8 +125,6 @@ def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch):
             target,
             recipe=OnnxInt4(**ONNX | ONE_BY_ONE[name]),
             trust_remote_code=False,
-            log=tmp_path / "log",
-            progress=lambda text: None,
         )
         model = onnx.load(target / "model.onnx")
         weights = {tensor.name: (tensor.data_type, tensor.dims, tensor.raw_data) for tensor in model.graph.initializer}
@@ -146,13 +141,9 @@ def test_a_group_size_that_does_not_divide(style, tmp_path):
     _, checkpoint, fp16 = style
     recipe = INT4.model_copy(update={"group_size": 256})
     with pytest.raises(PipelineError, match="group size 256 does not divide the width of every layer: choose another"):
-        openvino.quantize_int4(
-            fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=[], progress=lambda text: None
-        )
+        openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=[])
     assert list(tmp_path.iterdir()) == []
-    openvino.quantize_int4(
-        fp16, tmp_path, recipe=recipe, adjust_group_size=True, calibration=[], progress=lambda text: None
-    )
+    openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=True, calibration=[])
     built = openvino.read_matrices(tmp_path)
     assert {matrix.group_size for matrix in built if matrix.bits == 4} == {128, 256}
     forms = [openvino.expected_form(matrix, **options(checkpoint, recipe, adjust=True)) for matrix in built]
@@ -169,4 +160,4 @@ def test_a_tokenizer_without_openvino_form(tmp_path):
     with pytest.raises(
         PipelineError, match=r"has no OpenVINO form, openvino_tokenizer\.xml was not written \(OpenVINO T"
     ):
-        openvino.export_fp16(checkpoint, tmp_path / "fp16", progress=lambda text: None)
+        openvino.export_fp16(checkpoint, tmp_path / "fp16")

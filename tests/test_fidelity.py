@@ -82,7 +82,7 @@ def test_a_second_implementation_agrees(answers):
     """With no tail, all figures are those that torch computes over the whole vocabulary."""
     source, variant = Table(0), Table(1)
     reference = kept(source, answers)
-    metrics = compare(variant, answers, reference, progress=quiet).metrics()
+    metrics = compare(variant, answers, reference).metrics()
     assert metrics.pop("common_prefix_tokens") >= 0
     assert metrics == pytest.approx(independent(source, variant, answers), rel=1e-4)
 
@@ -93,7 +93,7 @@ def test_the_tail_makes_a_lower_bound(answers, monkeypatch):
     source, variant = Table(0), Table(1)
     reference = kept(source, answers)
     tail = np.exp(reference.log_probs[:, -1]).mean()
-    metrics = compare(variant, answers, reference, progress=quiet).metrics()
+    metrics = compare(variant, answers, reference).metrics()
     whole = independent(source, variant, answers)
     assert reference.log_probs.shape == (24, 5)
     assert np.exp(reference.log_probs.astype(float)).sum(axis=1) == pytest.approx(np.ones(24), abs=1e-6)
@@ -106,7 +106,7 @@ def test_the_tail_makes_a_lower_bound(answers, monkeypatch):
 def test_the_source_against_itself(answers):
     """The source itself has no divergence, agrees everywhere and shares its whole answers."""
     reference = kept(Table(0), answers)
-    comparison = compare(Table(0), answers, reference, progress=quiet)
+    comparison = compare(Table(0), answers, reference)
     metrics = comparison.metrics()
     assert metrics["kl_max"] == pytest.approx(0, abs=1e-6)
     assert (metrics["top1_agreement"], metrics["perplexity_ratio"], metrics["common_prefix_tokens"]) == (1, 1, 12)
@@ -118,7 +118,7 @@ def test_common_prefix_is_that_of_greedy_decoding(answers):
     variant = Table(0)
     variant._table += np.random.default_rng(2).normal(scale=0.3, size=variant._table.shape)
     reference = kept(Table(0), answers)
-    comparison = compare(variant, answers, reference, progress=quiet)
+    comparison = compare(variant, answers, reference)
     for answer, prefix, preferred in zip(answers, comparison.prefixes, comparison.preferred, strict=True):
         own = greedy(variant, answer.prompt_ids, 12)
         assert own[:prefix] == answer.ids[:prefix]
@@ -142,7 +142,7 @@ def test_the_embedded_models_figures(embedded):
     source, variant = Torch(embedded / "source"), OpenvinoGenai(embedded / "openvino-int4", device="CPU")
     reference = kept(source, answers)
     tail = np.exp(reference.log_probs[:, -1]).mean()
-    metrics = compare(variant, answers, reference, progress=quiet).metrics()
+    metrics = compare(variant, answers, reference).metrics()
     whole = independent(source, variant, answers)
     assert tail < 0.02
     assert 0.98 * whole["kl_mean"] < metrics["kl_mean"] <= whole["kl_mean"] * 1.0001

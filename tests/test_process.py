@@ -18,11 +18,12 @@ import sys, time
 sys.path.insert(0, {root!r})
 from pipeline.errors import PipelineError
 from pipeline.process import stage_command
+from pipeline.progress import Bar, say
 
 @stage_command
 def main(model: str, variant: str) -> None:
     "Work on VARIANT of MODEL."
-    print("working on", model, variant, flush=True)
+    say(f"working on {{model}} {{variant}}")
     {body}
 
 main()
@@ -84,6 +85,32 @@ def test_done(stage):
     assert re.fullmatch(r"work@m-v: done in \d\.\d s, peak memory 0\.\d\d GB, anonymous 0\.\d\d GB", done)
 
 
+def test_log(stage, tmp_path):
+    """What libraries and programs print is in the log, with all that the screen shows and the traceback of an error."""
+    body = "print('aside'); import os; os.system('echo program; echo complaint >&2'); print(1 / 0)"
+    output, errors = stage(body).communicate(timeout=30)
+    log = tmp_path / "artifacts/logs/work@m-v.log"
+    shown = "work@m-v: started\nworking on m v\n"
+    assert output == shown
+    sentence = "ZeroDivisionError: division by zero. The whole story is in artifacts/logs/work@m-v.log."
+    assert errors == f"error: work@m-v: {sentence}\n"
+    written = log.read_text()
+    assert written.startswith(f"{shown}aside\nprogram\ncomplaint\nTraceback (most recent call last):\n")
+    assert written.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_progress_without_a_terminal(stage):
+    """A long loop shows plain lines with how far it is and the time left."""
+    body = "import pipeline.progress as p; p.LINE_EVERY = 0.2; "
+    body += "[time.sleep(0.1) for _ in Bar(range(10), desc='counting')]"
+    output, errors = stage(body).communicate(timeout=30)
+    assert errors == ""
+    lines = output.splitlines()[2:-1]
+    assert 3 <= len(lines) <= 6
+    assert all(re.fullmatch(r"counting: \d of 10, 00:0\d left", line) for line in lines[:-1]), lines
+    assert lines[-1] == "counting: 10 of 10 in 00:01"
+
+
 def test_interrupt(stage):
     """Ctrl-C ends a stage with status 130 and one line."""
     process = stage("time.sleep(60)")
@@ -113,10 +140,11 @@ def test_one_at_a_time(stage):
 @pytest.mark.parametrize("shell", [[], [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"]])
 def test_ends_with_dvc(stage, tmp_path, shell):
     """When dvc is killed the stage ends too, even behind a shell that lives on, and so does the program it runs."""
-    body = "from pathlib import Path; from pipeline.process import stream_lines as run; "
-    body += "list(run(['sleep', '61.5'], Path('l')))"
-    (tmp_path / "work.py").write_text(STAGE.format(root=str(ROOT), body=body))
-    command = [*shell, sys.executable, "work.py", "m", "v"]
+    seconds = f"61.{len(shell)}"  # tests may run beside each other
+    body = "from pipeline.process import stream_lines as run; list(run(['sleep', '" + seconds + "']))"
+    script = tmp_path / "work.py"
+    script.write_text(STAGE.format(root=str(ROOT), body=body))
+    command = [*shell, sys.executable, str(script), "m", "v"]
     parent = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run({command}, env=dict(DVC_STAGE='work'))"],
         cwd=tmp_path,
@@ -124,14 +152,14 @@ def test_ends_with_dvc(stage, tmp_path, shell):
         text=True,
     )
     wait_for_work(parent)
-    while not running("61.5"):
+    while not running(seconds):
         time.sleep(0.05)
     parent.kill()
     deadline = time.monotonic() + 10
-    while (running("61.5") or running("work.py m v")) and time.monotonic() < deadline:
+    while (running(seconds) or running(f"{script} m v")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not running("61.5")
-    assert not running("work.py m v")
+    assert not running(seconds)
+    assert not running(f"{script} m v")
     parent.communicate()
 
 
@@ -147,11 +175,10 @@ def running(text):
     return False
 
 
-def test_stream_lines_keeps_the_log_and_tells_the_end(tmp_path):
-    """A program's output is yielded and kept; when it fails its last lines are in the message."""
-    log = tmp_path / "logs/x.log"
+def test_stream_lines(capsys):
+    """A program's output is yielded and printed; when it fails its last lines are in the message."""
     program = "print('one'); print('two'); raise SystemExit({})"
-    assert list(stream_lines([sys.executable, "-c", program.format(0)], log)) == ["one\n", "two\n"]
-    with pytest.raises(PipelineError, match=r"failed: one / two\. The whole log is .*x\.log\."):
-        list(stream_lines([sys.executable, "-c", program.format(3)], log))
-    assert log.read_text() == "one\ntwo\n"
+    assert list(stream_lines([sys.executable, "-c", program.format(0)])) == ["one\n", "two\n"]
+    with pytest.raises(PipelineError, match=r"failed: one / two\.$"):
+        list(stream_lines([sys.executable, "-c", program.format(3)]))
+    assert capsys.readouterr().out == "one\ntwo\n" * 2

@@ -18,18 +18,17 @@ def test_bfloat16_weights_are_computed_in_float32(tiny_checkpoint):
     np.testing.assert_allclose(source.logits(ids, last=3), expected[-3:], atol=1e-5)
 
 
-def test_answers_in_batches(tiny_checkpoint):
+def test_answers_in_batches(tiny_checkpoint, capsys):
     """Prompts of different lengths, answered together, get the answers that each gets alone, in their order."""
     source = Torch(tiny_checkpoint)
     prompts = [list(range(start, start + length)) for start, length in ((30, 9), (80, 2), (50, 30))]
-    lines: list[str] = []
     logits = {}
-    answers = source.answer(prompts, max_new_tokens=12, on_logits=logits.__setitem__, progress=lines.append)
+    answers = source.answer(prompts, max_new_tokens=12, on_logits=logits.__setitem__)
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         expected = source.logits(prompt + answer[:-1], last=len(answer))
         np.testing.assert_allclose(logits[index], expected, atol=1e-4)
     assert answers == [source.generate(prompt, max_new_tokens=12).ids for prompt in prompts]
-    assert lines == ["answered 3 of 3 prompts"]
+    assert capsys.readouterr().out == "answering prompts: 3 of 3 in 00:00\n"
 
 
 def test_batches():

@@ -47,7 +47,7 @@ def runtime_failures(directory, embedded):
     """Return the failures of the checks on the loaded artifact, by name."""
     runtime = load_runtime(directory, variant=PARAMS.variants["openvino-int4"], device="CPU")
     reference = read_reference(embedded / "reference.json")
-    failures, _ = check_runtime(runtime, reference, params=PARAMS.validate_, progress=lambda text: None)
+    failures, _ = check_runtime(runtime, reference, params=PARAMS.validate_)
     return {failure.check: failure for failure in failures}
 
 
@@ -69,7 +69,6 @@ def validate_artifact(directory, embedded):
         reference=reference.model_copy(update={"continuations": reference.continuations[::every]}),
         distributions=Distributions(distributions.ids[rows], distributions.log_probs[rows]),
         params=PARAMS.validate_,
-        progress=lambda text: None,
     )
 
 

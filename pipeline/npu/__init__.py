@@ -1,7 +1,6 @@
 """Compile an NPU variant's IR to a blob: the rules it must meet, the properties, and the two compiler backends."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import PipelineError
@@ -63,27 +62,23 @@ def properties(npu: Npu, *, platform: str, device: str = "NPU", bank: str) -> di
     }
 
 
-def compile_blob(
-    ir: Path, target: Path, *, properties: dict[str, str], log: Path, progress: Callable[[str], None]
-) -> str:
+def compile_blob(ir: Path, target: Path, *, properties: dict[str, str]) -> str:
     """Compile the IR file `ir` and write the blob to the file `target`; return the backend, `native` or `wine`.
 
-    Raises NotCompiledError when there is no backend, or with the compiler's own reason when it refuses; `log` has all.
+    Raises NotCompiledError when there is no backend, or with the compiler's own reason when it refuses.
     """
     native = properties["NPUW_DEVICES"] != "NPU" or has_native_compiler()
     if not native:
         if reason := wine.unavailable():
             raise NotCompiledError(f"no NPU compiler here: {reason}, then dvc repro --force --single-item this stage")
         try:
-            wine.install(log=log, progress=progress)
+            wine.install()
         except PipelineError as error:
             raise NotCompiledError(f"the NPU compiler could not be set up: {error}") from error
     try:
-        (_compile_native if native else wine.compile_blob)(ir, target, properties=properties, log=log)
-    except (PipelineError, RuntimeError) as error:
-        raise NotCompiledError(
-            f"the NPU compiler refused: {reason_of(log.read_text('utf-8'))} (all of it: {log})"
-        ) from error
+        (_compile_native if native else wine.compile_blob)(ir, target, properties=properties)
+    except RuntimeError as error:
+        raise NotCompiledError(f"the NPU compiler refused: {reason_of(str(error))}") from error
     return "native" if native else "wine"
 
 
@@ -94,22 +89,16 @@ def has_native_compiler() -> bool:
     return any(Path(openvino.__file__).parent.glob("libs/*openvino_intel_npu_compiler*"))
 
 
-def reason_of(log: str) -> str:
+def reason_of(output: str) -> str:
     """Return the lines of a compiler's output that matter, in one: no stack of C++ files, no time stamps."""
-    lines = [STAMP.sub("", line.removeprefix("compiling failed: ").strip()) for line in log.splitlines()]
+    lines = [STAMP.sub("", line.removeprefix("compiling failed: ").strip()) for line in output.splitlines()]
     matter = list(dict.fromkeys(line for line in lines if not NOISE.match(line)))
     return " / ".join(matter[:4])[:600] or "it gave no reason"
 
 
-def _compile_native(ir: Path, target: Path, *, properties: dict[str, str], log: Path) -> None:
+def _compile_native(ir: Path, target: Path, *, properties: dict[str, str]) -> None:
     import openvino
 
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("", "utf-8")
-    try:
-        model = openvino.Core().compile_model(ir, "NPU", properties)
-        with target.open("wb") as stream:
-            stream.write(model.export_model().getbuffer())
-    except RuntimeError as error:
-        log.write_text(str(error), "utf-8")
-        raise
+    model = openvino.Core().compile_model(ir, "NPU", properties)
+    with target.open("wb") as stream:
+        stream.write(model.export_model().getbuffer())

@@ -1,6 +1,5 @@
 """The directory of an NPU blob: the blob and its manifest, or only a manifest that says why there is none."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline import npu, paths
@@ -9,9 +8,10 @@ from pipeline.manifest import Manifest, building, read_manifest, seal, tool_vers
 from pipeline.npu.blob import read_blob
 from pipeline.openvino import MODEL
 from pipeline.params import Npu
+from pipeline.progress import say
 
 
-def build_blob(model: str, variant: str, platform: str, *, params: Npu, progress: Callable[[str], None]) -> Manifest:
+def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> Manifest:
     """Compile the IR of `variant` for `platform`, read the blob back, and return the manifest of its directory.
 
     Without a compiler, or when it refuses the model, the directory has only a manifest, with the reason in
@@ -35,8 +35,6 @@ def build_blob(model: str, variant: str, platform: str, *, params: Npu, progress
                 directory / MODEL[0],
                 build / name,
                 properties=npu.properties(params, platform=platform, bank=hashes[MODEL[1]][:32]),
-                log=paths.log(model, f"{variant}-{platform}"),
-                progress=progress,
             )
             blob = read_blob(build / name)
             _check(build / name, platform, blob.platform, tools["openvino"], blob.openvino)
@@ -45,13 +43,13 @@ def build_blob(model: str, variant: str, platform: str, *, params: Npu, progress
                     "without an NPU the compiler leaves weights out of a weight-bearing blob: set weightless: true"
                 )
             achieved = vars(blob)
-            progress(f"{name}: {(build / name).stat().st_size / 1e6:.1f} MB, {blob.compatibility}, backend {backend}")
+            say(f"{name}: {(build / name).stat().st_size / 1e6:.1f} MB, {blob.compatibility}, backend {backend}")
         except npu.NotCompiledError as error:
             if params.required and int(platform) in params.platforms:
                 raise
             (build / name).unlink(missing_ok=True)
             reason = str(error)
-            progress(f"not compiled: {reason}")
+            say(f"not compiled: {reason}")
         manifest = Manifest(
             name=f"{model}/{variant}-{platform}",
             model=model,

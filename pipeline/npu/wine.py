@@ -11,13 +11,15 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
+from pipeline.errors import PipelineError
 from pipeline.process import stream_lines
+from pipeline.progress import say
 from pipeline.wheel import fetch_wheel
 
 OPENVINO = "2026.4.1"
@@ -51,36 +53,40 @@ def unavailable() -> str | None:
     return None if find_wine() else f"there is no Wine: {INSTALL}"
 
 
-def install(*, log: Path, progress: Callable[[str], None]) -> None:
+def install() -> None:
     """Fetch the compiler and build the driver, unless both are in the cache; raise PipelineError when that fails."""
     tools = _tools()
     with _lock():
         if (tools / "driver.exe").exists() and (tools / SOURCE.name).read_bytes() == SOURCE.read_bytes():
             return
-        progress(f"fetching the NPU compiler of openvino {OPENVINO} for Windows, and Zig (190 MB, once)")
+        say(f"fetching the NPU compiler of openvino {OPENVINO} for Windows, and Zig (190 MB, once)")
         shutil.rmtree(tools, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=".npu-compiler-", dir=tools.parent) as directory:
             build = Path(directory)
             for package, (version, sha256, tag) in WHEELS.items():
-                wheel = fetch_wheel(package, version, sha256, directory=build, log=log, platform=tag)
+                wheel = fetch_wheel(package, version, sha256, directory=build, platform=tag)
                 with zipfile.ZipFile(wheel) as archive:
                     archive.extractall(build)
                 wheel.unlink()
-            progress("building the driver")
-            _build_driver(build, log=log)
+            say("building the driver")
+            _build_driver(build)
             shutil.copyfile(SOURCE, build / "openvino/libs" / SOURCE.name)
             (build / "openvino/libs").rename(tools)
 
 
-def compile_blob(ir: Path, target: Path, *, properties: dict[str, str], log: Path) -> None:
+def compile_blob(ir: Path, target: Path, *, properties: dict[str, str]) -> None:
     """Compile the IR file `ir` for the NPU with OpenVINO's `properties` and write the blob to the file `target`.
 
-    One compilation at a time and user: a second one waits. Raises PipelineError when the compiler fails.
+    One compilation at a time and user: a second one waits. When it fails, RuntimeError has the compiler's output.
     """
+    output = []
     arguments = [_windows(ir), _windows(target), "NPU", *(text for pair in properties.items() for text in pair)]
     with _lock(), _wine(_tools() / "prefix") as (wine, environment):
-        for _ in stream_lines([str(wine), str(_tools() / "driver.exe"), *arguments], log, env=environment):
-            pass
+        try:
+            for line in stream_lines([str(wine), str(_tools() / "driver.exe"), *arguments], env=environment):
+                output.append(line)
+        except PipelineError as error:
+            raise RuntimeError("".join(output)) from error
 
 
 def _tools() -> Path:
@@ -93,7 +99,7 @@ def _lock() -> FileLock:
     return FileLock(_tools().with_suffix(".lock"))
 
 
-def _build_driver(build: Path, *, log: Path) -> None:
+def _build_driver(build: Path) -> None:
     zig, libs = build / "ziglang/zig", build / "openvino/libs"
     zig.chmod(0o755)
     (build / "ucrtbase.def").write_text("\n".join(["LIBRARY ucrtbase.dll", "EXPORTS", *IMPORTS, ""]))
@@ -107,7 +113,7 @@ def _build_driver(build: Path, *, log: Path) -> None:
         ],
     ):
         environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": str(build / "zig-cache")}
-        for _ in stream_lines([str(zig), *command], log, env=environment, cwd=build):
+        for _ in stream_lines([str(zig), *command], env=environment, cwd=build):
             pass
     (build / "driver.exe").rename(libs / "driver.exe")
 

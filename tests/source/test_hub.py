@@ -49,7 +49,7 @@ ARRIVED_DAMAGED = (
 )
 
 FETCH = """
-import json, sys, time
+import contextlib, io, json, sys, time
 from pathlib import Path
 from pipeline.errors import PipelineError
 from pipeline.params import Source
@@ -57,7 +57,8 @@ from pipeline.source import fetch_checkpoint
 
 time.sleep = lambda seconds: None  # the client's pauses before it tries again
 try:
-    origin = fetch_checkpoint(Source.model_validate_json(sys.argv[1]), Path(sys.argv[2]), progress=lambda text: None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        origin = fetch_checkpoint(Source.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 except PipelineError as error:
     print(error)
     sys.exit(1)

