@@ -16,7 +16,7 @@ from pipeline import onnx_genai, openvino, paths
 from pipeline.calibration import read_calibration
 from pipeline.fidelity import compare, read_distributions
 from pipeline.manifest import replace_file, tool_versions
-from pipeline.params import OnnxInt4, OpenvinoInt4, SensitivityMetric
+from pipeline.params import OnnxInt4, OpenvinoInt4, SensitivityMetric, load_params
 from pipeline.reference import read_reference
 from pipeline.runtimes import OnnxGenai, OpenvinoGenai
 
@@ -111,9 +111,13 @@ def measure(recipe: OpenvinoInt4 | OnnxInt4, directory: Path) -> dict[str, float
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Return `results` as Markdown, one table per variant, the option with the lowest mean KL divergence in bold."""
+    """Return `results` as Markdown, one table per variant; the lowest mean KL divergence is bold."""
     parts = []
+    params = load_params()
     for variant, rows in results.items():
+        default = params.get_variant(variant)
+        if isinstance(default, OpenvinoInt4):
+            default = default.model_copy(update={"npu": None})
         best = min(rows, key=lambda name: rows[name]["kl_mean"])
         columns = list(rows[best])
         missing = [name for name in recipes()[variant] if name not in rows]
@@ -123,6 +127,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
         parts += [f"| option | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
         for name, row in rows.items():
             label = f"**{name}**" if name == best and not missing else name
+            label += " (default)" * (recipes()[variant][name] == default)
             parts.append(f"| {label} | {' | '.join(f'{row[column]:g}' for column in columns)} |")
     return "\n".join(parts)
 
