@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.errors import PipelineError
-from pipeline.manifest import read_manifest
+from pipeline.manifest import read_manifest, verify
+from pipeline.pull import check
+from pipeline.release import RELEASE
 
 MAX_NEW_TOKENS = 512
 
@@ -25,9 +27,13 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
 
     Without `device` an NPU artifact uses the NPU where there is one, others the CPU.
 
-    Raises PipelineError when that runtime is not installed.
+    Raises PipelineError when a file of it is not what it should be, or that runtime is not installed.
     """
-    manifest = read_manifest(directory)
+    if (directory / RELEASE).exists():
+        check(directory)
+        manifest = read_manifest(directory)
+    else:
+        manifest = verify(directory)
     requires = ", ".join(f"{package}=={version}" for package, version in manifest.runtime["requires"].items())
     try:
         if "openvino-genai" in manifest.runtime["requires"]:

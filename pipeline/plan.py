@@ -198,16 +198,21 @@ def total(cells: list[Cell]) -> Need:
     )
 
 
+def needed(cell: str, name: str) -> Need | None:
+    """Return what `cell` of the model `name` needs, or None when its checkpoint is not here yet."""
+    config = paths.source(name) / CONFIG
+    if not config.exists():
+        return None
+    cost = estimate(cell, name, params=load_params(), config=read_json(config))
+    return Need(cost.disk + cost.temporary, cost.memory)
+
+
 def require(cell: str, name: str) -> None:
     """Raise PipelineError when `cell` of the model `name` cannot fit on this machine; IGNORE in the environment
     overrides. The download is not looked at: how large it is the source tells."""
-    config = paths.source(name) / CONFIG
-    if os.environ.get(IGNORE) or not config.exists():
-        return
-    cost = estimate(cell, name, params=load_params(), config=read_json(config))
-    needed, free = Need(cost.disk + cost.temporary, cost.memory), available()
-    if needed.beyond(free):
-        raise PipelineError(f"needs {needed}; free are {free}: make room, or set {IGNORE}=1 to try all the same.")
+    need, free = needed(cell, name), available()
+    if need and need.beyond(free) and not os.environ.get(IGNORE):
+        raise PipelineError(f"needs {need}; free are {free}: make room, or set {IGNORE}=1 to try all the same.")
 
 
 def available() -> Need:

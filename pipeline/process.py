@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from pipeline.paths import ARTIFACTS, log
 from pipeline.progress import logged, say
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LOCK_TIMEOUT = 2  # seconds, in which a killed stage has ended
+# How the libraries word it: torch, OpenVINO, ONNX Runtime, the system.
+NO_MEMORY = re.compile(r"bad_alloc|can't allocate memory|cannot allocate memory|out of memory", re.IGNORECASE)
 
 
 def stage_command(function: Callable[..., None]) -> click.Command:
@@ -38,6 +42,7 @@ def stage_command(function: Callable[..., None]) -> click.Command:
         from pipeline.plan import require  # which runs programs, too
 
         cell = "@".join([stage, "-".join(arguments[name] for name in names)])
+        _go_on_in_a_child(cell, arguments["model"])
         _end_with_dvc()
         started = time.monotonic()
         try:
@@ -51,14 +56,14 @@ def stage_command(function: Callable[..., None]) -> click.Command:
                     raise
         except PipelineError as error:
             _fail(f"{cell}: {error}")
-        except MemoryError:
-            _fail(f"{cell}: not enough memory: close other programs, or build on a machine with more.")
         except KeyboardInterrupt:
             _fail(f"{cell}: interrupted; nothing half-built was left, run again to continue.", status=130)
         except Exception as error:
-            sentence = full_disk(error) if isinstance(error, OSError) else None
+            if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+                _fail(f"{cell}: {_lack_of_memory('an allocation failed', cell, arguments['model'])}")
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _fail(f"{cell}: {sentence or f'{type(error).__name__}: {reason}. The whole story is in {log(cell)}.'}")
+            unknown = f"{type(error).__name__}: {reason}. The whole story is in {log(cell)}."
+            _fail(f"{cell}: {full_disk(error) or unknown}")
         seconds = time.monotonic() - started
         memory = f"{peak_memory() / 1e9:.2f} GB, anonymous {max(anonymous) / 1e9:.2f} GB"
         click.echo(f"{cell}: done in {seconds:.1f} s, peak memory {memory}")
@@ -73,6 +78,33 @@ def end_with_parent() -> None:
     """Ask the kernel to end this process when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _go_on_in_a_child(cell: str, model: str) -> None:
+    # The kernel ends without a word what takes too much memory: then a parent is left to say so.
+    if sys.platform == "win32":
+        return
+    parent, child = os.getpid(), os.fork()
+    if child == 0:
+        end_with_parent()
+        if os.getppid() != parent:
+            os._exit(1)
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the child, too
+    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == -signal.SIGKILL:
+        _fail(f"{cell}: {_lack_of_memory('it was killed, as systems do when memory runs out', cell, model)}")
+    os._exit(status if status >= 0 else 128 - status)
+
+
+def _lack_of_memory(what: str, cell: str, model: str) -> str:
+    from pipeline.plan import available, needed
+
+    need = needed(cell, model)
+    figures = f"it needs some {need.memory / 1e9:.1f} GB, " if need else ""
+    figures += f"{available().memory / 1e9:.1f} GB are free now"
+    return f"{what}: {figures}. Close other programs, or use a larger machine."
 
 
 def _end_with_dvc() -> None:
@@ -173,7 +205,7 @@ def _lock(cell: str) -> Iterator[None]:
     path = ARTIFACTS / ".locks" / f"{cell}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(path, timeout=0):
+        with FileLock(path, timeout=LOCK_TIMEOUT):
             yield
     except Timeout:
         raise PipelineError("another process is building this: wait for it to end, or stop it.") from None

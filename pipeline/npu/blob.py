@@ -41,7 +41,7 @@ def read_blob(path: Path) -> Blob:
     with path.open("rb") as stream:
         if stream.read(len(MAGIC)) != MAGIC:
             raise PipelineError(f"{path} is not a blob that OpenVINO's NPUW exported: compile it again.")
-        version = ".".join(map(str, struct.unpack("<3I", stream.read(12))))
+        version = ".".join(map(str, struct.unpack("<3I", stream.read(12).ljust(12, b"\0"))))
         found = []
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             starts = [match.start() for match in re.finditer(re.escape(ELF), content)]

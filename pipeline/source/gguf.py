@@ -6,7 +6,7 @@ GGUF format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, full_disk
 
 CONTROL_TOKEN = 3  # a value of tokenizer.ggml.token_type
 
@@ -33,7 +33,11 @@ def convert_gguf(gguf_file: Path, target: Path) -> None:
         _write_weights(reader, metadata, target)
         _write_config(metadata, target)
         _write_tokenizer(metadata, target)
-    except (ValueError, KeyError, IndexError) as error:
+    except (PipelineError, MemoryError):
+        raise
+    except Exception as error:  # the reader and the tokenizer raise whatever hostile bytes lead them to
+        if full_disk(error):
+            raise
         raise PipelineError(
             f"{gguf_file.name} is not a complete GGUF file ({error!r}): fetch it again, or check the pinned package."
         ) from error

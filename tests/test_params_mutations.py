@@ -1,0 +1,103 @@
+"""Each key of params.yaml, removed, misspelt, of another type or out of range, is refused with file, key and remedy."""
+
+import copy
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import params
+from pipeline.errors import PipelineError
+from tests.conftest import ROOT
+
+CONTENT = YAML(typ="safe").load(ROOT / "params.yaml")
+# What has a default, so that a file without it is complete.
+OPTIONAL = {
+    "calibrated",
+    "awq",
+    "scale_estimation",
+    "gptq",
+    "sensitivity_metric",
+    "npu",
+    "platforms",
+    "weightless",
+    "required",
+}
+
+
+def keys(block: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the path of every key below `block`."""
+    if not isinstance(block, dict):
+        return []
+    return [found for key, value in block.items() for found in ((*path, key), *keys(value, (*path, key)))]
+
+
+KEYS = keys(CONTENT)
+PATHS = {".".join(path): path for path in KEYS}
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Return `load_params` of a content, without the way through a file, which takes most of the time."""
+
+    def load(content):
+        class Loaded:
+            def load(self, text):
+                return content
+
+        monkeypatch.setattr(params, "YAML", lambda **options: Loaded())
+        return params.load_params(ROOT / "params.yaml")
+
+    return load
+
+
+def refused(load, path: tuple[str, ...], change) -> str | None:
+    """Return the message with which the file is refused when `change` was made to the block that holds `path`."""
+    content = copy.deepcopy(CONTENT)
+    block = content
+    for key in path[:-1]:
+        block = block[key]
+    change(block, path[-1])
+    try:
+        load(content)
+    except PipelineError as error:
+        message = str(error)
+        assert message.startswith(str(ROOT / "params.yaml"))
+        assert len(message) < 1500
+        return message
+    return None
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_each_key(load, path):
+    """Every mistake is one or more sentences that name the file and the key."""
+
+    def remove(block, key):
+        del block[key]
+
+    def misspell(block, key):
+        block[key + "x"] = block.pop(key)
+
+    def another_type(block, key):
+        block[key] = [{"surprise": None}]
+
+    def out_of_range(block, key):
+        block[key] = "" if isinstance(block[key], str) else -7
+
+    key = path[-1]
+    named = path[-2] if len(path) > 1 else ""
+    for change in (remove, misspell, another_type, out_of_range):
+        unused_model = path[0] == "models" and len(path) == 2 and key not in CONTENT["build"]
+        if change in (remove, misspell) and unused_model:
+            continue  # the catalogue may have fewer models, and under other names
+        if change is remove and (key in OPTIONAL and not _needed(path)):
+            assert refused(load, path, change) is None
+            continue
+        message = refused(load, path, change)
+        assert message, (path, change.__name__)
+        assert key in message or named in message, (path, change.__name__, message)
+
+
+def _needed(path: tuple[str, ...]) -> bool:
+    # Without `calibrated` the options that use the data are refused.
+    return path[-1] == "calibrated"
