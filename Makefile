@@ -10,7 +10,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 # GPTQ keeps one core busy, so what is not measured runs two at a time; the last line builds what is left, or fails.
 repro: $(VENV)/.installed wine
-	dvc repro export_openvino calibrate
+	dvc repro download
+	-dvc stage list --name-only export_openvino calibrate | xargs -P 2 -n 1 dvc repro --single-item
 	-dvc stage list --name-only quantize_openvino reference build_onnx | xargs -P 2 -n 1 dvc repro --single-item
 	dvc repro
 	@dvc metrics show
@@ -34,14 +35,17 @@ bench-fidelity: $(VENV)/.installed
 	dvc repro validate
 	python -m bench.fidelity
 
+# Most of what is installed is never imported: Python compiles what is.
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
+
 # torch first, by ordinary resolution; then exact versions without dependencies, since optimum-intel asks for torchvision,
 # whose only builds for Linux need CUDA and break a CPU build of torch.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(0 if ok else "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	pip install --quiet --disable-pip-version-check torch==2.13.0
-	pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	pip install --quiet --disable-pip-version-check --no-deps --editable .
+	pip install $(PIP_OPTIONS) torch==2.13.0
+	pip install $(PIP_OPTIONS) --no-deps -r requirements.lock
+	pip install $(PIP_OPTIONS) --no-deps --editable .
 	touch $@
 
 # What pip cannot bring. Without root the build goes on and says what it could not do.

@@ -1,5 +1,6 @@
 """Stages that are killed, that meet each other, a full disk or a limit of memory, and damaged files, on real builds."""
 
+import json
 import os
 import random
 import resource
@@ -232,3 +233,57 @@ def flip(path: Path, bit: int) -> None:
         (byte,) = stream.read(1)
         stream.seek(bit // 8)
         stream.write(bytes([byte ^ 1 << bit % 8]))
+
+
+CODE = """
+from pathlib import Path
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+Path({canary!r}).touch()
+class Config(Phi3Config): pass
+class Model(Phi3ForCausalLM): pass
+class Tokenizer(PreTrainedTokenizerFast): pass
+"""
+
+
+def test_code_of_a_checkpoint_and_secrets(plain, tiny_checkpoint, tmp_path):
+    """Python code that comes with a checkpoint never runs, wherever a model is loaded; and no token or password of the
+    environment is in what the stages write or print."""
+    checkpoint, canary = tmp_path / "checkpoint", tmp_path / "canary"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (checkpoint / "own.py").write_text(CODE.format(canary=str(canary)))
+    for file, classes in (
+        ("config.json", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "own.Tokenizer"]}),
+    ):
+        content = json.loads((checkpoint / file).read_text("utf-8"))
+        (checkpoint / file).write_text(json.dumps(content | {"auto_map": classes}), "utf-8")
+    params = plain / "params.yaml"
+    params.write_text(params.read_text("utf-8").replace(json.dumps(str(tiny_checkpoint)), json.dumps(str(checkpoint))))
+    secrets = {"HF_TOKEN": "hf_canary", "AWS_SECRET_ACCESS_KEY": "aws_canary"}
+    printed = []
+    for cell in (*CELLS, ("reference", "tiny"), ("validate", "tiny", "openvino-int4")):
+        if cell[0] == "export_openvino":
+            shutil.copyfile(checkpoint / "own.py", plain / "artifacts/tiny/source/own.py")  # it was left out
+        result = stage(plain, cell, check=False, **secrets)
+        assert result.returncode == 0 or cell[0] == "validate", result.stderr
+        printed += [result.stdout, result.stderr]
+    assert not canary.exists()
+    written = [path.read_bytes() for path in (plain / "artifacts").rglob("*") if path.is_file()]
+    assert len(written) > 40
+    for secret in secrets.values():
+        assert not any(secret in text for text in printed)
+        assert not any(secret.encode() in content for content in written)
+    load = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1], {})"
+    run(sys.executable, "-c", load.format("trust_remote_code=True"), checkpoint, cwd=tmp_path)
+    assert canary.exists()  # the code works, for whoever lets it run
+
+
+def test_a_runtime_that_is_not_installed(embedded):
+    """Without its runtime, an artifact is refused with the package that it needs."""
+    for variant, module in (("openvino-int4", "openvino_genai"), ("onnx-cpu-int4", "onnxruntime_genai")):
+        program = f"import sys; sys.modules['{module}'] = None; from pipeline.cli import main; main()"
+        refused = run(sys.executable, "-c", program, "chat", embedded / variant, cwd=ROOT, check=False)
+        assert refused.returncode == 1
+        package = module.replace("_", "-")
+        assert refused.stderr.startswith(f"Error: {embedded / variant} needs {package}==")
+        assert refused.stderr.endswith(": pip install it.\n")

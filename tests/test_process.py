@@ -1,5 +1,6 @@
 """A stage as a process: locked, ended with its parent, and clear when it ends early."""
 
+import os
 import re
 import signal
 import subprocess
@@ -64,10 +65,6 @@ def wait_for_work(process):
             "raise OSError(28, 'No space left on device', 'x.bin')",
             "error: work@m-v: the disk is full (x.bin): free some space and run again.\n",
         ),
-        (
-            "raise MemoryError",
-            "error: work@m-v: not enough memory: close other programs, or build on a machine with more.\n",
-        ),
     ],
 )
 def test_errors_are_sentences(stage, body, message):
@@ -75,6 +72,23 @@ def test_errors_are_sentences(stage, body, message):
     process = stage(body)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (1, message)
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("raise MemoryError", "an allocation failed"),
+        ("raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: ...')", "an allocation failed"),
+        ("import os; os.kill(os.getpid(), 9)", "it was killed, as systems do when memory runs out"),
+    ],
+)
+def test_killed_for_memory(stage, body, what):
+    """Lack of memory is told in a sentence with what is free, whether an allocation fails or the kernel kills."""
+    process = stage(body)
+    _, errors = process.communicate(timeout=30)
+    sentence = rf"error: work@m-v: {what}: \d+\.\d GB are free now\. Close other programs, or use a larger machine\.\n"
+    assert process.returncode == 1
+    assert re.fullmatch(sentence, errors), errors
 
 
 def test_done(stage):
@@ -115,7 +129,7 @@ def test_interrupt(stage):
     """Ctrl-C ends a stage with status 130 and one line."""
     process = stage("time.sleep(60)")
     wait_for_work(process)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert errors == "work@m-v: interrupted; nothing half-built was left, run again to continue.\n"
