@@ -2,6 +2,12 @@
 
 import errno
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FULL = 1 << 20  # bytes left of a disk on which a write failed
 
 
 class PipelineError(Exception):
@@ -14,3 +20,14 @@ def full_disk(error: Exception) -> str | None:
     if not known and os.strerror(errno.ENOSPC) not in str(error):
         return None
     return f"the disk is full ({getattr(error, 'filename', None) or 'while writing'}): free some space and run again."
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """Raise OSError when the block's RuntimeError comes of a full disk: OpenVINO tells only that a stream failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        if shutil.disk_usage(directory).free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from error
+        raise

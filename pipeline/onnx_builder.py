@@ -1,8 +1,8 @@
 """onnxruntime-genai's builder with less memory: `python -m pipeline.onnx_builder`, with the builder's own arguments.
 
 The builder copies all weights into one message before it quantizes the first, 12 to 22 GB at 3.8 billion parameters.
-Here each matrix goes through the builder's own quantization alone, straight from the mapped checkpoint, so that only
-the quantized ones are in memory together; the bytes that come out are the same.
+Here each matrix goes through the builder's own quantization alone, straight from the mapped checkpoint to a file in the
+builder's cache folder, so that no two are in memory for long; the bytes that come out are the same.
 """
 
 import copy
@@ -10,6 +10,7 @@ import os
 import runpy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 BUILDER = "onnxruntime_genai.models.builder"
@@ -21,6 +22,7 @@ def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
     Its result, an onnx_ir.Model, has the same nodes and initializers in another order.
     """
     import onnx_ir
+    from onnx.external_data_helper import set_external_data
 
     def to_nbits(self: Any) -> Any:
         kinds, excluded = self.quant_attrs["op_types_to_quantize"], set(self.quant_attrs["nodes_to_exclude"])
@@ -43,14 +45,18 @@ def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return onnx_ir.to_proto(quantize(alone))
 
         found = {tensor.name: tensor for tensor in initializers if tensor.name not in weights}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        path = Path(self.cache_dir, "quantized.data").absolute()
+        with path.open("wb") as data, ThreadPoolExecutor(os.cpu_count()) as pool:
             for number, (node, part) in enumerate(zip(nodes, pool.map(quantized, nodes), strict=True), start=1):
                 if part is None:
                     model.graph.node.append(node)
                     continue
                 print(f"Quantized node {number} of {len(nodes)}", flush=True)
                 model.graph.node.extend(part.graph.node)
-                found.update((tensor.name, tensor) for tensor in part.graph.initializer)
+                for tensor in part.graph.initializer:
+                    set_external_data(tensor, str(path), offset=data.tell(), length=data.write(tensor.raw_data))
+                    tensor.ClearField("raw_data")
+                    found[tensor.name] = tensor
                 versions = {opset.domain: opset for opset in [*model.opset_import, *part.opset_import]}
                 del model.opset_import[:]
                 model.opset_import.extend(versions.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import to_float16
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, writing_to
 from pipeline.ir_inputs import model_inputs
 from pipeline.params import OpenvinoFp16, OpenvinoInt4
 from pipeline.progress import Bar, say
@@ -44,7 +44,7 @@ def export_fp16(checkpoint: Path, target: Path, *, trust_remote_code: bool = Fal
         half = Path(directory)
         to_float16(checkpoint, half)
         say("exporting the IR")
-        with _optimum_messages() as messages:
+        with writing_to(target), _optimum_messages() as messages:
             from optimum.exporters.openvino import main_export
             from optimum.intel import OVConfig
 
@@ -112,7 +112,8 @@ def quantize_int4(
             f"or set group_size_fallback: adjust for this model ({str(error).splitlines()[0]})"
         ) from error
     say("saving the IR")
-    openvino.save_model(model, target / MODEL[0], compress_to_fp16=False)
+    with writing_to(target):
+        openvino.save_model(model, target / MODEL[0], compress_to_fp16=False)
     for path in fp16.iterdir():
         if path.name not in (*MODEL, "manifest.json"):
             shutil.copyfile(path, target / path.name)

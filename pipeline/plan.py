@@ -19,7 +19,7 @@ import psutil
 from pipeline import onnx_genai, openvino, paths
 from pipeline.checkpoint import read_json
 from pipeline.errors import PipelineError
-from pipeline.params import Model, OnnxInt4, Params, load_params
+from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Params, load_params
 from pipeline.recipe import matrices
 
 IGNORE = "PHI3_IGNORE_PLAN"
@@ -49,6 +49,7 @@ TIME = {
     "validate": (45.0, 100.0),
     "report": (5.0, 0.0),
 }
+CALIBRATED, GPTQ = 150.0, 2.3e-3  # seconds on top for each GB, and for each column of a layer's matrix
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     stage, _, rest = cell.partition("@")
     source = matrices(tensors(config))
     fp16 = 2.0 * sum(matrix.elements for matrix in source)
-    size = temporary = 0.0
+    size = temporary = extra = 0.0
     if stage == "download":
         size = fp16 * (2 if _dtype(config) == "float32" else 1)
     elif stage == "export_openvino":
@@ -121,6 +122,9 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         variant = params.get_variant(rest.removeprefix(f"{name}-"))
         backend: Any = onnx_genai if isinstance(variant, OnnxInt4) else openvino
         adjust = params.get_model(name).group_size_fallback == "adjust"
+        if isinstance(variant, OpenvinoInt4) and variant.calibrated:
+            extra = CALIBRATED * fp16 / 1e9
+            extra += variant.gptq * GPTQ * sum(matrix.columns for matrix in source if matrix.role == "layer")
         size = backend.expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)
     elif stage == "compile_npu":
         variant_name, _, platform = rest.removeprefix(f"{name}-").rpartition("-")
@@ -129,7 +133,7 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
             return Cost(0.0, 0.0, 0.0, 0.0)
     base, slope = MEMORY[stage]
     start, pace = TIME[stage]
-    return Cost(size + OTHER_FILES, temporary, base + slope * fp16, start + pace * fp16 / 1e9)
+    return Cost(size + OTHER_FILES, temporary, base + slope * fp16, start + pace * fp16 / 1e9 + extra)
 
 
 def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[Cell]:

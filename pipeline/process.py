@@ -24,6 +24,7 @@ from pipeline.progress import logged, say
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOCK_TIMEOUT = 2  # seconds, in which a killed stage has ended
+KILLED = -9  # how a SIGKILL shows in a return code
 # How the libraries word it: torch, OpenVINO, ONNX Runtime, the system.
 NO_MEMORY = re.compile(r"bad_alloc|can't allocate memory|cannot allocate memory|out of memory", re.IGNORECASE)
 
@@ -55,12 +56,12 @@ def stage_command(function: Callable[..., None]) -> click.Command:
                     traceback.print_exc()
                     raise
         except PipelineError as error:
-            _fail(f"{cell}: {error}")
+            _fail(f"{cell}: {full_disk(error) or error}")
         except KeyboardInterrupt:
             _fail(f"{cell}: interrupted; nothing half-built was left, run again to continue.", status=130)
         except Exception as error:
             if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
-                _fail(f"{cell}: {_lack_of_memory('an allocation failed', cell, arguments['model'])}")
+                _fail(f"{cell}: {_lack_of_memory('memory ran out', cell, arguments['model'])}")
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             unknown = f"{type(error).__name__}: {reason}. The whole story is in {log(cell)}."
             _fail(f"{cell}: {full_disk(error) or unknown}")
@@ -93,7 +94,7 @@ def _go_on_in_a_child(cell: str, model: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the child, too
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status == -signal.SIGKILL:
+    if status == KILLED:
         _fail(f"{cell}: {_lack_of_memory('it was killed, as systems do when memory runs out', cell, model)}")
     os._exit(status if status >= 0 else 128 - status)
 
@@ -196,6 +197,8 @@ def stream_lines(arguments: list[str], **options: Any) -> Iterator[str]:
         except BaseException:
             process.kill()
             raise
+    if process.returncode == KILLED:
+        raise MemoryError
     if process.returncode != 0:
         raise PipelineError(f"{arguments[0]} failed: {' / '.join(filter(None, tail))}.")
 

@@ -1,6 +1,7 @@
 """Tiny random checkpoints in the three Phi styles through export, quantization and the ONNX builder."""
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -82,21 +83,21 @@ def test_int4(style, tmp_path, recipe):
 
 
 @pytest.mark.parametrize("provider", ["dml", "cpu"])
-def test_onnx(style, tmp_path, provider):
+def test_onnx(style, tmp_path, provider, capsys):
     """The ONNX models for both providers come out as asked and still say nearly what the source says."""
     _, checkpoint, _ = style
     recipe = OnnxInt4(execution_provider=provider, **ONNX)
     (tmp_path / "model").mkdir()
-    lines = []
     onnx_genai.build_int4(
         checkpoint,
         tmp_path / "model",
         recipe=recipe,
         trust_remote_code=False,
-        progress=lines.append,
     )
-    assert (lines[0], lines[-2:]) == ("builder: layer 0", ["builder: quantized 8 of 8 parts", "builder: saved"])
-    assert "Extra options" in (tmp_path / "log").read_text()
+    shown = capsys.readouterr().out
+    assert "reading layers: 2 of 2 in 00:" in shown
+    assert re.search(r"quantizing nodes: (\d+) of \1 in 00:", shown)
+    assert "Extra options" in shown
     # The same bytes in every checkout: by default the producer's version is the commit of the project around .venv.
     head = run("git", "rev-parse", "HEAD", cwd=ROOT).stdout[:7]
     assert head.encode() not in (tmp_path / "model/model.onnx").read_bytes()
@@ -107,7 +108,6 @@ def test_onnx(style, tmp_path, provider):
 MIXED = {"algorithm": "rtn", "symmetric": False, "int8": ["last_matmul", "mixed_layers"]}
 ONE_BY_ONE = {
     "phi-3-4k": {"execution_provider": "dml"} | MIXED,
-    "phi-3-128k": {"execution_provider": "cpu"},
     "phi-4-mini": {"execution_provider": "cpu"} | MIXED,
 }
 
@@ -115,6 +115,8 @@ ONE_BY_ONE = {
 def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch):
     """Quantized matrix by matrix the model has just the nodes and the bytes that the builder gives by itself."""
     name, checkpoint, _ = style
+    if name not in ONE_BY_ONE:
+        pytest.skip("as the other style of its provider")
     built = []
     for module in ("pipeline.onnx_builder", "onnxruntime_genai.models.builder"):
         target = tmp_path / module

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,14 +22,24 @@ from pipeline.pull import check
 from tests.conftest import ROOT, run
 
 pytestmark = pytest.mark.slow
-# Each cell with the directory that it makes, in the order of the build.
+# Each cell with the directory that it makes and how often it is killed, in the order of the build.
+DOWNLOAD, EXPORT = ("download", "tiny"), ("export_openvino", "tiny", "openvino-fp16")
+QUANTIZE, ONNX = ("quantize_openvino", "tiny", "openvino-int4"), ("build_onnx", "tiny", "onnx-cpu-int4")
 CELLS = {
-    ("download", "tiny"): "source",
-    ("export_openvino", "tiny", "openvino-fp16"): "openvino-fp16",
-    ("quantize_openvino", "tiny", "openvino-int4"): "openvino-int4",
-    ("build_onnx", "tiny", "onnx-cpu-int4"): "onnx-cpu-int4",
+    DOWNLOAD: ("source", 10),
+    EXPORT: ("openvino-fp16", 3),
+    QUANTIZE: ("openvino-int4", 5),
+    ONNX: ("onnx-cpu-int4", 2),
 }
-KILLS = 5  # of each cell
+CODE = """
+from pathlib import Path
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+Path({canary!r}).touch()
+class Config(Phi3Config): pass
+class Model(Phi3ForCausalLM): pass
+class Tokenizer(PreTrainedTokenizerFast): pass
+"""
+SECRETS = {"HF_TOKEN": "hf_canary", "AWS_SECRET_ACCESS_KEY": "aws_canary"}
 
 
 def command(cell: tuple[str, ...]) -> list[str]:
@@ -46,16 +58,38 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def plain(project: Path) -> Path:
-    """The project of a tiny model, with recipes that need no calibration."""
+def hostile(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint with Python code that leaves a file `canary` in tmp_path when it runs."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (checkpoint / "own.py").write_text(CODE.format(canary=str(tmp_path / "canary")))
+    for file, classes in (
+        ("config.json", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, "own.Tokenizer"]}),
+    ):
+        content = json.loads((checkpoint / file).read_text("utf-8"))
+        (checkpoint / file).write_text(json.dumps(content | {"auto_map": classes}), "utf-8")
+    return checkpoint
+
+
+@pytest.fixture
+def plain(project: Path, hostile: Path, tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
+    """The project of a tiny model, with recipes that need no calibration, hostile code and secrets around: afterwards
+    no code has run, and no secret is in what the stages wrote."""
     params = project / "params.yaml"
-    text = params.read_text("utf-8")
+    text = params.read_text("utf-8").replace(json.dumps(str(tiny_checkpoint)), json.dumps(str(hostile)))
     for option in ("calibrated", "scale_estimation", "gptq"):
         text = text.replace(f"{option}: true", f"{option}: false")
     params.write_text(text.replace("max_activation_variance", "weight_quantization_error"), "utf-8")
     (project / "artifacts/tiny").mkdir(parents=True)
     (project / "artifacts/tiny/calibration.json").write_text("[]")
-    return project
+    with pytest.MonkeyPatch.context() as patch:
+        for name, secret in SECRETS.items():
+            patch.setenv(name, secret)
+        yield project
+    assert not (tmp_path / "canary").exists()
+    for path in (project / "artifacts").rglob("*"):
+        assert not path.is_file() or not any(secret.encode() in path.read_bytes() for secret in SECRETS.values())
 
 
 def test_killed_at_any_time(plain, tmp_path):
@@ -65,12 +99,12 @@ def test_killed_at_any_time(plain, tmp_path):
     artifacts, other = plain / "artifacts/tiny", tmp_path / "elsewhere"
     shutil.copytree(plain, other)
     killed = 0
-    for cell, name in CELLS.items():
+    for cell, (name, kills) in CELLS.items():
         started = time.monotonic()
         stage(other, cell)
         took = time.monotonic() - started
         undisturbed = (other / "artifacts/tiny" / name / "manifest.json").read_bytes()
-        for _ in range(KILLS):
+        for _ in range(kills):
             process = subprocess.Popen(
                 command(cell), cwd=plain, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
@@ -83,22 +117,17 @@ def test_killed_at_any_time(plain, tmp_path):
         verify(artifacts / name)
         assert (artifacts / name / "manifest.json").read_bytes() == undisturbed
         assert leftovers(plain / "artifacts") == []
-    assert killed >= 0.8 * KILLS * len(CELLS)  # some may have ended just before
+    assert killed > 15  # some may have ended just before
 
 
 def test_two_cells_at_once(plain):
-    """Two different cells build side by side, under dvc, as `make repro` does it."""
-    run("dvc", "repro", "calibrate", "export_openvino", cwd=plain)
-    cells = ["quantize_openvino@tiny-openvino-int4", "build_onnx@tiny-onnx-cpu-int4"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    processes = [
-        subprocess.Popen(["dvc", "repro", "--single-item", cell], cwd=plain, env=os.environ | {"PATH": path})
-        for cell in cells
-    ]
-    assert [process.wait() for process in processes] == [0, 0]
-    assert "up to date" in run("dvc", "status", *cells, cwd=plain).stdout
-    for name in ("openvino-int4", "onnx-cpu-int4"):
-        verify(plain / "artifacts/tiny" / name)
+    """Two different cells build side by side, as `make repro` does it."""
+    for cell in (DOWNLOAD, EXPORT):
+        stage(plain, cell)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda cell: stage(plain, cell), (QUANTIZE, ONNX)))
+    for cell in (QUANTIZE, ONNX):
+        verify(plain / "artifacts/tiny" / CELLS[cell][0])
 
 
 @pytest.fixture
@@ -119,19 +148,20 @@ def mount():
         subprocess.run(["umount", folder], check=False)
 
 
-def test_full_disk(plain, mount):
+def test_full_disk(plain, hostile, mount):
     """A disk that fills up during any stage is one sentence; what was built before is intact, nothing half-built is
     left, and with space the stage ends well."""
     shutil.rmtree(plain / "artifacts")
     artifacts = mount(plain / "artifacts", 30)
     (artifacts / "tiny").mkdir()
     (artifacts / "tiny/calibration.json").write_text("[]")
-    cells = CELLS | {("reference", "tiny"): "", ("validate", "tiny", "openvino-int4"): ""}
+    cells = CELLS | {("reference", "tiny"): ("", 0), ("validate", "tiny", "openvino-int4"): ("", 0)}
     built = []
-    for cell, name in cells.items():
+    for cell, (name, _) in cells.items():
         ballast = artifacts / "ballast"
         with ballast.open("wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(artifacts).free - 16384)
+            left = 0 if cell[0] == "validate" else 16384  # bytes; what validate writes is small
+            os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(artifacts).free - left)
         refused = stage(plain, cell, check=False, PHI3_IGNORE_PLAN="1")
         assert refused.returncode == 1
         full = f"error: {cell[0]}@{'-'.join(cell[1:])}: the disk is full ("
@@ -139,37 +169,39 @@ def test_full_disk(plain, mount):
         assert len(refused.stderr.splitlines()) == 1
         assert not name or not (artifacts / "tiny" / name).exists()
         ballast.unlink()
-        if cell[0] != "validate":  # whose verdict on random weights is not asked here
-            stage(plain, cell, PHI3_IGNORE_PLAN="1")
+        done = stage(plain, cell, check=False)
+        assert done.returncode == 0 or cell[0] == "validate", done.stderr  # which does not like random weights
+        if cell == DOWNLOAD:  # the code of the checkpoint was left out: put it where it could run
+            shutil.copyfile(hostile / "own.py", artifacts / "tiny/source/own.py")
         built += [name] if name else []
-        for earlier in built:
+        for earlier in set(built) - {"source"}:
             verify(artifacts / "tiny" / earlier)
     assert leftovers(artifacts) == []
 
 
 def test_full_disk_of_the_cache(plain, mount):
-    """When DVC cannot take an output into its cache, the artifact is intact, dvc.lock valid, and a rerun ends well."""
+    """When DVC cannot take an output into its cache it says so, but ends with status 0: the artifact is intact,
+    dvc.lock valid, and `dvc commit` makes good what is missing."""
     cache = mount(plain / ".dvc/cache", 0.2)
-    refused = run("dvc", "repro", "download", cwd=plain, check=False)
-    assert refused.returncode != 0
-    assert "No space left on device" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    verify(plain / "artifacts/tiny/source")
-    lock = plain / "dvc.lock"
-    assert not lock.exists() or YAML(typ="safe").load(lock)
+    full = run("dvc", "repro", "download", cwd=plain, check=False)
+    assert "No space left on device" in full.stderr
+    assert "Traceback" not in full.stderr
+    source = plain / "artifacts/tiny/source"
+    verify(source)
+    assert YAML(typ="safe").load(plain / "dvc.lock")["stages"].keys() == {"download@tiny"}
     subprocess.run(["umount", cache], check=True)
-    run("dvc", "repro", "download", cwd=plain)
-    verify(plain / "artifacts/tiny/source")
-    assert "up to date" in run("dvc", "status", "download", cwd=plain).stdout
+    run("dvc", "commit", "-f", "download", cwd=plain)
+    shutil.rmtree(source)
+    run("dvc", "checkout", "download", cwd=plain)
+    verify(source)
 
 
 def test_memory_limit(plain):
     """A stage that hits a limit of its memory says so and what it needed."""
-    for cell in list(CELLS)[:2]:
+    for cell in (DOWNLOAD, EXPORT):
         stage(plain, cell)
-    quantize = list(CELLS)[2]
     limited = subprocess.run(
-        command(quantize),
+        command(QUANTIZE),
         cwd=plain,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9)),
         capture_output=True,
@@ -235,49 +267,6 @@ def flip(path: Path, bit: int) -> None:
         stream.write(bytes([byte ^ 1 << bit % 8]))
 
 
-CODE = """
-from pathlib import Path
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
-Path({canary!r}).touch()
-class Config(Phi3Config): pass
-class Model(Phi3ForCausalLM): pass
-class Tokenizer(PreTrainedTokenizerFast): pass
-"""
-
-
-def test_code_of_a_checkpoint_and_secrets(plain, tiny_checkpoint, tmp_path):
-    """Python code that comes with a checkpoint never runs, wherever a model is loaded; and no token or password of the
-    environment is in what the stages write or print."""
-    checkpoint, canary = tmp_path / "checkpoint", tmp_path / "canary"
-    shutil.copytree(tiny_checkpoint, checkpoint)
-    (checkpoint / "own.py").write_text(CODE.format(canary=str(canary)))
-    for file, classes in (
-        ("config.json", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
-        ("tokenizer_config.json", {"AutoTokenizer": [None, "own.Tokenizer"]}),
-    ):
-        content = json.loads((checkpoint / file).read_text("utf-8"))
-        (checkpoint / file).write_text(json.dumps(content | {"auto_map": classes}), "utf-8")
-    params = plain / "params.yaml"
-    params.write_text(params.read_text("utf-8").replace(json.dumps(str(tiny_checkpoint)), json.dumps(str(checkpoint))))
-    secrets = {"HF_TOKEN": "hf_canary", "AWS_SECRET_ACCESS_KEY": "aws_canary"}
-    printed = []
-    for cell in (*CELLS, ("reference", "tiny"), ("validate", "tiny", "openvino-int4")):
-        if cell[0] == "export_openvino":
-            shutil.copyfile(checkpoint / "own.py", plain / "artifacts/tiny/source/own.py")  # it was left out
-        result = stage(plain, cell, check=False, **secrets)
-        assert result.returncode == 0 or cell[0] == "validate", result.stderr
-        printed += [result.stdout, result.stderr]
-    assert not canary.exists()
-    written = [path.read_bytes() for path in (plain / "artifacts").rglob("*") if path.is_file()]
-    assert len(written) > 40
-    for secret in secrets.values():
-        assert not any(secret in text for text in printed)
-        assert not any(secret.encode() in content for content in written)
-    load = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1], {})"
-    run(sys.executable, "-c", load.format("trust_remote_code=True"), checkpoint, cwd=tmp_path)
-    assert canary.exists()  # the code works, for whoever lets it run
-
-
 def test_a_runtime_that_is_not_installed(embedded):
     """Without its runtime, an artifact is refused with the package that it needs."""
     for variant, module in (("openvino-int4", "openvino_genai"), ("onnx-cpu-int4", "onnxruntime_genai")):
@@ -287,3 +276,10 @@ def test_a_runtime_that_is_not_installed(embedded):
         package = module.replace("_", "-")
         assert refused.stderr.startswith(f"Error: {embedded / variant} needs {package}==")
         assert refused.stderr.endswith(": pip install it.\n")
+
+
+def test_the_hostile_code_works(hostile, tmp_path):
+    """The code that no stage runs does run for whoever trusts it: the other tests' canary is alive."""
+    load = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1], {})"
+    run(sys.executable, "-c", load.format("trust_remote_code=True"), hostile, cwd=tmp_path)
+    assert (tmp_path / "canary").exists()

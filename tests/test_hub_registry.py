@@ -86,7 +86,6 @@ def test_an_interrupted_publication(hub, part):
 @pytest.mark.parametrize(
     ("function", "calls", "after"),
     [
-        ("pipeline.registry.hub:HubRegistry.upload", 1, False),
         ("pipeline.registry.hub:HubRegistry.upload", 8, True),
         ("huggingface_hub:HfApi.create_commit", 1, True),
         ("huggingface_hub:HfApi.create_tag", 1, True),

@@ -77,8 +77,9 @@ def test_errors_are_sentences(stage, body, message):
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        ("raise MemoryError", "an allocation failed"),
-        ("raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: ...')", "an allocation failed"),
+        ("raise MemoryError", "memory ran out"),
+        ("raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: ...')", "memory ran out"),
+        ("from pipeline.process import stream_lines; list(stream_lines(['sh', '-c', 'kill -9 $$']))", "memory ran out"),
         ("import os; os.kill(os.getpid(), 9)", "it was killed, as systems do when memory runs out"),
     ],
 )
