@@ -6,7 +6,7 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine chromium docker-registry repro test test-fast lint bench bench-fidelity clean
+.PHONY: wine chromium docker-registry repro test test-fast lint audit bench bench-fidelity clean
 
 # GPTQ keeps one core busy, so what is not measured runs two at a time; the last line builds what is left, or fails.
 repro: $(VENV)/.installed wine
@@ -26,6 +26,11 @@ lint: $(VENV)/.installed
 	ruff check .
 	ruff format --check .
 	mypy
+
+# Known vulnerabilities of what is installed are an error; a service that cannot be reached is a remark.
+audit: $(VENV)/.installed
+	@pip-audit --skip-editable --progress-spinner off > $(VENV)/audit.txt 2>&1 || { ! grep -A99 "known vulnerabilit" $(VENV)/audit.txt; }
+	@echo "$$(grep -c 'could not be audited' $(VENV)/audit.txt) packages could not be audited; $$(grep -o 'No known vulner.*' $(VENV)/audit.txt || tail -n 1 $(VENV)/audit.txt)"
 
 bench: $(VENV)/.installed
 	dvc repro download
