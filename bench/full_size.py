@@ -19,8 +19,10 @@ import click
 import psutil
 
 from bench.measure import Cost, disk_used, measure
-from pipeline import onnx_genai, openvino
+from pipeline import onnx_genai, openvino, plan
+from pipeline.checkpoint import read_json
 from pipeline.manifest import digest, replace_file, tool_versions
+from pipeline.params import load_params
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_suffix(".json")
@@ -65,7 +67,7 @@ def by_hand(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[str, 
     return costs, built
 
 
-def by_pipeline(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[str, Any], dict[str, float]]:
+def by_pipeline(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[str, Any], dict[str, Any]]:
     """Build all variants with one `dvc repro` in a clone of this project; return costs, what was built, and more."""
     project = folder / "project"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
@@ -86,13 +88,29 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[s
         started = time.monotonic()
         subprocess.run(["dvc", "repro", *STAGES], cwd=project, check=True, capture_output=True)
         again.append(round(time.monotonic() - started, 1))
+    planned = plans(project, checkpoint, costs)
     more = {
+        "planned": planned,
+        "planned_disk_gb": round(sum(cost["disk_gb"] for cost in planned.values()), 2),
         "disk_gb": round(disk_used(project) / 1e9, 2),
         "artifacts_gb": round(sum(disk_used(artifacts / variant) for variant in built) / 1e9, 2),
         "noop_first_s": again[0],
         "noop_s": again[1],
     }
     return costs, built, more
+
+
+def plans(project: Path, checkpoint: Path, costs: dict[str, Cost]) -> dict[str, dict[str, float]]:
+    """Return what `phi3 plan` says of each step, memory and disk in GB, beside the memory that it took."""
+    params, config = load_params(project / "params.yaml"), read_json(checkpoint / "config.json")
+    found = {}
+    for step in [step for step in costs if step != "dvc"]:
+        stage, *arguments = step.split()
+        cost = plan.estimate(f"{stage}@{'-'.join(arguments)}", MODEL, params=params, config=config)
+        measured = costs[step].anonymous / 1e9
+        found[step] = {"memory_gb": round(cost.memory / 1e9, 2), "measured_gb": round(measured, 2)}
+        found[step] |= {"ratio": round(cost.memory / 1e9 / measured, 2), "disk_gb": round(cost.disk / 1e9, 2)}
+    return found
 
 
 def content(directory: Path, variant: str) -> dict[str, Any]:
@@ -125,8 +143,11 @@ def table(results: dict[str, Any]) -> str:
     own = f"{results['pipeline_more']['disk_gb']} GB"
     lines += [f"| disk | {needed} | {own} | {goals['disk_ratio']:.2f} | {GOALS['disk_ratio']} |"]
     lines += [f"| `dvc repro` with nothing to do | | {results['pipeline_more']['noop_s']} s | | 5 s |"]
-    for title, key in (("By hand", "hand"), ("By the pipeline", "pipeline")):
-        steps = results[key]
+    more = results["pipeline_more"]
+    planned = f"{more['planned_disk_gb']} GB planned, {more['disk_gb']} GB taken"
+    lines += ["", f"What `phi3 plan` said is below, step by step; disk in all: {planned}."]
+    tables = {"By hand": results["hand"], "By the pipeline": results["pipeline"], "By plan": more["planned"]}
+    for title, steps in tables.items():
         columns = list(next(iter(steps.values())))
         lines += ["", f"## {title}", "", f"| step | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
         lines += [f"| {name} | {' | '.join(f'{row[c]:g}' for c in columns)} |" for name, row in steps.items()]
