@@ -1,5 +1,6 @@
 """A stage as a process: locked, ended with its parent, and clear when it ends early."""
 
+import contextlib
 import os
 import re
 import signal
@@ -36,11 +37,11 @@ def stage(tmp_path):
     """Start a stage with a given body, as python file `work.py` in an empty folder."""
     started = []
 
-    def start(body):
+    def start(body, stdout=subprocess.PIPE):
         (tmp_path / "work.py").write_text(STAGE.format(root=str(ROOT), body=body))
         command = [sys.executable, "work.py", "m", "v"]
         process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command, cwd=tmp_path, stdout=stdout, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
         started.append(process)
         return process
@@ -124,6 +125,25 @@ def test_progress_without_a_terminal(stage):
     assert 3 <= len(lines) <= 6
     assert all(re.fullmatch(r"counting: \d of 10, 00:0\d left", line) for line in lines[:-1]), lines
     assert lines[-1] == "counting: 10 of 10 in 00:01"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_progress_in_a_terminal(stage):
+    """In a terminal it is a bar with the time left, and lines stand above it."""
+    import termios
+
+    leader, follower = os.openpty()
+    termios.tcsetwinsize(leader, (24, 80))
+    process = stage("[say(f'at {i}') or time.sleep(0.2) for i in Bar(range(5), desc='counting')]", stdout=follower)
+    os.close(follower)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end
+        while part := os.read(leader, 1000):
+            shown += part
+    os.close(leader)
+    assert process.wait() == 0
+    assert re.search(rb"\rcounting: +60%\|\S+ +\| 3/5 \[00:00<00:00, ", shown), shown
+    assert b"\rat 4\r\n" in re.sub(rb"\r +", b"", shown), shown
 
 
 def test_interrupt(stage):
