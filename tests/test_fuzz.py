@@ -155,3 +155,17 @@ def test_blob(tmp_path, inside, content):
     file.write_bytes(inside + content)
     with pytest.raises(PipelineError, match=r"x\.blob"):
         read_blob(file)
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_deeply_nested(project, opening):
+    """Documents that nest twenty thousand times are refused, not followed."""
+    nested = opening * 20_000
+    build()
+    directory = Path("artifacts/tiny/openvino-int4")
+    for name, read in (("manifest.json", lambda: read_manifest(directory)), ("config.json", lambda: check(directory))):
+        (directory / name).write_text(nested)
+        assert name in refusal(read)
+    assert refusal(read_release, nested.encode(), origin="here").startswith("here: release.json is refused")
+    Path("params.yaml").write_text(nested)
+    assert refusal(load_params).startswith("params.yaml is not valid YAML")

