@@ -25,8 +25,10 @@ from pipeline.progress import logged, say
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LOCK_TIMEOUT = 2  # seconds, in which a killed stage has ended
 KILLED = -9  # how a SIGKILL shows in a return code
-# How the libraries word it: torch, OpenVINO, ONNX Runtime, the system.
-NO_MEMORY = re.compile(r"bad_alloc|can't allocate memory|cannot allocate memory|out of memory", re.IGNORECASE)
+# How torch, OpenVINO, ONNX Runtime, the system and its loader word it.
+NO_MEMORY = re.compile(
+    r"bad_alloc|can.t allocate memory|cannot allocate memory|out of memory|failed to map segment", re.IGNORECASE
+)
 
 
 def stage_command(function: Callable[..., None]) -> click.Command:

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -26,10 +25,10 @@ pytestmark = pytest.mark.slow
 DOWNLOAD, EXPORT = ("download", "tiny"), ("export_openvino", "tiny", "openvino-fp16")
 QUANTIZE, ONNX = ("quantize_openvino", "tiny", "openvino-int4"), ("build_onnx", "tiny", "onnx-cpu-int4")
 CELLS = {
-    DOWNLOAD: ("source", 10),
+    DOWNLOAD: ("source", 12),
     EXPORT: ("openvino-fp16", 3),
-    QUANTIZE: ("openvino-int4", 5),
-    ONNX: ("onnx-cpu-int4", 2),
+    QUANTIZE: ("openvino-int4", 4),
+    ONNX: ("onnx-cpu-int4", 1),
 }
 CODE = """
 from pathlib import Path
@@ -92,9 +91,10 @@ def plain(project: Path, hostile: Path, tiny_checkpoint: Path, tmp_path: Path) -
         assert not path.is_file() or not any(secret.encode() in path.read_bytes() for secret in SECRETS.values())
 
 
-def test_killed_at_any_time(plain, tmp_path):
+def test_killed_at_any_time_then_two_at_once(plain, tmp_path):
     """SIGKILL at twenty moments of a seeded schedule: an artifact is whole or not there at all, and the next run that
-    is left alone sweeps up and makes the same manifest as an undisturbed build in another folder."""
+    is left alone sweeps up and makes the same manifest as an undisturbed build in another folder. Two different cells
+    build side by side."""
     moments = random.Random(7)
     artifacts, other = plain / "artifacts/tiny", tmp_path / "elsewhere"
     shutil.copytree(plain, other)
@@ -103,7 +103,6 @@ def test_killed_at_any_time(plain, tmp_path):
         started = time.monotonic()
         stage(other, cell)
         took = time.monotonic() - started
-        undisturbed = (other / "artifacts/tiny" / name / "manifest.json").read_bytes()
         for _ in range(kills):
             process = subprocess.Popen(
                 command(cell), cwd=plain, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -113,21 +112,16 @@ def test_killed_at_any_time(plain, tmp_path):
             killed += process.wait() == -signal.SIGKILL
             if (artifacts / name).exists():
                 verify(artifacts / name)
-        stage(plain, cell)
-        verify(artifacts / name)
-        assert (artifacts / name / "manifest.json").read_bytes() == undisturbed
-        assert leftovers(plain / "artifacts") == []
-    assert killed > 15  # some may have ended just before
-
-
-def test_two_cells_at_once(plain):
-    """Two different cells build side by side, as `make repro` does it."""
-    for cell in (DOWNLOAD, EXPORT):
-        stage(plain, cell)
-    with ThreadPoolExecutor() as pool:
+        if cell not in (QUANTIZE, ONNX):
+            stage(plain, cell)
+    with ThreadPoolExecutor() as pool:  # two different cells at once
         list(pool.map(lambda cell: stage(plain, cell), (QUANTIZE, ONNX)))
-    for cell in (QUANTIZE, ONNX):
-        verify(plain / "artifacts/tiny" / CELLS[cell][0])
+    for name, _ in CELLS.values():
+        verify(artifacts / name)
+        manifests = [folder / name / "manifest.json" for folder in (artifacts, other / "artifacts/tiny")]
+        assert manifests[0].read_bytes() == manifests[1].read_bytes()
+    assert leftovers(plain / "artifacts") == []
+    assert killed > 15  # some may have ended just before
 
 
 @pytest.fixture
@@ -169,8 +163,8 @@ def test_full_disk(plain, hostile, mount):
         assert len(refused.stderr.splitlines()) == 1
         assert not name or not (artifacts / "tiny" / name).exists()
         ballast.unlink()
-        done = stage(plain, cell, check=False)
-        assert done.returncode == 0 or cell[0] == "validate", done.stderr  # which does not like random weights
+        if cell[0] != "validate":
+            stage(plain, cell)
         if cell == DOWNLOAD:  # the code of the checkpoint was left out: put it where it could run
             shutil.copyfile(hostile / "own.py", artifacts / "tiny/source/own.py")
         built += [name] if name else []
@@ -194,24 +188,6 @@ def test_full_disk_of_the_cache(plain, mount):
     shutil.rmtree(source)
     run("dvc", "checkout", "download", cwd=plain)
     verify(source)
-
-
-def test_memory_limit(plain):
-    """A stage that hits a limit of its memory says so and what it needed."""
-    for cell in (DOWNLOAD, EXPORT):
-        stage(plain, cell)
-    limited = subprocess.run(
-        command(QUANTIZE),
-        cwd=plain,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert limited.returncode == 1
-    assert "GB are free now. Close other programs, or use a larger machine." in limited.stderr, limited.stderr
-    assert "it needs some 0.8 GB" in limited.stderr
-    assert not (plain / "artifacts/tiny/openvino-int4").exists()
 
 
 def test_a_flipped_bit(embedded, tmp_path):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipeline import plan
+from pipeline import plan, process
 from pipeline.checkpoint import read_json, tensor_shapes
 from pipeline.errors import PipelineError
 from pipeline.params import load_params
@@ -57,6 +57,9 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
     make_checkpoint(tmp_path / "artifacts/smol-phi3/source")
     cell = "export_openvino@smol-phi3-openvino-fp16"
     plan.require(cell, "smol-phi3")
+    assert process._lack_of_memory("memory ran out", cell, "smol-phi3").startswith(
+        "memory ran out: it needs some 0.8 GB,"
+    )
     monkeypatch.setattr(plan, "available", lambda: plan.Need(disk=1e9, memory=1e8))
     with pytest.raises(
         PipelineError,

@@ -81,6 +81,10 @@ def test_errors_are_sentences(stage, body, message):
         ("raise MemoryError", "memory ran out"),
         ("raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: ...')", "memory ran out"),
         ("from pipeline.process import stream_lines; list(stream_lines(['sh', '-c', 'kill -9 $$']))", "memory ran out"),
+        (
+            "import resource, numpy; resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9)); numpy.ones(10**9)",
+            "memory ran out",
+        ),
         ("import os; os.kill(os.getpid(), 9)", "it was killed, as systems do when memory runs out"),
     ],
 )
