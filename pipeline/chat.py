@@ -27,7 +27,7 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
 
     Without `device` an NPU artifact uses the NPU where there is one, others the CPU.
 
-    Raises PipelineError when a file of it is not what it should be, or that runtime is not installed.
+    Raises PipelineError when a file of it is not what it should be, or that runtime is not installed or refuses it.
     """
     if (directory / RELEASE).exists():
         check(directory)
@@ -41,6 +41,9 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
         return OnnxChat(directory)
     except ImportError as error:
         raise PipelineError(f"{directory} needs {requires}: pip install it.") from error
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise PipelineError(f"{directory} cannot be loaded ({reason}): it was made for {requires}.") from error
 
 
 class OpenvinoChat:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.chat import load_chat
 from pipeline.checkpoint import check
 from pipeline.errors import PipelineError
-from pipeline.manifest import read_manifest, verify
+from pipeline.manifest import Manifest, building, read_manifest, seal, verify
 from pipeline.npu.blob import ELF, MAGIC, read_blob
 from pipeline.params import load_params
 from pipeline.release import read_release
@@ -155,6 +156,44 @@ def test_blob(tmp_path, inside, content):
     file.write_bytes(inside + content)
     with pytest.raises(PipelineError, match=r"x\.blob"):
         read_blob(file)
+
+
+MODELS = {
+    "openvino-genai": ("openvino_model.xml", [b"", b"<net", b"<net>" * 20_000, b"\0" * 100]),
+    "onnxruntime-genai": ("model.onnx", [b"", b"\x08\x07\x12", b"\xff" * 100, b"\n" * 10_000]),
+}
+
+
+@pytest.mark.parametrize("runtime", MODELS)
+def test_a_model_that_no_runtime_takes(tmp_path, runtime):
+    """An IR or an ONNX model that is none, under a manifest that fits it, is refused with a sentence."""
+    name, contents = MODELS[runtime]
+    for number, content in enumerate(contents):
+        target = tmp_path / str(number)
+        with building(target) as folder:
+            (folder / name).write_bytes(content)
+            (folder / "openvino_model.bin").write_bytes(b"weights")
+            (folder / "genai_config.json").write_text(
+                '{"model": {"type": "phi3", "decoder": {"filename": "model.onnx"}}}'
+            )
+            seal(folder, manifest(runtime))
+        assert refusal(load_chat, target).startswith(f"{target} cannot be loaded (")
+
+
+def manifest(runtime: str) -> Manifest:
+    """Return a manifest of an artifact for `runtime`."""
+    return Manifest(
+        name="tiny/any",
+        model="tiny",
+        variant="any",
+        source={},
+        license="MIT",
+        recipe={},
+        eos_token_ids=[1],
+        context={},
+        runtime={"requires": {runtime: "1"}, "devices": ["CPU"]},
+        tools={},
+    )
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])

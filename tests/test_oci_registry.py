@@ -1,9 +1,11 @@
 """Publishing to Debian's docker-registry with a real OCI client, and pulling from it, on loopback."""
 
+import contextlib
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
@@ -101,8 +103,16 @@ def test_a_corrupt_content(registry):
     assert not Path("model").exists()
 
 
+def command_lines():
+    """Return the command line of every process."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            yield " ".join(process.cmdline())
+
+
 def test_password(tmp_path):
-    """With the password of `docker login` it works; without or with a wrong one it is a sentence without the secret."""
+    """With the password of `docker login` it works; without or with a wrong one it is a sentence without the secret,
+    which is in no command line."""
     registry = Registry(tmp_path / "oci", password=True)
     try:
         refused = registry.phi3("list", registry.url, check=False)
@@ -114,7 +124,14 @@ def test_password(tmp_path):
         assert "docker login" in refused.stderr
         assert "wr0ng" not in refused.stderr
         registry.login("s3cret")
-        registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+        with ThreadPoolExecutor() as pool:
+            published = pool.submit(registry.phi3, "publish", NAME, "--to", registry.url, "--version", "1.0.0")
+            commands = set()
+            while not published.done():
+                commands |= set(command_lines())
+        assert published.result().returncode == 0
+        assert any("publish" in command for command in commands)
+        assert not any("s3cret" in command for command in commands)
         registry.phi3("pull", registry.url, NAME, "--to", "model")
         assert check(Path("model")).name == NAME
     finally:
