@@ -6,15 +6,17 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine chromium docker-registry repro test test-fast lint audit bench bench-fidelity clean
+.PHONY: wine chromium docker-registry repro variants test test-fast lint audit bench bench-fidelity clean
 
-# GPTQ keeps one core busy, so what is not measured runs two at a time; the last line builds what is left, or fails.
-repro: $(VENV)/.installed wine
+repro: variants
+	dvc repro
+	@dvc metrics show
+
+# GPTQ keeps one core busy, so what is not measured runs two at a time; `dvc repro` builds what is left, or fails.
+variants: $(VENV)/.installed wine
 	dvc repro download
 	-dvc stage list --name-only export_openvino calibrate | xargs -P 2 -n 1 dvc repro --single-item
 	-dvc stage list --name-only quantize_openvino reference build_onnx | xargs -P 2 -n 1 dvc repro --single-item
-	dvc repro
-	@dvc metrics show
 
 test: $(VENV)/.installed wine chromium docker-registry
 	pytest -n 2 --dist worksteal

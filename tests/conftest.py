@@ -42,6 +42,14 @@ STYLES = {
 }
 
 
+LONGEST = ("test_killed_at_any_time_then_two_at_once", "test_build_then_nothing_then_one_branch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest tests first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: item.name not in LONGEST)
+
+
 def make_tokenizer(text: str = "the capital of France is Paris and water is wet 0123456789"):
     """Return a byte-level BPE tokenizer with Phi-3's chat tokens, trained on `text`."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers

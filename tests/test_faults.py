@@ -24,11 +24,12 @@ pytestmark = pytest.mark.slow
 # Each cell with the directory that it makes and how often it is killed, in the order of the build.
 DOWNLOAD, EXPORT = ("download", "tiny"), ("export_openvino", "tiny", "openvino-fp16")
 QUANTIZE, ONNX = ("quantize_openvino", "tiny", "openvino-int4"), ("build_onnx", "tiny", "onnx-cpu-int4")
+VALIDATE = ("validate", "tiny", "openvino-int4")
 CELLS = {
-    DOWNLOAD: ("source", 12),
+    DOWNLOAD: ("source", 10),
     EXPORT: ("openvino-fp16", 3),
-    QUANTIZE: ("openvino-int4", 4),
-    ONNX: ("onnx-cpu-int4", 1),
+    QUANTIZE: ("openvino-int4", 7),
+    ONNX: ("onnx-cpu-int4", 0),
 }
 CODE = """
 from pathlib import Path
@@ -149,12 +150,12 @@ def test_full_disk(plain, hostile, mount):
     artifacts = mount(plain / "artifacts", 30)
     (artifacts / "tiny").mkdir()
     (artifacts / "tiny/calibration.json").write_text("[]")
-    cells = CELLS | {("reference", "tiny"): ("", 0), ("validate", "tiny", "openvino-int4"): ("", 0)}
+    cells = CELLS | {("reference", "tiny"): ("", 0), VALIDATE: ("", 0)}
     built = []
     for cell, (name, _) in cells.items():
         ballast = artifacts / "ballast"
         with ballast.open("wb") as stream:
-            left = 0 if cell[0] == "validate" else 16384  # bytes; what validate writes is small
+            left = 0 if cell == VALIDATE else 16384  # bytes; what validate writes is small
             os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(artifacts).free - left)
         refused = stage(plain, cell, check=False, PHI3_IGNORE_PLAN="1")
         assert refused.returncode == 1
@@ -163,11 +164,11 @@ def test_full_disk(plain, hostile, mount):
         assert len(refused.stderr.splitlines()) == 1
         assert not name or not (artifacts / "tiny" / name).exists()
         ballast.unlink()
-        if cell[0] != "validate":
+        if cell not in (ONNX, VALIDATE):  # which nothing else here needs
             stage(plain, cell)
         if cell == DOWNLOAD:  # the code of the checkpoint was left out: put it where it could run
             shutil.copyfile(hostile / "own.py", artifacts / "tiny/source/own.py")
-        built += [name] if name else []
+        built += [name] if name and cell != ONNX else []
         for earlier in set(built) - {"source"}:
             verify(artifacts / "tiny" / earlier)
     assert leftovers(artifacts) == []
