@@ -6,17 +6,23 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine chromium docker-registry repro variants test test-fast lint audit bench bench-fidelity clean
+.PHONY: wine chromium docker-registry repro variants validations test test-fast lint audit bench bench-fidelity clean
 
 repro: variants
 	dvc repro
 	@dvc metrics show
 
 # GPTQ keeps one core busy, so what is not measured runs two at a time; `dvc repro` builds what is left, or fails.
+two_at_a_time = -dvc stage list --name-only $(1) | xargs -P 2 -n 1 dvc repro --single-item
+
 variants: $(VENV)/.installed wine
 	dvc repro download
-	-dvc stage list --name-only export_openvino calibrate | xargs -P 2 -n 1 dvc repro --single-item
-	-dvc stage list --name-only quantize_openvino reference build_onnx | xargs -P 2 -n 1 dvc repro --single-item
+	$(call two_at_a_time,export_openvino calibrate)
+	$(call two_at_a_time,quantize_openvino reference build_onnx)
+
+# For CI, which has no use for speeds.
+validations: variants
+	$(call two_at_a_time,validate)
 
 test: $(VENV)/.installed wine chromium docker-registry
 	pytest -n 2 --dist worksteal

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.errors import PipelineError
-from pipeline.manifest import read_manifest, verify
-from pipeline.pull import check
-from pipeline.release import RELEASE
+from pipeline.errors import PipelineError, lines
+from pipeline.manifest import read_manifest
+from pipeline.pull import verify_any
 
 MAX_NEW_TOKENS = 512
 
@@ -29,11 +28,8 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
 
     Raises PipelineError when a file of it is not what it should be, or that runtime is not installed or refuses it.
     """
-    if (directory / RELEASE).exists():
-        check(directory)
-        manifest = read_manifest(directory)
-    else:
-        manifest = verify(directory)
+    verify_any(directory)
+    manifest = read_manifest(directory)
     requires = ", ".join(f"{package}=={version}" for package, version in manifest.runtime["requires"].items())
     try:
         if "openvino-genai" in manifest.runtime["requires"]:
@@ -42,8 +38,9 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
     except ImportError as error:
         raise PipelineError(f"{directory} needs {requires}: pip install it.") from error
     except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise PipelineError(f"{directory} cannot be loaded ({reason}): it was made for {requires}.") from error
+        raise PipelineError(
+            f"{directory} cannot be loaded ({lines(error)[-1]}): it was made for {requires}."
+        ) from error
 
 
 class OpenvinoChat:

@@ -10,12 +10,10 @@ from tqdm import tqdm
 
 from pipeline.device import TARGETS, Target
 from pipeline.errors import PipelineError, full_disk
-from pipeline.manifest import verify
 from pipeline.params import json_schema, load_params
 from pipeline.paths import PARAMS_FILE
-from pipeline.pull import check, pull, suggest
+from pipeline.pull import pull, suggest, verify_any
 from pipeline.registry import open_registry
-from pipeline.release import RELEASE
 
 KEY = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -46,7 +44,7 @@ def verify_command(directory: Path, key: Path | None) -> None:
 
     Example: phi3 verify artifacts/smol-phi3/openvino-int4
     """
-    sealed = check(directory, key=key) if key or (directory / RELEASE).exists() else verify(directory)
+    sealed = verify_any(directory, key=key)
     total = sum(file.size for file in sealed.files.values())
     click.echo(f"{sealed.name}: {len(sealed.files)} files, {total / 1e6:.1f} MB, all as in the manifest")
 

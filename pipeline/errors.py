@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake or a refused artifact raises, and the sentence for a full disk."""
+"""The one exception that a user's mistake or a refused artifact raises, and what others say, in a sentence."""
 
 import errno
 import os
@@ -12,6 +12,11 @@ FULL = 1 << 20  # bytes left of a disk on which a write failed
 
 class PipelineError(Exception):
     """Its message is the sentence that the user reads: what failed, why, and what to do."""
+
+
+def lines(error: BaseException) -> list[str]:
+    """Return the lines of the message of `error`, or the name of its type when it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()
 
 
 def full_disk(error: Exception) -> str | None:

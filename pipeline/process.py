@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import click
 from filelock import FileLock, Timeout
 
-from pipeline.errors import PipelineError, full_disk
+from pipeline.errors import PipelineError, full_disk, lines
 from pipeline.paths import ARTIFACTS, log
 from pipeline.progress import logged, say
 
@@ -52,11 +51,7 @@ def stage_command(function: Callable[..., None]) -> click.Command:
             with _lock(cell), logged(log(cell)), _anonymous_peak() as anonymous:
                 say(f"{cell}: started")
                 require(cell, arguments["model"])
-                try:
-                    function(**arguments)
-                except Exception:
-                    traceback.print_exc()
-                    raise
+                function(**arguments)
         except PipelineError as error:
             _fail(f"{cell}: {full_disk(error) or error}")
         except KeyboardInterrupt:
@@ -64,8 +59,7 @@ def stage_command(function: Callable[..., None]) -> click.Command:
         except Exception as error:
             if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
                 _fail(f"{cell}: {_lack_of_memory('memory ran out', cell, arguments['model'])}")
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            unknown = f"{type(error).__name__}: {reason}. The whole story is in {log(cell)}."
+            unknown = f"{type(error).__name__}: {lines(error)[0]}. The whole story is in {log(cell)}."
             _fail(f"{cell}: {full_disk(error) or unknown}")
         seconds = time.monotonic() - started
         memory = f"{peak_memory() / 1e9:.2f} GB, anonymous {max(anonymous) / 1e9:.2f} GB"
@@ -178,7 +172,8 @@ def _anonymous_peak() -> Iterator[list[int]]:
 def stream_lines(arguments: list[str], **options: Any) -> Iterator[str]:
     """Run a program, print its output, which a stage's log keeps, and yield it line by line.
 
-    Raises PipelineError with the last lines when the program fails. It ends with this process.
+    Raises PipelineError with the last lines when the program fails, MemoryError when it is killed, as the kernel does
+    for lack of memory. It ends with this process.
     """
     tail: list[str] = []
     with subprocess.Popen(

@@ -3,8 +3,9 @@
 import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +18,10 @@ _screen: TextIO | None = None
 
 @contextmanager
 def logged(log: Path) -> Iterator[None]:
-    """Send to the file `log` what this process and the programs that it starts print, except for `say` and Bar."""
+    """Send to the file `log` what this process and the programs that it starts print, except for `say` and Bar.
+
+    The traceback of an error that ends the block stands there, too.
+    """
     global _screen
     log.parent.mkdir(parents=True, exist_ok=True)
     _flush()
@@ -31,8 +35,13 @@ def logged(log: Path) -> Iterator[None]:
         _screen = screen
         try:
             yield
-        finally:
             _flush()
+        except Exception:
+            traceback.print_exc()
+            raise
+        finally:
+            with suppress(OSError):  # a full disk, which the block has met, too
+                _flush()
             os.dup2(screen.fileno(), 1)
             os.dup2(errors.fileno(), 2)
             _screen = None

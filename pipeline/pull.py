@@ -15,7 +15,7 @@ from platformdirs import user_cache_path
 
 from pipeline.device import Target, choose_release
 from pipeline.errors import PipelineError
-from pipeline.manifest import compare_files, digest, is_regular, replace_file
+from pipeline.manifest import Manifest, compare_files, digest, is_regular, replace_file, verify
 from pipeline.registry import Registry
 from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 from pipeline.signing import require_signature
@@ -95,6 +95,12 @@ def suggest(registry: Registry, model: str, *, reference: str, target: Target, s
     release, reason = choose_release(releases, target)
     say(f"{release.name}: {reason}")
     return release.name
+
+
+def verify_any(directory: Path, *, key: Path | None = None) -> Release | Manifest:
+    """Return what describes the pulled or built artifact in `directory`, after hashing every file, as `check` or
+    `pipeline.manifest.verify` does; only what was pulled can be signed."""
+    return check(directory, key=key) if key or (directory / RELEASE).exists() else verify(directory)
 
 
 def check(directory: Path, *, key: Path | None = None) -> Release:

@@ -11,9 +11,9 @@ from pipeline.errors import PipelineError
 from tests.conftest import ROOT
 
 CONTENT = YAML(typ="safe").load(ROOT / "params.yaml")
-# What has a default, so that a file without it is complete.
+# What has a default, so that a file without it is complete. (`calibrated` has one, too, but then what uses the data is
+# refused.)
 OPTIONAL = {
-    "calibrated",
     "awq",
     "scale_estimation",
     "gptq",
@@ -90,14 +90,9 @@ def test_each_key(load, path):
         unused_model = path[0] == "models" and len(path) == 2 and key not in CONTENT["build"]
         if change in (remove, misspell) and unused_model:
             continue  # the catalogue may have fewer models, and under other names
-        if change is remove and (key in OPTIONAL and not _needed(path)):
+        if change is remove and key in OPTIONAL:
             assert refused(load, path, change) is None
             continue
         message = refused(load, path, change)
         assert message, (path, change.__name__)
         assert key in message or named in message, (path, change.__name__, message)
-
-
-def _needed(path: tuple[str, ...]) -> bool:
-    # Without `calibrated` the options that use the data are refused.
-    return path[-1] == "calibrated"

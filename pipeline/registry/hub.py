@@ -23,7 +23,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, lines
 from pipeline.manifest import File
 from pipeline.registry import Entry, require_own
 from pipeline.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
@@ -156,7 +156,7 @@ class HubRegistry:
         except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise  # the disk failed, not the Hub
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = lines(error)[0]
             raise PipelineError(
                 f"{self.url}: {constants.ENDPOINT} failed ({reason}): check the network and HF_TOKEN, then run again."
             ) from error

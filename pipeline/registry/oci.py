@@ -22,7 +22,7 @@ from oras.provider import Registry as Provider
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, lines
 from pipeline.manifest import File, digest
 from pipeline.registry import Entry, require_own
 from pipeline.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
@@ -195,7 +195,7 @@ def _sentences(url: str) -> Iterator[None]:
     except FileExistsError:
         raise
     except (requests.RequestException, jsonschema.ValidationError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = lines(error)[0]
         raise PipelineError(
             f"{url} failed ({reason}): check the network and `docker login`, then run again."
         ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import is_wanted, read_json
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, lines
 from pipeline.manifest import digest
 from pipeline.params import COMMIT, HubSource
 from pipeline.progress import Bar, say
@@ -163,7 +163,7 @@ def _sentences(source: HubSource) -> Iterator[None]:
     except (httpx.HTTPError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # the disk failed, not the Hub
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = lines(error)[0]
         raise PipelineError(
             f"{what}: {constants.ENDPOINT} cannot be reached or failed ({reason}); run again to continue where it "
             "stopped."
