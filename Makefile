@@ -6,7 +6,7 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine chromium docker-registry repro variants validations test test-fast lint audit bench bench-fidelity clean
+.PHONY: wine chromium docker-registry repro models variants validations test test-fast lint audit bench bench-fidelity clean
 
 repro: variants
 	dvc repro
@@ -15,10 +15,13 @@ repro: variants
 # GPTQ keeps one core busy, so what is not measured runs two at a time; `dvc repro` builds what is left, or fails.
 two_at_a_time = -dvc stage list --name-only $(1) | xargs -P 2 -n 1 dvc repro --single-item
 
-variants: $(VENV)/.installed wine
+models: $(VENV)/.installed
 	dvc repro download
-	$(call two_at_a_time,export_openvino calibrate)
-	$(call two_at_a_time,quantize_openvino reference build_onnx)
+	$(call two_at_a_time,export_openvino build_onnx calibrate)
+	$(call two_at_a_time,quantize_openvino $(beside))
+
+variants: beside = reference
+variants: models wine
 
 # For CI, which has no use for speeds.
 validations: variants

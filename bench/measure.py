@@ -1,4 +1,4 @@
-"""What a program costs: wall and CPU time, memory and bytes written, for each step that its processes name."""
+"""What a program costs: wall and CPU time, memory and bytes written, as a whole and for each stage that it runs."""
 
 import os
 import re
@@ -6,7 +6,7 @@ import subprocess
 import threading
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,23 +17,13 @@ STAGE = re.compile(r"-m stages\.(.+)$")
 
 @dataclass
 class Cost:
-    """Seconds, and bytes at their peak; `_wrote` and `_cpu` keep each process's last figure."""
+    """Seconds of wall time and of all cores, and bytes at their peak."""
 
     wall: float = 0.0
+    cpu: float = 0.0
     anonymous: int = 0  # what the kernel cannot drop
     file_backed: int = 0  # mapped files, which it can
-    _wrote: dict[int, int] = field(default_factory=dict)
-    _cpu: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def written(self) -> int:
-        """Bytes given to the disk."""
-        return sum(self._wrote.values())
-
-    @property
-    def cpu(self) -> float:
-        """Seconds of all cores."""
-        return sum(self._cpu.values())
+    written: int = 0  # what was given to the disk
 
     def figures(self) -> dict[str, float]:
         """Return the figures for the table: seconds and gigabytes."""
@@ -47,10 +37,10 @@ class Cost:
 
 
 def measure(command: list[str], *, step: str, cwd: Path, log: Path, **environment: str) -> dict[str, Cost]:
-    """Run `command` and return its cost, by step: `step`, and one for each stage of the pipeline that it starts.
+    """Run `command` and return what it cost: as a whole, under `step`, and each stage of the pipeline that it ran.
 
-    The output goes to the file `log`. Memory is the sum of its processes' proportional shares (PSS), so that pages
-    which two of them share count once; proc_pid_smaps_rollup(5).
+    The output goes to the file `log`. Memory is the sum of the processes' proportional shares (PSS), so that pages
+    which two of them share count once; proc_pid_smaps_rollup(5). Stages may run side by side.
 
     Raises subprocess.CalledProcessError when the command fails.
     """
@@ -70,43 +60,41 @@ def measure(command: list[str], *, step: str, cwd: Path, log: Path, **environmen
         sampler.join()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
-    stages = sum(cost.wall for name, cost in costs.items() if name != step)
-    costs[step].wall = time.monotonic() - started - stages
+    costs[step].wall = time.monotonic() - started
     return dict(costs)
 
 
 def _sample(root: int, step: str, costs: dict[str, Cost], done: threading.Event) -> None:
     last = time.monotonic()
     while not done.wait(INTERVAL):
-        memory: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         try:
             family = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
         except psutil.NoSuchProcess:
             return
+        now: dict[str, Cost] = defaultdict(Cost)
         stages: dict[int, str] = {}
         for process in family:  # parents come before their children
             try:
                 found = STAGE.search(" ".join(process.cmdline()))
-                name = stages.get(process.ppid()) or (found[1] if found else step)
-                if name != step:
-                    stages[process.pid] = name
+                if stage := stages.get(process.ppid()) or (found[1] if found else None):
+                    stages[process.pid] = stage
                 folder = Path("/proc", str(process.pid))
                 pages = dict(re.findall(r"(\w+): +(\d+) kB", (folder / "smaps_rollup").read_text("utf-8")))
-                memory[name][0] += int(pages.get("Pss_Anon", 0)) * 1024
-                memory[name][1] += int(pages.get("Pss_File", 0)) * 1024
-                times = process.cpu_times()
-                costs[name]._cpu[process.pid] = times.user + times.system
-                written = re.search(r"write_bytes: (\d+)", (folder / "io").read_text("utf-8"))
-                costs[name]._wrote[process.pid] = int(written[1]) if written else 0
+                written = re.search(r"^write_bytes: (\d+)", (folder / "io").read_text("utf-8"), re.MULTILINE)
+                cpu = sum(process.cpu_times()[:4])
             except (psutil.Error, OSError):
                 continue  # it has ended
-        now = time.monotonic()
-        for name, (anonymous, file_backed) in memory.items():
-            cost = costs[name]
-            cost.anonymous, cost.file_backed = max(cost.anonymous, anonymous), max(cost.file_backed, file_backed)
-            if name != step:
-                cost.wall += now - last
-        last = now
+            for name in {step, stage or step}:
+                now[name].anonymous += int(pages.get("Pss_Anon", 0)) * 1024
+                now[name].file_backed += int(pages.get("Pss_File", 0)) * 1024
+                # The kernel adds to a parent what its ended children used, so that nothing is counted twice.
+                now[name].written += int(written[1]) if written else 0
+                now[name].cpu += cpu
+        seconds, last = time.monotonic() - last, time.monotonic()
+        for name, cost in now.items():
+            for figure in ("anonymous", "file_backed", "written", "cpu"):
+                setattr(costs[name], figure, max(getattr(costs[name], figure), getattr(cost, figure)))
+            costs[name].wall += seconds
 
 
 def disk_used(directory: Path) -> int:

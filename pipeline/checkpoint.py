@@ -22,7 +22,7 @@ CONFIG_FILES = (
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE", "NOTICE.txt")
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 500_000_000  # what `to_float16` holds at once; the writer copies it one more time
+SHARD_BYTES = 100_000_000  # what `to_float16` holds at once; the writer copies it one more time
 MAX_HEADER = 100_000_000  # the limit of the safetensors format
 
 

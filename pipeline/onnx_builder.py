@@ -37,17 +37,18 @@ def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
         del model.graph.node[:], model.graph.initializer[:]
 
         def quantized(node: Any) -> Any:
-            names = [name for name in node.input if name in weights]
-            if not names:
+            if not any(value is not None and value.name in weights for value in node.inputs):
                 return None
             alone = copy.copy(self)
-            alone.model = onnx_ir.from_proto(_only(node, [weights[name] for name in names], model))
+            alone.model = _only(node, weights, self.model)
             return onnx_ir.to_proto(quantize(alone))
 
         found = {tensor.name: tensor for tensor in initializers if tensor.name not in weights}
         path = Path(self.cache_dir, "quantized.data").absolute()
         with path.open("wb") as data, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for number, (node, part) in enumerate(zip(nodes, pool.map(quantized, nodes), strict=True), start=1):
+            for number, (node, part) in enumerate(
+                zip(nodes, pool.map(quantized, self.model.graph), strict=True), start=1
+            ):
                 if part is None:
                     model.graph.node.append(node)
                     continue
@@ -66,17 +67,24 @@ def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return to_nbits
 
 
-def _only(node: Any, weights: list[Any], model: Any) -> Any:
-    # A model of `node` alone, with its weights; types of its other inputs and outputs do not matter.
-    import onnx
+def _only(node: Any, weights: dict[str, Any], model: Any) -> Any:
+    # A model of a copy of `node` alone, with its weights; types of its other inputs and outputs do not matter.
     import onnx_ir
 
-    tensors = [onnx_ir.to_proto(weight) for weight in weights]
-    known = {tensor.name for tensor in tensors}
-    inputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.input if name and name not in known]
-    outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in node.output]
-    graph = onnx.helper.make_graph([node], "node", inputs, outputs, initializer=tensors)
-    return onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    values = [value and onnx_ir.Value(name=value.name, const_value=weights.get(value.name)) for value in node.inputs]
+    outputs = [onnx_ir.Value(name=value.name) for value in node.outputs]
+    attributes = node.attributes.values()
+    alone = onnx_ir.Node(node.domain, node.op_type, values, attributes, name=node.name, outputs=outputs)
+    known = [value for value in values if value is not None]
+    graph = onnx_ir.Graph(
+        [value for value in known if value.const_value is None],
+        outputs,
+        nodes=[alone],
+        initializers=[value for value in known if value.const_value is not None],
+        opset_imports=model.opset_imports,
+        name="node",
+    )
+    return onnx_ir.Model(graph, ir_version=model.ir_version)
 
 
 def main() -> None:
