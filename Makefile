@@ -15,10 +15,10 @@ repro: variants
 # GPTQ keeps one core busy, so what is not measured runs two at a time; `dvc repro` builds what is left, or fails.
 two_at_a_time = -dvc stage list --name-only $(1) | xargs -P 2 -n 1 dvc repro --single-item
 
+# What others need goes first: it is there when the second of the ONNX models is.
 models: $(VENV)/.installed
 	dvc repro download
-	$(call two_at_a_time,export_openvino build_onnx calibrate)
-	$(call two_at_a_time,quantize_openvino $(beside))
+	$(call two_at_a_time,export_openvino calibrate build_onnx quantize_openvino $(beside))
 
 variants: beside = reference
 variants: models wine

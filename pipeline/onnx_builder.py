@@ -21,6 +21,7 @@ def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     Its result, an onnx_ir.Model, has the same nodes and initializers in another order.
     """
+    import onnx
     import onnx_ir
     from onnx.external_data_helper import set_external_data
 
@@ -55,9 +56,13 @@ def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
                 print(f"Quantized node {number} of {len(nodes)}", flush=True)
                 model.graph.node.extend(part.graph.node)
                 for tensor in part.graph.initializer:
-                    set_external_data(tensor, str(path), offset=data.tell(), length=data.write(tensor.raw_data))
-                    tensor.ClearField("raw_data")
-                    found[tensor.name] = tensor
+                    # A message of its own: the data stay in memory as long as any part of theirs does.
+                    stored = onnx.TensorProto(
+                        name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=b""
+                    )
+                    set_external_data(stored, str(path), offset=data.tell(), length=data.write(tensor.raw_data))
+                    stored.ClearField("raw_data")
+                    found[stored.name] = stored
                 versions = {opset.domain: opset for opset in [*model.opset_import, *part.opset_import]}
                 del model.opset_import[:]
                 model.opset_import.extend(versions.values())
