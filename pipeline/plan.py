@@ -1,7 +1,7 @@
 """What a build will cost, from the model's config alone: disk, memory and time of each cell of dvc.yaml.
 
-Sizes follow from the recipes. Memory and time are rough: straight lines between the embedded model and Phi-3-mini's
-shape on 2 cores. Calibrated recipes and `validate` were not measured at that shape.
+Sizes follow from the recipes. Memory and time are lines between the embedded model and Phi-3-mini's shape on 2 cores,
+where `make bench` checks them. Calibration, `reference` and `validate` were not measured at that shape.
 """
 
 import functools
@@ -25,18 +25,22 @@ from pipeline.recipe import matrices
 IGNORE = "PHI3_IGNORE_PLAN"
 CONFIG = "config.json"
 OTHER_FILES = 20e6  # tokenizers, configs, manifests
-# Anonymous memory, in bytes: a base and a part of the FP16 weights' size. The recipe's options come on top.
+# Anonymous memory, in bytes: a base and a part of the FP16 weights' size.
 MEMORY = {
     "download": (0.2e9, 0.0),
-    "reference": (0.8e9, 0.02),
+    "reference": (1.5e9, 0.02),
     "calibrate": (0.8e9, 0.02),
-    "export_openvino": (0.75e9, 0.06),
-    "quantize_openvino": (0.8e9, 0.4),
-    "compile_npu": (0.6e9, 0.0),
-    "build_onnx": (0.9e9, 0.85),
-    "validate": (0.5e9, 0.4),
+    "export_openvino": (0.74e9, 0.035),
+    "quantize_openvino": (0.3e9, 0.0),
+    "compile_npu": (0.33e9, 0.03),
+    "build_onnx": (0.6e9, 0.0),
+    "validate": (3.0e9, 0.4),
     "report": (0.1e9, 0.0),
 }
+# On top: of the largest matrix in float32 so many copies at once, for data-free AWQ a part of the FP16 weights, and
+# bytes for calibration.
+COPIES = {"quantize_openvino": 2.5, "dml": 3.0, "cpu": 8.0}
+AWQ, CALIBRATION = 0.2, 0.5e9
 # Seconds: a base and a part for each GB of FP16 weights.
 TIME = {
     "download": (5.0, 3.0),
@@ -45,11 +49,11 @@ TIME = {
     "export_openvino": (25.0, 8.0),
     "quantize_openvino": (15.0, 10.0),
     "compile_npu": (20.0, 6.0),
-    "build_onnx": (15.0, 12.0),
+    "build_onnx": (15.0, 10.0),
     "validate": (45.0, 100.0),
     "report": (5.0, 0.0),
 }
-CALIBRATED, GPTQ = 150.0, 2.3e-3  # seconds on top for each GB, and for each column of a layer's matrix
+CALIBRATED, GPTQ = 150.0, 2.3e-3  # seconds on top for each GB, and for each column of the layers' matrices
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,12 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     stage, _, rest = cell.partition("@")
     source = matrices(tensors(config))
     fp16 = 2.0 * sum(matrix.elements for matrix in source)
-    size = temporary = extra = 0.0
+    largest = 4.0 * max(matrix.elements for matrix in source)
+    base, slope = MEMORY[stage]
+    memory = base + slope * fp16
+    start, pace = TIME[stage]
+    seconds = start + pace * fp16 / 1e9
+    size = temporary = 0.0
     if stage == "download":
         size = fp16 * (2 if _dtype(config) == "float32" else 1)
     elif stage == "export_openvino":
@@ -122,18 +131,20 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         variant = params.get_variant(rest.removeprefix(f"{name}-"))
         backend: Any = onnx_genai if isinstance(variant, OnnxInt4) else openvino
         adjust = params.get_model(name).group_size_fallback == "adjust"
-        if isinstance(variant, OpenvinoInt4) and variant.calibrated:
-            extra = CALIBRATED * fp16 / 1e9
-            extra += variant.gptq * GPTQ * sum(matrix.columns for matrix in source if matrix.role == "layer")
         size = backend.expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)
+        if isinstance(variant, OnnxInt4):
+            temporary = size  # the quantized matrices, before the file that holds all
+            memory += COPIES[variant.execution_provider] * largest
+        elif isinstance(variant, OpenvinoInt4):  # the result stays in memory until it is saved
+            memory += max(size, COPIES[stage] * largest) + variant.awq * AWQ * fp16 + variant.calibrated * CALIBRATION
+            columns = sum(matrix.columns for matrix in source if matrix.role == "layer")
+            seconds += variant.calibrated * CALIBRATED * fp16 / 1e9 + variant.gptq * GPTQ * columns
     elif stage == "compile_npu":
         variant_name, _, platform = rest.removeprefix(f"{name}-").rpartition("-")
         npu = getattr(params.get_variant(variant_name), "npu", None)
         if npu is None or int(platform) not in npu.platforms:
             return Cost(0.0, 0.0, 0.0, 0.0)
-    base, slope = MEMORY[stage]
-    start, pace = TIME[stage]
-    return Cost(size + OTHER_FILES, temporary, base + slope * fp16, start + pace * fp16 / 1e9 + extra)
+    return Cost(size + OTHER_FILES, temporary, memory, seconds)
 
 
 def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[Cell]:

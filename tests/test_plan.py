@@ -58,7 +58,7 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
     cell = "export_openvino@smol-phi3-openvino-fp16"
     plan.require(cell, "smol-phi3")
     assert process._lack_of_memory("memory ran out", cell, "smol-phi3").startswith(
-        "memory ran out: it needs some 0.8 GB,"
+        "memory ran out: it needs some 0.7 GB,"
     )
     monkeypatch.setattr(plan, "available", lambda: plan.Need(disk=1e9, memory=1e8))
     with pytest.raises(
