@@ -36,21 +36,16 @@ def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
         nodes, initializers = list(model.graph.node), list(model.graph.initializer)
         del model.graph.node[:], model.graph.initializer[:]
 
-        def quantized(node: Any) -> Any:
-            if not any(value is not None and value.name in weights for value in node.inputs):
-                return None
-            alone = copy.copy(self)
-            alone.model = _only(node, weights, self.model)
-            return onnx_ir.to_proto(quantize(alone))
-
         found = {tensor.name: tensor for tensor in initializers if tensor.name not in weights}
         path = Path(self.cache_dir, "quantized.data").absolute()
         with path.open("wb") as data:
-            parts = map(quantized, self.model.graph)
-            for number, (node, part) in enumerate(zip(nodes, parts, strict=True), start=1):
-                if part is None:
+            for number, (node, own) in enumerate(zip(nodes, self.model.graph, strict=True), start=1):
+                if not weights.keys() & set(node.input):
                     model.graph.node.append(node)
                     continue
+                alone = copy.copy(self)
+                alone.model = _only(own, weights, self.model)
+                part = onnx_ir.to_proto(quantize(alone))
                 print(f"Quantized node {number} of {len(nodes)}", flush=True)
                 model.graph.node.extend(part.graph.node)
                 for tensor in part.graph.initializer:
