@@ -6,14 +6,14 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine chromium docker-registry repro models variants validations test test-fast lint audit bench bench-fidelity clean
+.PHONY: wine chromium docker-registry repro models variants validations test test-fast lint audit bench bench-cluster bench-fidelity clean
 
 repro: variants
 	dvc repro
 	@dvc metrics show
 
 # GPTQ keeps one core busy, so what is not measured runs two at a time; `dvc repro` builds what is left, or fails.
-two_at_a_time = -dvc stage list --name-only $(1) | xargs -P 2 -n 1 dvc repro --single-item
+two_at_a_time = -dvc stage list --name-only $(1) | xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
 
 # What others need goes first: it is there when the second of the ONNX models is.
 models: $(VENV)/.installed
@@ -47,11 +47,16 @@ bench: $(VENV)/.installed
 	dvc repro download
 	python -m bench.full_size
 
+bench-cluster: $(VENV)/.installed
+	dvc repro download
+	python -m bench.cluster
+
 bench-fidelity: $(VENV)/.installed
 	dvc repro validate
 	python -m bench.fidelity
 
-# Most of what is installed is never imported: Python compiles what is.
+# Most of what is installed is never imported: Python compiles what is, once, and keeps it, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
 # torch first, by ordinary resolution; then exact versions without dependencies, since optimum-intel asks for torchvision,

@@ -69,8 +69,11 @@ def by_hand(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[str, 
     return costs, built
 
 
-def by_pipeline(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[str, Any], dict[str, Any]]:
-    """Build all variants with `make models` in a clone of this project; return costs, what was built, and more."""
+def by_pipeline(checkpoint: Path, folder: Path) -> tuple[Cost, dict[str, Cost], dict[str, Any], dict[str, Any]]:
+    """Build all variants with `make models` in a clone of this project.
+
+    Returns what it cost as a whole and stage by stage, what was built, and more.
+    """
     project = folder / "project"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
     params = (project / "params.yaml").read_text("utf-8")
@@ -85,6 +88,7 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[s
     # What is installed here serves that clone, too.
     command = ["make", f"VENV={sys.prefix}", f"--old-file={sys.prefix}/.installed", "models"]
     costs = measure(command, step=WHOLE, cwd=project, log=log, **here)
+    whole = costs.pop(WHOLE)
     artifacts = project / "artifacts" / MODEL
     built = {variant: content(artifacts / variant, variant) for variant in (*OPENVINO, *ONNX)}
     again = []
@@ -101,14 +105,14 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[s
         "noop_first_s": again[0],
         "noop_s": again[1],
     }
-    return costs, built, more
+    return whole, costs, built, more
 
 
 def plans(project: Path, checkpoint: Path, costs: dict[str, Cost]) -> dict[str, dict[str, float]]:
     """Return what `phi3 plan` says of each step, memory and disk in GB, beside the memory that it took."""
     params, config = load_params(project / "params.yaml"), read_json(checkpoint / "config.json")
     found = {}
-    for step in [step for step in costs if step != WHOLE]:
+    for step in costs:
         stage, *arguments = step.split()
         cost = plan.estimate(f"{stage}@{'-'.join(arguments)}", MODEL, params=params, config=config)
         measured = costs[step].anonymous / 1e9
@@ -145,14 +149,13 @@ def compare(hand: dict[str, Any], own: dict[str, Any]) -> dict[str, str]:
     if hand["file"] == own["file"]:
         weights = "the same file"
     elif hand["weights"] == own["weights"]:
-        weights = "the same matrices, scales and zero points; other constants are float32 by hand, float16 here"
+        weights = "the same matrices, scales and zero points; other constants are float16 by hand, float32 here"
     return {"formats": "the same" if hand["formats"] == own["formats"] else "differ", "weights": weights}
 
 
 def peak(costs: dict[str, Cost], kind: str) -> float:
     """Return the largest anonymous memory, in GB, of the steps for `kind`: openvino or onnx."""
-    steps = {step: cost for step, cost in costs.items() if step != WHOLE}
-    return round(max(c.anonymous for step, c in steps.items() if ("onnx" in step) == (kind == "onnx")) / 1e9, 2)
+    return round(max(c.anonymous for step, c in costs.items() if ("onnx" in step) == (kind == "onnx")) / 1e9, 2)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -213,11 +216,11 @@ def main(directory: Path, layers: int) -> None:
         shutil.rmtree(folder / left, ignore_errors=True)
         (folder / left).mkdir()
     hand, hand_built = by_hand(checkpoint, folder / "hand")
-    own, own_built, more = by_pipeline(checkpoint, folder / "pipeline")
+    whole, own, own_built, more = by_pipeline(checkpoint, folder / "pipeline")
     same = {variant: compare(hand_built[variant], own_built[variant]) for variant in hand_built}
     memory = psutil.virtual_memory().total
     checkpoint_gb = disk_used(checkpoint) / 1e9
-    hand_s, own_s = round(sum(cost.wall for cost in hand.values()), 1), round(own[WHOLE].wall, 1)
+    hand_s, own_s = round(sum(cost.wall for cost in hand.values()), 1), round(whole.wall, 1)
     totals = {"checkpoint_gb": round(checkpoint_gb, 2), "hand_s": hand_s, "pipeline_s": own_s}
     totals |= {f"hand_{kind}_gb": peak(hand, kind) for kind in ("openvino", "onnx")}
     reached = {f"{kind}_anonymous_gb": peak(own, kind) for kind in ("openvino", "onnx")}
@@ -233,7 +236,7 @@ def main(directory: Path, layers: int) -> None:
         "reached": reached,
         "pipeline_more": more,
         "hand": {step: cost.figures() for step, cost in hand.items()},
-        "pipeline": {step: cost.figures() for step, cost in own.items()},
+        "pipeline": {step: cost.figures() for step, cost in ({WHOLE: whole} | own).items()},
         "same": same,
     }
     text = table(results)

@@ -22,7 +22,6 @@ CONFIG_FILES = (
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE", "NOTICE.txt")
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 100_000_000  # what `to_float16` holds at once; the writer copies it one more time
 MAX_HEADER = 100_000_000  # the limit of the safetensors format
 
 
@@ -112,7 +111,7 @@ def eos_token_ids(checkpoint: Path) -> list[int]:
 
 
 def to_float16(checkpoint: Path, target: Path) -> None:
-    """Write `checkpoint` to the directory `target` with all weights in float16, holding one small shard in memory.
+    """Write `checkpoint` to the directory `target` with all weights in float16, holding one of them in memory.
 
     Raises PipelineError when a weight does not fit into float16.
     """
@@ -121,28 +120,16 @@ def to_float16(checkpoint: Path, target: Path) -> None:
     from safetensors.torch import save_file
 
     weight_map: dict[str, str] = {}
-    batch: dict[str, Any] = {}
-    held = 0
-
-    def flush() -> None:
-        nonlocal batch, held
-        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(batch, target / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(batch, name))
-        batch, held = {}, 0
-
+    half = torch.empty(0, dtype=torch.float16)  # the same memory for all: the kernel clears its pages once
     for shard in shards(checkpoint):
         with safe_open(shard, framework="pt") as tensors:
             for name in Bar(tensors.keys(), desc=f"{shard.name} to float16"):
-                tensor = tensors.get_tensor(name).to(torch.float16)
-                if not torch.isfinite(tensor).all():
+                tensor = tensors.get_tensor(name)
+                half.resize_(tensor.shape).copy_(tensor)
+                if not torch.isfinite(torch.stack(torch.aminmax(half))).all():
                     raise PipelineError(f"{shard}: {name} has values beyond float16 (±65504): it has no FP16 form.")
-                batch[name] = tensor
-                held += tensor.nbytes
-                if held >= SHARD_BYTES:
-                    flush()
-    if batch:
-        flush()
+                weight_map[name] = f"model-{len(weight_map) + 1:05d}.safetensors"
+                save_file({name: half}, target / weight_map[name], metadata={"format": "pt"})
     (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")
     for path in checkpoint.iterdir():
         if path.name in CONFIG_FILES or path.suffix == ".py":

@@ -147,6 +147,31 @@ def params_command(file: Path, schema: bool) -> None:
     click.echo(f"builds {', '.join(params.build)} as {', '.join(params.variants)}")
 
 
+@main.command("build")
+@click.option(
+    "--scheduler",
+    required=True,
+    metavar="ADDRESS|local[:N]",
+    help="A Dask scheduler's address, or `local` for N worker processes on this machine, by default as many as fit.",
+)
+@click.argument("targets", nargs=-1)
+def build_command(scheduler: str, targets: tuple[str, ...]) -> None:
+    """Build what `dvc repro [TARGETS]` builds, cell by cell on the workers of a Dask cluster.
+
+    They share results by the DVC remote that .dvc/config names. Whoever reaches an open scheduler can run anything on
+    it and its workers: use tls:// addresses outside this machine.
+
+    \b
+    Examples: phi3 build --scheduler local:2
+              phi3 build --scheduler tls://build.example.org:8786 quantize_openvino
+    """
+    try:
+        from pipeline.cluster.coordinator import build
+    except ImportError as error:
+        raise PipelineError(f"cluster builds need `{error.name}`: install phi3-pipeline[cluster].") from error
+    build(scheduler, targets, say=click.echo)
+
+
 @main.command("plan")
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 def plan_command(models: tuple[str, ...]) -> None:

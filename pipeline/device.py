@@ -41,7 +41,7 @@ def suits(release: Release, device: str) -> bool:
 
 def machine() -> tuple[str, str]:
     """Return the best device of this machine, and how it was recognised."""
-    if openvino := _openvino_devices():
+    if openvino := openvino_devices():
         for device in ("NPU", "GPU"):
             if device in openvino:
                 return device.lower(), f"OpenVINO sees {', '.join(openvino)}"
@@ -53,7 +53,7 @@ def machine() -> tuple[str, str]:
     return "cpu", "no NPU was found, and openvino is not installed to look for a GPU"
 
 
-def _openvino_devices() -> list[str]:
+def openvino_devices() -> list[str]:
     if importlib.util.find_spec("openvino") is None:
         return []
     import openvino

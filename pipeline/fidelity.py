@@ -8,6 +8,7 @@ TOP + 1 outcomes the KL divergence is never larger than over the whole vocabular
 Thomas, Elements of Information Theory, theorem 2.7.1) and falls short only by how the two differ *within* a tail.
 """
 
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +129,12 @@ def compare(variant: Runtime, answers: Sequence[Answer], source: Distributions) 
 
 
 def write_distributions(path: Path, distributions: Distributions) -> None:
-    """Write `distributions` to `path` in NumPy's npz format."""
+    """Write `distributions` to `path` in NumPy's npz format, whose own writer would add the time."""
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as stream:
-        np.savez(stream, ids=distributions.ids, log_probs=distributions.log_probs)
+    with zipfile.ZipFile(temporary, "w") as archive:
+        for name, values in vars(distributions).items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as stream:
+                np.save(stream, values)
     temporary.replace(path)
 
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -80,9 +81,11 @@ def building(target: Path, *, resume: bool = False) -> Iterator[Path]:
 
 def seal(directory: Path, manifest: Manifest) -> None:
     """Hash and flush every file in `directory`, then write `manifest` with the hashes as its last file."""
-    files = {path: digest(directory / path) for path in _paths(directory)}
-    for path in files:
-        _fsync(directory / path)
+    paths = _paths(directory)
+    with ThreadPoolExecutor() as pool:  # the disk writes while the processor hashes
+        flushed = pool.map(lambda path: _fsync(directory / path), paths)
+        files = dict(zip(paths, pool.map(lambda path: digest(directory / path), paths), strict=True))
+        list(flushed)  # raises what one of them raised
     replace_file(directory / MANIFEST, manifest.model_copy(update={"files": files}).model_dump_json(indent=2))
 
 

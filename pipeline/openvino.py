@@ -53,7 +53,7 @@ def export_fp16(checkpoint: Path, target: Path, *, trust_remote_code: bool = Fal
                 target,
                 task="text-generation-with-past",
                 library_name="transformers",
-                ov_config=OVConfig(dtype="fp16"),
+                ov_config=OVConfig(),  # as loaded: with dtype "fp16" the rotary frequencies lose precision, too
                 convert_tokenizer=True,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,

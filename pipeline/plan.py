@@ -4,11 +4,8 @@ Sizes follow from the recipes. Memory and time are lines between the embedded mo
 where `make bench` checks them. Calibration, `reference` and `validate` were not measured at that shape.
 """
 
-import functools
 import os
-import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import psutil
 from pipeline import onnx_genai, openvino, paths
 from pipeline.checkpoint import read_json
 from pipeline.errors import PipelineError
+from pipeline.graph import changed, read_cells
 from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Params, load_params
 from pipeline.recipe import matrices
 
@@ -27,10 +25,10 @@ CONFIG = "config.json"
 OTHER_FILES = 20e6  # tokenizers, configs, manifests
 # Anonymous memory, in bytes: a base and a part of the FP16 weights' size.
 MEMORY = {
-    "download": (0.2e9, 0.0),
+    "download": (0.05e9, 0.0),
     "reference": (1.5e9, 0.02),
     "calibrate": (0.8e9, 0.02),
-    "export_openvino": (0.74e9, 0.035),
+    "export_openvino": (0.74e9, 0.018),
     "quantize_openvino": (0.3e9, 0.0),
     "compile_npu": (0.33e9, 0.03),
     "build_onnx": (0.6e9, 0.0),
@@ -39,8 +37,9 @@ MEMORY = {
 }
 # On top: of the largest matrix in float32 so many copies at once, for data-free AWQ a part of the FP16 weights, and
 # bytes for calibration.
-COPIES = {"quantize_openvino": 2.5, "dml": 3.0, "cpu": 8.0}
+OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 3.0, "cpu": 8.0}
 AWQ, CALIBRATION = 0.2, 0.5e9
+GGUF = 2.7  # rewriting it takes this many times the FP16 weights
 # Seconds: a base and a part for each GB of FP16 weights.
 TIME = {
     "download": (5.0, 3.0),
@@ -66,9 +65,12 @@ class Cost:
     seconds: float
 
 
+IDLE = Cost(disk=0.0, temporary=0.0, memory=0.02e9, seconds=1.0)  # of a cell that finds nothing to do
+
+
 @dataclass(frozen=True)
-class Cell:
-    """A cell of dvc.yaml, such as `quantize_openvino@smol-phi3-openvino-int4`."""
+class Planned:
+    """A cell by name, whether what is there can be reused, and what it costs."""
 
     name: str
     reused: bool
@@ -125,6 +127,7 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     size = temporary = 0.0
     if stage == "download":
         size = fp16 * (2 if _dtype(config) == "float32" else 1)
+        memory += GGUF * fp16 if params.get_model(name).source.pypi else 0.0
     elif stage == "export_openvino":
         size = temporary = fp16  # for a while a float16 copy of the checkpoint, too
     elif stage in ("quantize_openvino", "build_onnx"):
@@ -134,27 +137,30 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         size = backend.expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)
         if isinstance(variant, OnnxInt4):
             temporary = size  # the quantized matrices, before the file that holds all
-            memory += COPIES[variant.execution_provider] * largest
+            memory += ONNX_COPIES[variant.execution_provider] * largest
         elif isinstance(variant, OpenvinoInt4):  # the result stays in memory until it is saved
-            memory += max(size, COPIES[stage] * largest) + variant.awq * AWQ * fp16 + variant.calibrated * CALIBRATION
+            memory += max(size, OPENVINO_COPIES * largest) + variant.awq * AWQ * fp16 + variant.calibrated * CALIBRATION
             columns = sum(matrix.columns for matrix in source if matrix.role == "layer")
             seconds += variant.calibrated * CALIBRATED * fp16 / 1e9 + variant.gptq * GPTQ * columns
+    elif stage == "calibrate":
+        if not any(getattr(variant, "calibrated", False) for variant in params.variants.values()):
+            return IDLE
     elif stage == "compile_npu":
         variant_name, _, platform = rest.removeprefix(f"{name}-").rpartition("-")
         npu = getattr(params.get_variant(variant_name), "npu", None)
         if npu is None or int(platform) not in npu.platforms:
-            return Cost(0.0, 0.0, 0.0, 0.0)
+            return IDLE
     return Cost(size + OTHER_FILES, temporary, memory, seconds)
 
 
-def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[Cell]:
+def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[Planned]:
     """Return the cells that build the model `name`, in their order, each with its cost and whether it can be reused.
 
     Raises PipelineError when the model is not in the catalogue or its config cannot be had.
     """
     config = read_config(name, params.get_model(name), progress=progress)
     reused = _reused(name, params)
-    return [Cell(cell, done, estimate(cell, name, params=params, config=config)) for cell, done in reused.items()]
+    return [Planned(cell, done, estimate(cell, name, params=params, config=config)) for cell, done in reused.items()]
 
 
 def read_config(name: str, model: Model, *, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -181,29 +187,14 @@ def _dtype(config: dict[str, Any]) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
-@functools.cache
-def _changed() -> frozenset[str]:
-    # A dry run stops at outputs that are not there yet, but not before it named what makes them.
-    command = ["dvc", "repro", "--dry", "--allow-missing", "--keep-going"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return frozenset(re.findall(r"Running stage '([^']+)'", listed))
-
-
 def _reused(name: str, params: Params) -> dict[str, bool]:
-    # DVC knows what has changed; a cell runs, too, when one that it needs runs.
-    from dvc.repo import Repo
-    from networkx import ancestors, topological_sort
-
     known = name if name in params.build else params.build[0]
-    with Repo() as repo:
-        graph = repo.index.graph  # an edge leads from a stage to one that it needs
-        stages = [s for s in reversed(list(topological_sort(graph))) if re.search(rf"@{known}(-|$)", s.addressing)]
-        runs = {s for s in stages if s.addressing in _changed() or known != name}
-        runs |= {after for stage in runs for after in ancestors(graph, stage)}
-        return {stage.addressing.replace(f"@{known}", f"@{name}", 1): stage not in runs for stage in stages}
+    cells = {cell.name: cell for cell in read_cells(params.build).values() if cell.model == known}
+    runs = changed(cells) if known == name else set(cells)
+    return {cell.replace(f"@{known}", f"@{name}", 1): cell not in runs for cell in cells}
 
 
-def total(cells: list[Cell]) -> Need:
+def total(cells: list[Planned]) -> Need:
     """Return what building those of `cells` that cannot be reused needs, one after the other."""
     costs = [cell.cost for cell in cells if not cell.reused]
     return Need(

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,17 +107,26 @@ def check_fidelity(comparison: Comparison, *, limits: Limits) -> Iterator[Failur
             yield Failure("fidelity", f"{name} {'at least' if least else 'at most'} {limit}", metrics[name])
 
 
-def check_answers(answers: Iterable[Answer], reference: Reference, *, params: Validate) -> Iterator[Failure]:
-    """Compare each answer with the source's: not empty, no loop, ends by itself, and says the same."""
-    for answer, source in zip(answers, reference.answers, strict=True):
+def check_answers(answers: Sequence[Answer], reference: Reference, *, params: Validate) -> Iterator[Failure]:
+    """Compare the answers with the source's: none is empty, a loop or endless, and together they say the same.
+
+    A quantized model may slip on one of several questions; how far it is from the source is for `check_fidelity`.
+    """
+    pairs, whole = list(zip(answers, reference.answers, strict=True)), True
+    for answer, source in pairs:
+        failure = None
         if not answer.text.strip():
-            yield Failure("empty", source.text, answer.text)
+            failure = Failure("empty", source.text, answer.text)
         elif is_loop(answer.ids) and not is_loop(source.ids):
-            yield Failure("loop", source.text, answer.text)
+            failure = Failure("loop", source.text, answer.text)
         elif source.stopped and not answer.stopped:
-            yield Failure("stop", f"an end within {params.max_new_tokens} tokens, as: {source.text}", answer.text)
-        elif recall(answer, source) < params.min_recall:
-            yield Failure("answer", {"question": source.question, "answer": source.text}, answer.text)
+            failure = Failure("stop", f"an end within {params.max_new_tokens} tokens, as: {source.text}", answer.text)
+        if failure:
+            whole = False
+            yield failure
+    if whole and sum(recall(*pair) for pair in pairs) < params.min_recall * len(pairs):
+        answer, source = min(pairs, key=lambda pair: recall(*pair))
+        yield Failure("answer", {"question": source.question, "answer": source.text}, answer.text)
 
 
 def is_loop(ids: list[int]) -> bool:

@@ -155,3 +155,21 @@ def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     run("git", "add", "-A", cwd=project)
     run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start", cwd=project)
     return project
+
+
+@pytest.fixture
+def mount():
+    """Return a function that mounts a file system of some megabytes on a folder."""
+    mounted = []
+
+    def mount(folder: Path, megabytes: float) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        size = f"size={int(megabytes * 1e6)}"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=False).returncode:
+            pytest.skip("only root can mount a small file system")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=False)

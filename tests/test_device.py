@@ -52,7 +52,7 @@ def test_nothing_suits():
 )
 def test_auto_looks_at_the_machine(devices, platform, chosen, monkeypatch):
     """The best device that OpenVINO sees is taken; without OpenVINO, what the system tells."""
-    monkeypatch.setattr(device, "_openvino_devices", lambda: [name.split(".")[0] for name in devices])
+    monkeypatch.setattr(device, "openvino_devices", lambda: [name.split(".")[0] for name in devices])
     monkeypatch.setattr(device.sys, "platform", platform)
     assert machine() == chosen
 

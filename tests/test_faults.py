@@ -25,12 +25,17 @@ pytestmark = pytest.mark.slow
 DOWNLOAD, EXPORT = ("download", "tiny"), ("export_openvino", "tiny", "openvino-fp16")
 QUANTIZE, ONNX = ("quantize_openvino", "tiny", "openvino-int4"), ("build_onnx", "tiny", "onnx-cpu-int4")
 VALIDATE = ("validate", "tiny", "openvino-int4")
+NPU, COMPILE = (
+    ("quantize_openvino", "tiny", "npu-int4-channelwise"),
+    ("compile_npu", "tiny", "npu-int4-channelwise", "4000"),
+)
 CELLS = {
-    DOWNLOAD: ("source", 10),
+    DOWNLOAD: ("source", 9),
     EXPORT: ("openvino-fp16", 3),
-    QUANTIZE: ("openvino-int4", 7),
+    QUANTIZE: ("openvino-int4", 5),
     ONNX: ("onnx-cpu-int4", 0),
 }
+NPU_CELLS = {NPU: ("npu-int4-channelwise", 0), COMPILE: ("blobs/npu-int4-channelwise-4000", 3)}
 CODE = """
 from pathlib import Path
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
@@ -78,6 +83,7 @@ def plain(project: Path, hostile: Path, tiny_checkpoint: Path, tmp_path: Path) -
     no code has run, and no secret is in what the stages wrote."""
     params = project / "params.yaml"
     text = params.read_text("utf-8").replace(json.dumps(str(tiny_checkpoint)), json.dumps(str(hostile)))
+    text = text.replace("max_prompt_len: 1024", "max_prompt_len: 256")  # what the tiny model can hold
     for option in ("calibrated", "scale_estimation", "gptq"):
         text = text.replace(f"{option}: true", f"{option}: false")
     params.write_text(text.replace("max_activation_variance", "weight_quantization_error"), "utf-8")
@@ -100,7 +106,8 @@ def test_killed_at_any_time_then_two_at_once(plain, tmp_path):
     artifacts, other = plain / "artifacts/tiny", tmp_path / "elsewhere"
     shutil.copytree(plain, other)
     killed = 0
-    for cell, (name, kills) in CELLS.items():
+    cells = CELLS | NPU_CELLS
+    for cell, (name, kills) in cells.items():
         started = time.monotonic()
         stage(other, cell)
         took = time.monotonic() - started
@@ -117,30 +124,12 @@ def test_killed_at_any_time_then_two_at_once(plain, tmp_path):
             stage(plain, cell)
     with ThreadPoolExecutor() as pool:  # two different cells at once
         list(pool.map(lambda cell: stage(plain, cell), (QUANTIZE, ONNX)))
-    for name, _ in CELLS.values():
+    for name, _ in cells.values():
         verify(artifacts / name)
         manifests = [folder / name / "manifest.json" for folder in (artifacts, other / "artifacts/tiny")]
         assert manifests[0].read_bytes() == manifests[1].read_bytes()
     assert leftovers(plain / "artifacts") == []
     assert killed > 15  # some may have ended just before
-
-
-@pytest.fixture
-def mount():
-    """Return a function that mounts a file system of some megabytes on a folder."""
-    mounted = []
-
-    def mount(folder: Path, megabytes: float) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        size = f"size={int(megabytes * 1e6)}"
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=False).returncode:
-            pytest.skip("only root can mount a small file system")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=False)
 
 
 def test_full_disk(plain, hostile, mount):

@@ -1,6 +1,7 @@
 """The fidelity figures agree with a second implementation, and the measurement finds what it should."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -126,10 +127,13 @@ def test_common_prefix_is_that_of_greedy_decoding(answers):
     assert min(comparison.prefixes) < 12
 
 
-def test_distributions_are_stored_as_they_are(answers, tmp_path):
-    """What is read is what was written."""
+def test_distributions_are_stored_as_they_are(answers, tmp_path, monkeypatch):
+    """What is read is what was written, and the same is written at any time."""
     reference = kept(Table(0), answers)
     write_distributions(tmp_path / "reference.npz", reference)
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    write_distributions(tmp_path / "later.npz", reference)
+    assert (tmp_path / "later.npz").read_bytes() == (tmp_path / "reference.npz").read_bytes()
     read = read_distributions(tmp_path / "reference.npz")
     assert (read.ids == reference.ids).all()
     assert (read.log_probs == reference.log_probs).all()

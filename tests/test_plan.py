@@ -73,7 +73,7 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
 def test_needs():
     """Disk and time add up, with the largest temporary file; memory is the largest; what is reused costs nothing."""
     costs = [plan.Cost(2e9, 5e9, 1e9, 60), plan.Cost(1e9, 1e9, 3e9, 120), plan.Cost(9e9, 9e9, 9e9, 999)]
-    need = plan.total([plan.Cell(str(i), i == 2, cost) for i, cost in enumerate(costs)])
+    need = plan.total([plan.Planned(str(i), i == 2, cost) for i, cost in enumerate(costs)])
     assert need == plan.Need(8e9, 3e9, 180)
     assert str(need) == "8.0 GB of disk, 3.0 GB of memory, 3 minutes"
     assert need.beyond(plan.Need(9e9, 9e9)) == ""

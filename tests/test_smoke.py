@@ -167,3 +167,14 @@ def test_recipe(built, expected, failure):
     assert [f.check for f in failures] == (["recipe"] if failure else [])
     if failure:
         assert (failures[0].expected, failures[0].actual)[: len(failure)] == failure
+
+
+def test_one_slip_among_several_answers():
+    """One wrong answer of four is for the fidelity to judge, two are too many; the worst is shown."""
+    source = REFERENCE.answers[0]
+    reference = REFERENCE.model_copy(update={"answers": [source] * 4})
+    wrong = source.model_copy(update={"text": "no idea"})
+    params = PARAMS.model_copy(update={"min_recall": 0.6})
+    assert list(smoke.check_answers([wrong, source, source, source], reference, params=params)) == []
+    failures = list(smoke.check_answers([source, wrong, wrong, source], reference, params=params))
+    assert [(failure.check, failure.actual) for failure in failures] == [("answer", "no idea")]

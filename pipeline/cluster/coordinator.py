@@ -1,0 +1,177 @@
+"""`phi3 build`: gives every cell that has to run to Dask, tells what happens, and brings the result here."""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+from distributed import Client, Future, LocalCluster, as_completed
+
+from pipeline import plan
+from pipeline.cluster.worker import LOCK, TOPIC, Origin, read_built, run_cell
+from pipeline.device import openvino_devices
+from pipeline.errors import PipelineError, lines
+from pipeline.graph import Cell, changed, read_cells
+from pipeline.params import OnnxInt4, Params, load_params
+
+SCRATCH = Path(".dvc/tmp/cluster")  # on the project's disk, and unknown to git
+Say = Callable[[str], None]
+Needs = dict[str, dict[str, float]]
+
+
+def build(scheduler: str, targets: tuple[str, ...], *, say: Say) -> None:
+    """Build what `dvc repro TARGETS` would on the Dask cluster at `scheduler`, then bring it here.
+
+    `scheduler` is an address, or `local:N` for N worker processes on this machine; `local` for as many as fit.
+
+    Raises PipelineError when it cannot start, or in the end when cells failed.
+    """
+    params = load_params()
+    cells = read_cells(params.build, targets)
+    local = re.fullmatch(r"local(?::([1-9]\d*))?", scheduler)
+    origin = _origin(cells, local=bool(local))
+    for cell in cells.values():  # a path is this machine's, and a package hides the config
+        if not cell.needs and not params.get_model(cell.model).source.hub:
+            _dvc("repro", "--pull", cell.name)
+    runs = changed(cells)
+    given = sorted({name for cell in runs for name in cells[cell].needs} - runs)
+    if given:
+        _dvc("push", *given)
+    if runs:
+        needs = {name: _needs(cell, cells, params, say) for name, cell in cells.items() if name in runs}
+        with _local(int(local[1] or 0), needs) if local else _remote(scheduler) as client:
+            say(f"{len(runs)} cells to build; dashboard: {client.dashboard_link}")
+            client.subscribe_topic(TOPIC, lambda event: say("| ".join(event[1])))
+            tasks: dict[str, Any] = {name: read_built(cells[name], Path()) for name in given}
+            for name, need in needs.items():
+                needed = {before: tasks[before] for before in cells[name].needs}
+                task = {"origin": origin, "disk": need.get("disk", 0.0)}
+                key = f"{name}-{origin.commit}"
+                tasks[name] = client.submit(run_cell, cells[name], needed, **task, key=key, resources=need)
+                if not any(_offers(worker, need) for worker in client.scheduler_info()["workers"].values()):
+                    say(f"{name} waits for a worker with {_words(need)}")
+            _follow({name: tasks[name] for name in needs}, cells, say)
+    _dvc("repro", "--pull", *targets)
+
+
+def _origin(cells: dict[str, Cell], *, local: bool) -> Origin:
+    kept = {str(LOCK), *(path for cell in cells.values() for path in cell.uncached)}
+    edited = [line[3:] for line in _output("git", "status", "--porcelain", "--untracked-files=no").splitlines()]
+    if edited := sorted(set(edited) - kept):
+        raise PipelineError(f"{edited[0]} differs from the last commit, which workers build: commit or undo it first.")
+    commit = _output("git", "rev-parse", "HEAD")
+    url = _output("dvc", "config", "--project", f"remote.{_output('dvc', 'config', '--project', 'core.remote')}.url")
+    if not url:
+        raise PipelineError(
+            "workers share results by a DVC remote, and .dvc/config names none: `dvc remote add -d store URL`, commit."
+        )
+    if url not in Path(".dvc/config").read_text("utf-8"):  # dvc has resolved it
+        raise PipelineError("the DVC remote's url is relative, and workers' clones are elsewhere: make it absolute.")
+    repository = str(Path.cwd())
+    if not local:
+        repository = _output("git", "remote", "get-url", "origin")
+        if not repository or not _output("git", "branch", "--remotes", "--contains", commit):
+            raise PipelineError(f"commit {commit[:8]} is not on the git remote `origin`, where workers clone: push it.")
+    threads = dask.config.get("distributed.nanny.pre-spawn-environ")
+    return Origin(repository, commit, {name: os.environ[name] for name in threads if name in os.environ})
+
+
+def _needs(cell: Cell, cells: dict[str, Cell], params: Params, say: Say) -> dict[str, float]:
+    # What a worker must have left for a cell, in Dask's terms: bytes of memory and disk, and 1 of each feature.
+    need = dict.fromkeys(cell.features, 1.0)
+    variant = next((params.variants[name] for name in params.variants if cell.name.endswith(f"-{name}")), None)
+    on_device = (
+        cell.name.startswith("validate@") and not isinstance(variant, OnnxInt4) and not getattr(variant, "npu", None)
+    )
+    if on_device and params.validate_.openvino_device != "CPU":
+        need[params.validate_.openvino_device] = 1.0
+    if not os.environ.get(plan.IGNORE):
+        config = plan.read_config(cell.model, params.get_model(cell.model), progress=say)
+        cost = plan.estimate(cell.name, cell.model, params=params, config=config)
+        inputs = [plan.estimate(cells[name].name, cell.model, params=params, config=config) for name in cell.needs]
+        need |= {"memory": cost.memory, "disk": cost.disk + cost.temporary + sum(other.disk for other in inputs)}
+    return need
+
+
+@contextmanager
+def _local(workers: int, needs: Needs) -> Iterator[Client]:
+    free = plan.available()
+    largest = max(need.get("memory", 1.0) for need in needs.values())
+    workers = workers or max(1, min(os.cpu_count() or 1, int(free.memory / largest)))
+    features = [*openvino_devices(), *(["windows"] if os.name == "nt" else [])]
+    offer = {"memory": free.memory / workers, "disk": free.disk / workers} | dict.fromkeys(features, 1.0)
+    for name, need in needs.items():
+        if not _offers({"resources": offer}, need):
+            raise PipelineError(
+                f"{name} needs {_words(need)}, and each of {workers} workers here would have {_words(offer)}: "
+                f"use fewer, make room, or set {plan.IGNORE}=1 to try all the same."
+            )
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with (
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=0,  # which would see the worker itself, not its stage
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:8787",
+            local_directory=SCRATCH.absolute(),
+            resources=offer,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def _remote(scheduler: str) -> Iterator[Client]:
+    try:
+        client = Client(scheduler, timeout="10s")
+    except (OSError, TypeError, ValueError) as error:  # no answer, no certificate, no address
+        raise PipelineError(
+            f"no Dask scheduler answers at {scheduler} ({lines(error)[0]}): start one, or use local:N."
+        ) from error
+    with client:
+        yield client
+
+
+def _offers(worker: dict[str, Any], need: dict[str, float]) -> bool:
+    return all(worker["resources"].get(name, 0) >= amount for name, amount in need.items())
+
+
+def _words(resources: dict[str, float]) -> str:
+    sizes = {name: f"{amount / 1e9:.1f} GB of {name}" for name, amount in resources.items() if amount > 1}
+    return ", ".join(sizes.get(name, name) for name in resources)
+
+
+def _follow(tasks: dict[str, Future], cells: dict[str, Cell], say: Say) -> None:
+    names = {task.key: name for name, task in tasks.items()}
+    failed: dict[str, str] = {}
+    for count, task in enumerate(as_completed(tasks.values()), start=1):
+        if task.status == "finished":
+            say(f"[{count}/{len(tasks)}] {names[task.key]}: built in {task.result().seconds:.0f} s")
+        elif task.status == "error":
+            failed[names[task.key]] = lines(task.exception())[0]
+        else:
+            raise PipelineError(
+                "the scheduler is gone: start it and this command again; what was pushed is not built again."
+            )
+    skipped = {name for name in failed if failed.keys() & set(cells[name].needs)}
+    for name, reason in failed.items():
+        say(f"{name}: {'skipped' if name in skipped else f'failed: {reason}'}")
+    if failed:
+        built, own = len(tasks) - len(failed), len(failed) - len(skipped)
+        raise PipelineError(f"{built} cells built and pushed, {own} failed, {len(skipped)} skipped.")
+
+
+def _dvc(*arguments: str) -> None:
+    if code := subprocess.run(["dvc", *arguments], check=False).returncode:
+        raise PipelineError(f"dvc {' '.join(arguments)} ended with status {code}.")
+
+
+def _output(*command: str) -> str:
+    # What a command prints; nothing when it fails, as git and dvc do for a setting that there is not.
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.rstrip()

@@ -1,0 +1,129 @@
+"""What a worker does with a cell: clone, pull what the cell needs, `dvc repro` of it alone, push.
+
+Outputs are pushed before their entry in the run cache, so that what a run cache names is there.
+
+Run as a program in such a clone, this module gives DVC its commands, in one process since each start takes seconds.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline.errors import PipelineError
+from pipeline.graph import Cell
+from pipeline.process import stream_lines
+
+TOPIC = "phi3-build"
+LOCK = Path("dvc.lock")
+_busy = threading.Lock()  # a worker has one clone, however many threads
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where workers clone from, which commit, and variables that have to be the same in all builds."""
+
+    repository: str
+    commit: str
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the cells after one must know of it: its entry in dvc.lock, and the texts that DVC leaves to git."""
+
+    lock: dict[str, Any]
+    texts: dict[str, str]
+    seconds: float = 0.0  # that the worker took
+
+
+def read_built(cell: Cell, project: Path) -> Built:
+    """Return what the project in the directory `project` has built of `cell`."""
+    lock = YAML(typ="safe").load(project / LOCK)["stages"][cell.name]
+    return Built(lock, {path: (project / path).read_text("utf-8") for path in cell.uncached})
+
+
+def run_cell(cell: Cell, needed: dict[str, Built], *, origin: Origin, disk: float) -> Built:
+    """Build `cell` in this Dask worker's clone; what it prints becomes events of TOPIC: the cell's name and a line.
+
+    `needed` is what the cells before it have built, `disk` the bytes that it takes.
+
+    Raises PipelineError with the last lines when a command fails.
+    """
+    from distributed import get_worker
+
+    worker, started = get_worker(), time.monotonic()
+    clone = Path(worker.local_directory).absolute() / "clone"
+    with _busy:
+        if clone.exists() and shutil.disk_usage(clone).free < disk:
+            shutil.rmtree(clone)  # what earlier cells left is on the remote
+        _check_out(origin, clone)
+        lock = {"schema": "2.0", "stages": {name: built.lock for name, built in needed.items()}}
+        with (clone / LOCK).open("w", encoding="utf-8") as stream:
+            YAML().dump(lock, stream)
+        for built in needed.values():
+            for path, text in built.texts.items():
+                (clone / path).parent.mkdir(parents=True, exist_ok=True)
+                (clone / path).write_text(text, "utf-8")
+        command = [sys.executable, "-m", __name__, cell.name, *needed]
+        # The events say it all; a local worker's own output would say it once more.
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            for line in stream_lines(command, cwd=clone, env=_environment(origin)):
+                worker.log_event(TOPIC, [cell.name, line.rstrip()])
+        return replace(read_built(cell, clone), seconds=time.monotonic() - started)
+
+
+def _check_out(origin: Origin, clone: Path) -> None:
+    if not clone.exists():
+        _git("clone", "--quiet", "--no-checkout", origin.repository, str(clone))
+    checkout = ("-C", str(clone), "checkout", "--quiet", "--force", "--detach", origin.commit)
+    try:
+        _git(*checkout)
+    except PipelineError:  # of a later build
+        _git("-C", str(clone), "fetch", "--quiet", "origin")
+        _git(*checkout)
+    _git("-C", str(clone), "clean", "-ffdxq", "--exclude=.dvc")  # of another cell; DVC's cache has it
+
+
+def _git(*arguments: str) -> None:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PipelineError(f"git {' '.join(arguments)} failed: {' '.join(done.stderr.split())}")
+
+
+def _environment(origin: Origin) -> dict[str, str]:
+    # Dask gives its workers one thread each, by variables; `python` in dvc.yaml is the one that runs this.
+    from dask.config import get
+
+    kept = {name: value for name, value in os.environ.items() if name not in get("distributed.nanny.pre-spawn-environ")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return kept | origin.environment | {"PATH": path}
+
+
+def _dvc(cell: str, *needed: str) -> int:
+    from dvc.cli import main
+    from dvc.repo import Repo
+
+    commands = [["pull", "--force", *needed]] if needed else []
+    for command in (*commands, ["repro", "--single-item", "--pull", cell], ["push", cell]):
+        if code := int(main(command)):
+            return code
+    with Repo() as repo:  # `dvc push` leaves out what git keeps, but the run cache names it
+        for stage in repo.stage.collect(cell):
+            hashes = [out.hash_info for out in stage.outs if not out.use_cache]
+            if failed := repo.cloud.push(hashes).failed:
+                print(f"error: {len(failed)} files could not be pushed to the DVC remote")
+                return 1
+    return int(main(["push", "--run-cache", cell]))
+
+
+if __name__ == "__main__":
+    sys.exit(_dvc(*sys.argv[1:]))
