@@ -6,25 +6,23 @@ with fewer layers; recipes are the tutorials', without calibration.
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 from ruamel.yaml import YAML
 
-from bench.full_size import PLAIN, ROOT
+from bench.full_size import ROOT, clone_project
 from bench.make_checkpoint import SHAPE
+from bench.measure import made_by
 from pipeline import plan
 from pipeline.graph import read_cells
-from pipeline.manifest import replace_file, tool_versions
+from pipeline.manifest import replace_file
 from pipeline.params import load_params
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -37,23 +35,16 @@ BANDWIDTHS = {"1 Gbit/s": 0.125e9, "10 Gbit/s": 1.25e9}
 def make_project(folder: Path) -> Path:
     """Return a git project below `folder` that builds both models, with a DVC remote beside it."""
     project = folder / "project"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
     command = [sys.executable, "bench/make_checkpoint.py", str(folder / "checkpoint"), "--layers", str(LAYERS)]
     subprocess.run(command, check=True, cwd=ROOT)
-    text = (project / "params.yaml").read_text("utf-8")
-    for default, plain in PLAIN.items():
-        text = text.replace(default, plain)
-    source = f"source: {{path: {folder / 'checkpoint'}}}"
-    block = f"models:\n  {SECOND}:\n    {source}\n    license: MIT\n    group_size_fallback: error\n"
-    text = text.replace("build: [smol-phi3]", f"build: [smol-phi3, {SECOND}]").replace("models:\n", block, 1)
-    (project / "params.yaml").write_text(text, "utf-8")
+    clone_project(project, folder / "checkpoint", build=["smol-phi3", SECOND])
     subprocess.run(["dvc", "remote", "add", "-q", "-d", "store", str(folder / "store")], cwd=project, check=True)
     git = ["git", "-c", "user.name=bench", "-c", "user.email=bench@example.org"]
     subprocess.run([*git, "commit", "-qam", "bench"], cwd=project, check=True)
     return project
 
 
-def measure(project: Path, workers: int, expected: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(project: Path, workers: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what a build in a fresh clone took, by `workers` or, if 0, by `dvc repro`, and the stages of dvc.lock."""
     clone = project.parent / "clone"
     for left in (clone, project.parent / "store"):
@@ -74,10 +65,7 @@ def measure(project: Path, workers: int, expected: dict[str, Any] | None) -> tup
     if tasks:
         overhead = [tasks[cell] - stages[cell] for cell in tasks]
         figures |= {"cells": len(tasks), "overhead_s": round(sum(overhead) / len(overhead), 1)}
-    lock = YAML(typ="safe").load(clone / "dvc.lock")["stages"]
-    if expected is not None:
-        figures["same"] = lock == expected
-    return figures, lock
+    return figures, YAML(typ="safe").load(clone / "dvc.lock")["stages"]
 
 
 def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> dict[str, float]:
@@ -124,16 +112,10 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
 
 def table(results: dict[str, Any]) -> str:
     """Return the results as Markdown."""
-    lines = [
-        "# Clusters",
-        "",
-        f"Made by `make bench-cluster` on {results['date']}: {results['machine']}; {results['versions']}.",
-    ]
-    lines += [
-        "",
-        "## Measured: smol-phi3 and a model of Phi-3-mini's shape with 2 layers, `" + " ".join(TARGETS) + "`",
-        "",
-    ]
+    lines = ["# Clusters", ""]
+    lines += [f"Made by `make bench-cluster` on {results['date']}: {results['machine']}; {results['versions']}.", ""]
+    models = f"smol-phi3 and a model of Phi-3-mini's shape with {LAYERS} layers"
+    lines += [f"## Measured: {models}, `{' '.join(TARGETS)}`", ""]
     lines += ["| | wall time | cells by workers | overhead per cell | dvc.lock |", "| --- | --- | --- | --- | --- |"]
     for row in results["measured"]:
         name = f"{row['workers']} workers" if row["workers"] else "`dvc repro`"
@@ -166,8 +148,8 @@ def main(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     project = make_project(directory.absolute())
-    serial, expected = measure(project, 0, None)
-    measured = [serial, *(measure(project, workers, expected)[0] for workers in (1, 2, 4))]
+    builds = [measure(project, workers) for workers in (0, 1, 2, 4)]
+    measured = [figures | {"same": lock == builds[0][1]} for figures, lock in builds]
     overhead = measured[1]["overhead_s"]
     simulated = [
         {"models": models, "workers": workers, "remote": remote} | simulate(models, workers, bandwidth, overhead)
@@ -175,14 +157,7 @@ def main(directory: Path) -> None:
         for remote, bandwidth in BANDWIDTHS.items()
         for workers in many
     ]
-    memory = psutil.virtual_memory().total
-    results = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {memory / 1e9:.0f} GB, {platform.system()} {platform.machine()}",
-        "versions": ", ".join(f"{name} {version}" for name, version in tool_versions("distributed", "dvc").items()),
-        "measured": measured,
-        "simulated": simulated,
-    }
+    results = made_by("distributed", "dvc") | {"measured": measured, "simulated": simulated}
     text = table(results)
     click.echo(text)
     replace_file(RESULTS, json.dumps(results, indent=2))

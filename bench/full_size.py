@@ -7,22 +7,19 @@ and both results are compared, matrix by matrix.
 import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 
-from bench.measure import Cost, disk_used, measure
+from bench.measure import Cost, disk_used, made_by, measure
 from pipeline import onnx_genai, openvino, plan
 from pipeline.checkpoint import read_json
-from pipeline.manifest import digest, replace_file, tool_versions
+from pipeline.manifest import digest, replace_file
 from pipeline.params import load_params
 
 ROOT = Path(__file__).parents[1]
@@ -75,13 +72,7 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[Cost, dict[str, Cost], 
     Returns what it cost as a whole and stage by stage, what was built, and more.
     """
     project = folder / "project"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
-    params = (project / "params.yaml").read_text("utf-8")
-    for default, plain in PLAIN.items():
-        params = params.replace(default, plain)
-    block = f"  {MODEL}:\n    source: {{path: {checkpoint}}}\n    license: MIT\n    group_size_fallback: error\n"
-    params = params.replace("build: [smol-phi3]", f"build: [{MODEL}]").replace("models:\n", f"models:\n{block}", 1)
-    (project / "params.yaml").write_text(params, "utf-8")
+    clone_project(project, checkpoint, build=[MODEL])
     here = {"PYTHONPATH": str(project)}
     click.echo("by the pipeline")
     log = folder / "pipeline.log"
@@ -106,6 +97,17 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[Cost, dict[str, Cost], 
         "noop_s": again[1],
     }
     return whole, costs, built, more
+
+
+def clone_project(project: Path, checkpoint: Path, *, build: list[str]) -> None:
+    """Clone this project so that it builds `build`, the last being the model of `checkpoint`, with the tutorial's recipes."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
+    params = (project / "params.yaml").read_text("utf-8")
+    for default, plain in PLAIN.items():
+        params = params.replace(default, plain)
+    block = f"  {build[-1]}:\n    source: {{path: {checkpoint}}}\n    license: MIT\n    group_size_fallback: error\n"
+    params = params.replace("build: [smol-phi3]", f"build: [{', '.join(build)}]")
+    (project / "params.yaml").write_text(params.replace("models:\n", f"models:\n{block}", 1), "utf-8")
 
 
 def plans(project: Path, checkpoint: Path, costs: dict[str, Cost]) -> dict[str, dict[str, float]]:
@@ -218,7 +220,6 @@ def main(directory: Path, layers: int) -> None:
     hand, hand_built = by_hand(checkpoint, folder / "hand")
     whole, own, own_built, more = by_pipeline(checkpoint, folder / "pipeline")
     same = {variant: compare(hand_built[variant], own_built[variant]) for variant in hand_built}
-    memory = psutil.virtual_memory().total
     checkpoint_gb = disk_used(checkpoint) / 1e9
     hand_s, own_s = round(sum(cost.wall for cost in hand.values()), 1), round(whole.wall, 1)
     totals = {"checkpoint_gb": round(checkpoint_gb, 2), "hand_s": hand_s, "pipeline_s": own_s}
@@ -226,11 +227,8 @@ def main(directory: Path, layers: int) -> None:
     reached = {f"{kind}_anonymous_gb": peak(own, kind) for kind in ("openvino", "onnx")}
     reached["wall_ratio"] = round(own_s / hand_s, 3)
     reached["disk_ratio"] = round(more["disk_gb"] / (more["artifacts_gb"] + checkpoint_gb), 3)
-    versions = tool_versions("openvino", "nncf", "optimum-intel", "onnxruntime-genai", "onnxruntime", "torch", "dvc")
-    results = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {memory / 1e9:.0f} GB, {platform.system()} {platform.machine()}",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    packages = ("openvino", "nncf", "optimum-intel", "onnxruntime-genai", "onnxruntime", "torch", "dvc")
+    results = made_by(*packages) | {
         "layers": layers,
         "totals": totals,
         "reached": reached,

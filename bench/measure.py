@@ -1,15 +1,19 @@
-"""What a program costs: wall and CPU time, memory and bytes written, as a whole and for each stage that it runs."""
+"""What a program costs: wall and CPU time, memory and bytes written, as a whole and for each stage; and on what."""
 
 import os
+import platform
 import re
 import subprocess
 import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
+
+from pipeline.manifest import tool_versions
 
 INTERVAL = 0.5  # seconds between samples
 STAGE = re.compile(r"-m stages\.(.+)$")
@@ -105,3 +109,13 @@ def disk_used(directory: Path) -> int:
             status = path.stat()
             blocks[status.st_dev, status.st_ino] = status.st_blocks * 512
     return sum(blocks.values())
+
+
+def made_by(*packages: str) -> dict[str, str]:
+    """Return the date, the machine and the versions of `packages`, which say where figures come from."""
+    memory = psutil.virtual_memory().total
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{os.cpu_count()} cores, {memory / 1e9:.0f} GB, {platform.system()} {platform.machine()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in tool_versions(*packages).items()),
+    }

@@ -112,21 +112,21 @@ def check_answers(answers: Sequence[Answer], reference: Reference, *, params: Va
 
     A quantized model may slip on one of several questions; how far it is from the source is for `check_fidelity`.
     """
-    pairs, whole = list(zip(answers, reference.answers, strict=True)), True
-    for answer, source in pairs:
-        failure = None
-        if not answer.text.strip():
-            failure = Failure("empty", source.text, answer.text)
-        elif is_loop(answer.ids) and not is_loop(source.ids):
-            failure = Failure("loop", source.text, answer.text)
-        elif source.stopped and not answer.stopped:
-            failure = Failure("stop", f"an end within {params.max_new_tokens} tokens, as: {source.text}", answer.text)
-        if failure:
-            whole = False
-            yield failure
-    if whole and sum(recall(*pair) for pair in pairs) < params.min_recall * len(pairs):
+    pairs = list(zip(answers, reference.answers, strict=True))
+    failures = [failure for pair in pairs for failure in _check_form(*pair, params=params)]
+    yield from failures
+    if not failures and sum(recall(*pair) for pair in pairs) < params.min_recall * len(pairs):
         answer, source = min(pairs, key=lambda pair: recall(*pair))
         yield Failure("answer", {"question": source.question, "answer": source.text}, answer.text)
+
+
+def _check_form(answer: Answer, source: Answer, *, params: Validate) -> Iterator[Failure]:
+    if not answer.text.strip():
+        yield Failure("empty", source.text, answer.text)
+    elif is_loop(answer.ids) and not is_loop(source.ids):
+        yield Failure("loop", source.text, answer.text)
+    elif source.stopped and not answer.stopped:
+        yield Failure("stop", f"an end within {params.max_new_tokens} tokens, as: {source.text}", answer.text)
 
 
 def is_loop(ids: list[int]) -> bool:

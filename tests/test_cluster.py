@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from ruamel.yaml import YAML
@@ -198,7 +199,8 @@ def publish(project: Path) -> None:
 
 
 def test_a_killed_scheduler(quick, tmp_path):
-    """When the scheduler dies the build says so; the next one, on another cluster, does not run what was pushed."""
+    """Dask's dashboard is where the build says; when the scheduler dies the build says so, and the next one, on another
+    cluster, does not run what was pushed."""
     publish(quick)
     with dask(tmp_path, "tcp", "", "") as (scheduler, address):
         command = ["phi3", "build", "--scheduler", address]
@@ -209,6 +211,9 @@ def test_a_killed_scheduler(quick, tmp_path):
         )
         assert building.stdout is not None
         for line in building.stdout:
+            if link := re.search(r"dashboard: (\S+)", line):
+                with urlopen(link[1], timeout=30) as page:
+                    assert b"<title>Dask: Status</title>" in page.read()
             if line.startswith("[1/6] "):
                 break
         scheduler.kill()
