@@ -100,7 +100,7 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[Cost, dict[str, Cost], 
 
 
 def clone_project(project: Path, checkpoint: Path, *, build: list[str]) -> None:
-    """Clone this project so that it builds `build`, the last being the model of `checkpoint`, with the tutorial's recipes."""
+    """Clone this project so that it builds `build`, the last from `checkpoint`, with the tutorial's recipes."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
     params = (project / "params.yaml").read_text("utf-8")
     for default, plain in PLAIN.items():

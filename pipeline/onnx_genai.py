@@ -22,10 +22,6 @@ REQUIRED = (*MODEL, CONFIG, "tokenizer.json", "tokenizer_config.json")
 WEIGHTS = MODEL[1]
 INT4 = 4
 BUILDER = onnx_builder.__name__
-# For glibc: large matrices take the memory of earlier ones, instead of pages that the kernel must clear; mallopt(3).
-REUSE_MEMORY = {"MALLOC_ARENA_MAX": "1"} | dict.fromkeys(
-    ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**33)
-)
 
 
 def build_int4(
@@ -68,7 +64,7 @@ def build_int4(
         # Without a repository to look at, the model names the builder's commit as its producer, not this project's.
         layers = read_json(checkpoint / "config.json")["num_hidden_layers"]
         with Bar(desc="reading layers", total=layers) as reading, Bar(desc="quantizing nodes") as quantizing:
-            for line in stream_lines(command, env=os.environ | REUSE_MEMORY | {"GIT_DIR": os.devnull}):
+            for line in stream_lines(command, env=os.environ | {"GIT_DIR": os.devnull}):
                 if layer := re.match(r"Reading layer (\d+)", line):
                     reading.update(int(layer[1]) + 1 - reading.n)
                 elif node := re.match(r"Quantized node (\d+) of (\d+)", line):

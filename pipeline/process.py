@@ -22,6 +22,7 @@ from pipeline.paths import ARTIFACTS, log
 from pipeline.progress import logged, say
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc's manual, "Memory Allocation Tunables"
 LOCK_TIMEOUT = 2  # seconds, in which a killed stage has ended
 KILLED = -9  # how a SIGKILL shows in a return code
 # How torch, OpenVINO, ONNX Runtime, the system and its loader word it.
@@ -44,6 +45,7 @@ def stage_command(function: Callable[..., None]) -> click.Command:
         from pipeline.plan import require  # which runs programs, too
 
         cell = "@".join([stage, "-".join(arguments[name] for name in names)])
+        _use_huge_pages()
         _go_on_in_a_child(cell, arguments["model"])
         _end_with_dvc()
         started = time.monotonic()
@@ -75,6 +77,15 @@ def end_with_parent() -> None:
     """Ask the kernel to end this process when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _use_huge_pages() -> None:
+    # What takes large matrices and gives them back spends half its time on the kernel's clearing of small pages. glibc
+    # reads this once, when a program starts.
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, HUGE_PAGES]))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _go_on_in_a_child(cell: str, model: str) -> None:

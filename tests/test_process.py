@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.process import stream_lines
 from tests.conftest import ROOT
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 STAGE = """
 import sys, time
 sys.path.insert(0, {root!r})
@@ -56,6 +58,17 @@ def wait_for_work(process):
     """Return when the stage's body runs."""
     assert process.stdout.readline() == "work@m-v: started\n"
     assert process.stdout.readline() == "working on m v\n"
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(),
+    reason="the kernel gives huge pages to all, or to nobody",
+)
+def test_large_matrices_lie_in_huge_pages(stage):
+    """A stage's large memory comes in pages of 2 MB, of which the kernel has far fewer to clear."""
+    body = "kept = b'x' * 100_000_000; say(open('/proc/self/smaps_rollup').read())"
+    output, _ = stage(body).communicate(timeout=30)
+    assert int(re.search(r"AnonHugePages: +(\d+) kB", output)[1]) > 50_000
 
 
 @pytest.mark.parametrize(
