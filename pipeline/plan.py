@@ -37,18 +37,18 @@ MEMORY = {
 }
 # On top: of the largest matrix in float32 so many copies at once, for data-free AWQ a part of the FP16 weights, and
 # bytes for calibration.
-OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 3.0, "cpu": 8.0}
+OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 2.8, "cpu": 5.8}
 AWQ, CALIBRATION = 0.2, 0.5e9
 GGUF = 2.7  # rewriting it takes this many times the FP16 weights
 # Seconds: a base and a part for each GB of FP16 weights.
 TIME = {
-    "download": (5.0, 3.0),
+    "download": (5.0, 2.5),
     "reference": (60.0, 400.0),
     "calibrate": (30.0, 150.0),
-    "export_openvino": (25.0, 8.0),
-    "quantize_openvino": (15.0, 10.0),
+    "export_openvino": (20.0, 6.0),
+    "quantize_openvino": (10.0, 6.0),
     "compile_npu": (20.0, 6.0),
-    "build_onnx": (15.0, 10.0),
+    "build_onnx": (15.0, 9.0),
     "validate": (45.0, 100.0),
     "report": (5.0, 0.0),
 }
