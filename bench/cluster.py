@@ -72,8 +72,8 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
     """Return the seconds that `workers` take for `models` models of Phi-3-mini's shape, and the bytes that they move.
 
     Cells and their order are DVC's, times and sizes those of `phi3 plan`. A free worker takes the ready cell with the
-    longest way to the end; it pulls what it did not build or pull before, and pushes what it built, with its share of
-    the remote's `bandwidth` (bytes per second). `overhead` are further seconds per cell.
+    longest way to the end; it pulls what it did not build or pull before, and pushes what it built. The remote serves
+    one after the other with its whole `bandwidth` (bytes per second). `overhead` are further seconds per cell.
     """
     params, config = load_params(ROOT / "params.yaml"), SHAPE.to_dict() | {"dtype": "bfloat16"}
     one = read_cells(params.build)
@@ -83,7 +83,8 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
         way[name] = costs[name].seconds + max((way[after] for after in one if name in one[after].needs), default=0.0)
     waiting = {(model, name) for model in range(models) for name in one}
     done: dict[tuple[int, str], float] = {}
-    free, held, moved = [0.0] * workers, [set[tuple[int, str]]() for _ in range(workers)], 0.0
+    free, held = [0.0] * workers, [set[tuple[int, str]]() for _ in range(workers)]
+    remote = moved = 0.0
     while waiting:
         ready = {
             cell: max((done[cell[0], need] for need in one[cell[1]].needs), default=0.0)
@@ -99,7 +100,8 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
         inputs = {(cell[0], need) for need in one[cell[1]].needs} - held[worker]
         size = costs[cell[1]].disk + sum(costs[name].disk for _, name in inputs)
         moved += size
-        done[cell] = free[worker] = now + overhead + size / (bandwidth / workers) + costs[cell[1]].seconds
+        remote = max(remote, now) + size / bandwidth
+        done[cell] = free[worker] = remote + overhead + costs[cell[1]].seconds
         held[worker] |= inputs | {cell}
         waiting.remove(cell)
     return {
@@ -108,6 +110,16 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
         "chain": max(way.values()),
         "work": models * sum(c.seconds for c in costs.values()),
     }
+
+
+def simulations(overhead: float) -> list[dict[str, Any]]:
+    """Return what `simulate` says for each of CATALOGUES and BANDWIDTHS."""
+    return [
+        {"models": models, "workers": workers, "remote": remote} | simulate(models, workers, bandwidth, overhead)
+        for models, many in CATALOGUES
+        for remote, bandwidth in BANDWIDTHS.items()
+        for workers in many
+    ]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -150,13 +162,7 @@ def main(directory: Path) -> None:
     project = make_project(directory.absolute())
     builds = [measure(project, workers) for workers in (0, 1, 2, 4)]
     measured = [figures | {"same": lock == builds[0][1]} for figures, lock in builds]
-    overhead = measured[1]["overhead_s"]
-    simulated = [
-        {"models": models, "workers": workers, "remote": remote} | simulate(models, workers, bandwidth, overhead)
-        for models, many in CATALOGUES
-        for remote, bandwidth in BANDWIDTHS.items()
-        for workers in many
-    ]
+    simulated = simulations(measured[1]["overhead_s"])
     results = made_by("distributed", "dvc") | {"measured": measured, "simulated": simulated}
     text = table(results)
     click.echo(text)

@@ -16,6 +16,7 @@ class Cell:
     name: str
     model: str
     needs: tuple[str, ...]  # the cells whose outputs it reads
+    cached: tuple[str, ...]  # the paths of its outputs that DVC's cache keeps
     uncached: tuple[str, ...]  # the paths of its outputs that git keeps, not DVC's cache
     features: tuple[str, ...]  # what its machine must have: `meta: {needs: [...]}` in dvc.yaml
 
@@ -43,6 +44,7 @@ def read_cells(models: Sequence[str], targets: Sequence[str] = ()) -> dict[str, 
                 stage.addressing,
                 model_of(stage.addressing, models),
                 needs=tuple(sorted(needed.addressing for needed in graph.successors(stage))),
+                cached=tuple(str(out.def_path) for out in stage.outs if out.use_cache),
                 uncached=tuple(str(out.def_path) for out in stage.outs if not out.use_cache),
                 features=tuple((stage.meta or {}).get("needs", ())),
             )
@@ -57,13 +59,24 @@ def model_of(cell: str, models: Sequence[str]) -> str:
     return max((name for name in models if f"{item}-".startswith(f"{name}-")), key=len)
 
 
-def changed(cells: dict[str, Cell]) -> set[str]:
-    """Return the names of those of `cells` that have to run: they, or cells that they need, are not as in dvc.lock."""
+def changed(cells: dict[str, Cell], *, remote: bool = False) -> set[str]:
+    """Return the names of those of `cells` that have to run: they, or cells that they need, are not as in dvc.lock, or
+    what they made is gone. With `remote`, what is on the DVC remote is not gone."""
+    gone = _gone(remote=remote)
     found: set[str] = set()
     for cell in cells.values():
-        if cell.name in _dry_run() or found & set(cell.needs):
+        if cell.name in _dry_run() or gone & set(cell.cached) or found & set(cell.needs):
             found.add(cell.name)
     return found
+
+
+def _gone(*, remote: bool) -> set[str]:
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        status = repo.data_status(not_in_remote=remote, remote_refresh=remote)
+    elsewhere = status["not_in_remote"] if remote else status["uncommitted"].get("deleted", [])
+    return {path.rstrip("/") for path in set(status["not_in_cache"]) & set(elsewhere)}
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """What a build will cost is told before it starts, and what cannot fit is refused."""
 
 import re
+import shutil
 
 import pytest
 
@@ -82,7 +83,7 @@ def test_needs():
 
 @pytest.mark.slow
 def test_the_command(project):
-    """`phi3 plan` lists every cell of the model; what is built is reused; another model has the same cells."""
+    """`phi3 plan` lists every cell of the model; what is built is reused, until it is gone."""
     before = run("phi3", "plan", cwd=project).stdout
     cells = re.findall(r"^\w+@\S+", before, re.MULTILINE)
     assert len(cells) == 24
@@ -92,6 +93,10 @@ def test_the_command(project):
     run("dvc", "repro", "download", cwd=project)
     after = run("phi3", "plan", cwd=project).stdout
     assert re.findall(r"^(\S+) +reused$", after, re.MULTILINE) == ["download@tiny"]
+    shutil.rmtree(project / ".dvc/cache")
+    assert "reused" in run("phi3", "plan", cwd=project).stdout  # it is still in place
+    shutil.rmtree(project / "artifacts")
+    assert "reused" not in run("phi3", "plan", cwd=project).stdout
     refused = run("phi3", "plan", "smol-phi3", cwd=project, check=False)
     assert refused.returncode == 1
     assert "run `dvc repro download@smol-phi3`, then plan" in refused.stderr

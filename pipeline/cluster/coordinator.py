@@ -10,6 +10,7 @@ from typing import Any
 
 import dask
 from distributed import Client, Future, LocalCluster, as_completed
+from dvc.exceptions import DvcException
 
 from pipeline import plan
 from pipeline.cluster.worker import LOCK, TOPIC, Origin, read_built, run_cell
@@ -37,7 +38,12 @@ def build(scheduler: str, targets: tuple[str, ...], *, say: Say) -> None:
     for cell in cells.values():  # a path is this machine's, and a package hides the config
         if not cell.needs and not params.get_model(cell.model).source.hub:
             _dvc("repro", "--pull", cell.name)
-    runs = changed(cells)
+    try:
+        runs = changed(cells, remote=True)
+    except (OSError, DvcException) as error:
+        raise PipelineError(
+            f"the DVC remote cannot be read ({lines(error)[0]}): correct its url, or try later."
+        ) from error
     given = sorted({name for cell in runs for name in cells[cell].needs} - runs)
     if given:
         _dvc("push", *given)
