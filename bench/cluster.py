@@ -130,7 +130,7 @@ def table(results: dict[str, Any]) -> str:
     lines += [f"## Measured: {models}, `{' '.join(TARGETS)}`", ""]
     lines += ["| | wall time | cells by workers | overhead per cell | dvc.lock |", "| --- | --- | --- | --- | --- |"]
     for row in results["measured"]:
-        name = f"{row['workers']} workers" if row["workers"] else "`dvc repro`"
+        name = f"`local:{row['workers']}`" if row["workers"] else "`dvc repro`"
         more = (
             f"{row['cells']} | {row['overhead_s']} s | {', '.join(row['differing']) or 'the same'}"
             if row["workers"]
@@ -163,7 +163,8 @@ def main(directory: Path) -> None:
     builds = [measure(project, workers) for workers in (0, 1, 2, 4)]
     serial = builds[0][1]
     measured = [
-        figures | {"differing": sorted(cell for cell in serial if lock[cell] != serial[cell])} for figures, lock in builds
+        figures | {"differing": sorted(cell for cell in serial if lock[cell] != serial[cell])}
+        for figures, lock in builds
     ]
     simulated = simulations(measured[1]["overhead_s"])
     results = made_by("distributed", "dvc") | {"measured": measured, "simulated": simulated}
