@@ -70,13 +70,14 @@ def changed(cells: dict[str, Cell], *, remote: bool = False) -> set[str]:
     return found
 
 
-def _gone(*, remote: bool) -> set[str]:
+@functools.cache
+def _gone(*, remote: bool) -> frozenset[str]:
     from dvc.repo import Repo
 
     with Repo() as repo:
         status = repo.data_status(not_in_remote=remote, remote_refresh=remote)
     elsewhere = status["not_in_remote"] if remote else status["uncommitted"].get("deleted", [])
-    return {path.rstrip("/") for path in set(status["not_in_cache"]) & set(elsewhere)}
+    return frozenset(path.rstrip("/") for path in set(status["not_in_cache"]) & set(elsewhere))
 
 
 @functools.cache

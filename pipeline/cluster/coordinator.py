@@ -48,7 +48,9 @@ def build(scheduler: str, targets: tuple[str, ...], *, say: Say) -> None:
     if given:
         _dvc("push", *given)
     if runs:
-        needs = {name: _needs(cell, cells, params, say) for name, cell in cells.items() if name in runs}
+        models = [] if os.environ.get(plan.IGNORE) else sorted({cells[name].model for name in runs})
+        configs = {model: plan.read_config(model, params.get_model(model), progress=say) for model in models}
+        needs = {name: _needs(cell, params, configs.get(cell.model)) for name, cell in cells.items() if name in runs}
         with _local(int(local[1] or 0), needs) if local else _remote(scheduler) as client:
             say(f"{len(runs)} cells to build; dashboard: {client.dashboard_link}")
             client.subscribe_topic(TOPIC, lambda event: say("| ".join(event[1])))
@@ -86,7 +88,7 @@ def _origin(cells: dict[str, Cell], *, local: bool) -> Origin:
     return Origin(repository, commit, {name: os.environ[name] for name in threads if name in os.environ})
 
 
-def _needs(cell: Cell, cells: dict[str, Cell], params: Params, say: Say) -> dict[str, float]:
+def _needs(cell: Cell, params: Params, config: dict[str, Any] | None) -> dict[str, float]:
     # What a worker must have left for a cell, in Dask's terms: bytes of memory and disk, and 1 of each feature.
     need = dict.fromkeys(cell.features, 1.0)
     variant = next((params.variants[name] for name in params.variants if cell.name.endswith(f"-{name}")), None)
@@ -95,10 +97,9 @@ def _needs(cell: Cell, cells: dict[str, Cell], params: Params, say: Say) -> dict
     )
     if on_device and params.validate_.openvino_device != "CPU":
         need[params.validate_.openvino_device] = 1.0
-    if not os.environ.get(plan.IGNORE):
-        config = plan.read_config(cell.model, params.get_model(cell.model), progress=say)
+    if config:
         cost = plan.estimate(cell.name, cell.model, params=params, config=config)
-        inputs = [plan.estimate(cells[name].name, cell.model, params=params, config=config) for name in cell.needs]
+        inputs = [plan.estimate(name, cell.model, params=params, config=config) for name in cell.needs]
         need |= {"memory": cost.memory, "disk": cost.disk + cost.temporary + sum(other.disk for other in inputs)}
     return need
 
