@@ -19,10 +19,11 @@ import numpy.typing as npt
 
 from pipeline.progress import Bar
 from pipeline.reference import Answer
-from pipeline.runtimes import Runtime
+from pipeline.runtimes import Scorer
 
 TOP = 512
 SMALLEST_TAIL = 1e-12
+SIGNIFICANT, DECIMALS = 4, 6  # digits of the figures: what is beyond moves with the kernels that a CPU calls for
 Floats = npt.NDArray[np.float64]
 
 
@@ -51,7 +52,7 @@ class Comparison:
     non_finite: int  # logits that are NaN or infinite
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures that go into the metrics file.
+        """Return the figures that go into the metrics file, to the digits on which CPUs agree.
 
         `kl_mean`, `kl_p99` and `kl_max`: KL divergence D(source || variant) = sum of p (log p - log q), in nats
         (Kullback and Leibler, 1951). `top1_agreement`: share of tokens at which both prefer the same one.
@@ -72,7 +73,7 @@ class Comparison:
             "perplexity_ratio": perplexity / source,
             "common_prefix_tokens": np.mean(self.prefixes),
         }
-        return {name: float(f"{value:.5g}") for name, value in figures.items()}
+        return {name: round(float(f"{value:.{SIGNIFICANT}g}"), DECIMALS) for name, value in figures.items()}
 
 
 def distributions(logits: Any) -> Distributions:
@@ -90,7 +91,7 @@ def concatenate(parts: Sequence[Distributions]) -> Distributions:
     )
 
 
-def compare(variant: Runtime, answers: Sequence[Answer], source: Distributions) -> Comparison:
+def compare(variant: Scorer, answers: Sequence[Answer], source: Distributions) -> Comparison:
     """Return `variant` beside the source at each token of `answers`, whose distributions in the source are `source`.
 
     Greedy decoding takes the most probable token, so the variant's own greedy answer has with the source's in common
@@ -144,10 +145,10 @@ def read_distributions(path: Path) -> Distributions:
         return Distributions(content["ids"], content["log_probs"])
 
 
-def _teacher_forced(runtime: Runtime, answers: Sequence[Answer]) -> Iterator[Any]:
+def _teacher_forced(scorer: Scorer, answers: Sequence[Answer]) -> Iterator[Any]:
     # The logits that predict an answer's tokens: those at the prompt's last position and at all tokens but the last.
     for answer in Bar(answers, desc="comparing answers"):
-        yield runtime.logits(answer.prompt_ids + answer.ids[:-1], last=len(answer.ids))
+        yield scorer.logits(answer.prompt_ids + answer.ids[:-1], last=len(answer.ids))
 
 
 def _log_probs(logits: Any, ids: npt.NDArray[np.integer[Any]]) -> Floats:

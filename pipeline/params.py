@@ -202,7 +202,9 @@ class Validate(Block):
     max_new_tokens: int = Field(ge=8)
     min_recall: float = Field(gt=0, le=1, description="share of the words of the source's answer that must recur")
     size_tolerance: float = Field(gt=0, lt=1, description="relative, around the size that the recipe predicts")
-    openvino_device: Literal["CPU", "GPU"] = Field(description="where the variants for CPU and GPU are run")
+    openvino_device: Literal["CPU", "GPU"] = Field(
+        description="where the speed of the variants for CPU and GPU is measured; they are judged on the CPU"
+    )
 
 
 class Answers(Block):

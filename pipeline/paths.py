@@ -5,7 +5,9 @@ from pathlib import Path
 PARAMS_FILE = Path("params.yaml")
 ARTIFACTS = Path("artifacts")
 MANIFEST = "manifest.json"
-RESERVED_NAMES = frozenset({"source", "reference", "calibration", "validation", "metrics", "logs", "report", "blobs"})
+RESERVED_NAMES = frozenset(
+    {"source", "reference", "calibration", "validation", "metrics", "measured", "logs", "report", "blobs"}
+)
 
 
 def source(model: str) -> Path:
@@ -49,8 +51,13 @@ def report(model: str) -> Path:
 
 
 def metrics(model: str, name: str) -> Path:
-    """Return the file with a variant's measured numbers."""
+    """Return the file with a variant's figures, which are the same on every machine."""
     return ARTIFACTS / model / "metrics" / f"{name}.json"
+
+
+def measured(model: str, name: str) -> Path:
+    """Return the file with what was measured of a variant on this machine; neither git nor DVC know it."""
+    return ARTIFACTS / model / "measured" / f"{name}.json"
 
 
 def validation(model: str, name: str) -> Path:

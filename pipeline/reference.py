@@ -7,12 +7,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.errors import PipelineError
 from pipeline.params import Params
 from pipeline.progress import say
 from pipeline.prompts import load_prompts
 from pipeline.runtimes import Message, Runtime
 from pipeline.source_model import Torch
 
+# Where the source's first token is less than this much more probable than its second, in nats, a rounding may choose.
+MIN_MARGIN = 0.2
 # What tokenizer conversions are known to get wrong.
 TEXTS = (
     "Hello, world!",
@@ -82,6 +85,7 @@ class Reference(BaseModel):
     chats: list[Chat]
     eos_token_ids: list[int]
     answers: list[Answer]
+    near_ties: list[str]  # a sentence for each question of validate.prompts that proves nothing
     continuations: list[Continuation]
 
 
@@ -98,6 +102,23 @@ def ask(runtime: Runtime, question: str, *, max_new_tokens: int) -> Answer:
     )
 
 
+def near_tie(source: Torch, answer: Answer) -> str | None:
+    """Return where in `answer` the source nearly ties between two tokens, as a sentence; None when it never does."""
+    import torch
+
+    logits = torch.from_numpy(source.logits(answer.prompt_ids + answer.ids[:-1], last=len(answer.ids)))
+    first, second = torch.log_softmax(logits, dim=1).topk(2, dim=1).values.unbind(dim=1)
+    place = int((first - second).argmin())
+    if first[place] - second[place] >= MIN_MARGIN:
+        return None
+    pair = [f"{source.decode([token])!r}" for token in logits[place].topk(2).indices.tolist()]
+    shares = [f"{float(value.exp()):.3f}" for value in (first[place], second[place])]
+    return (
+        f"'{answer.question}' proves nothing: after {source.decode(answer.ids[:place])!r} the source model itself "
+        f"nearly ties between {pair[0]} ({shares[0]}) and {pair[1]} ({shares[1]})"
+    )
+
+
 def make_reference(
     source: Torch,
     *,
@@ -107,12 +128,24 @@ def make_reference(
 ) -> Reference:
     """Return what `source`, the source model, says to every probe, to validate.prompts and to the reference prompts.
 
-    `on_logits` is given the index and the logits of each answer to the reference prompts; see `Torch.answer`.
+    `on_logits` is given the index and the logits of each answer to the reference prompts; see `Torch.answer`. Questions
+    on which the source nearly ties are left out.
+
+    Raises PipelineError when no question is left.
     """
-    answers = []
+    answers, near_ties = [], []
     for question in params.validate_.prompts:
-        answers.append(ask(source, question, max_new_tokens=params.validate_.max_new_tokens))
-        say(f"{question} {answers[-1].text.strip()}")
+        answer = ask(source, question, max_new_tokens=params.validate_.max_new_tokens)
+        if tie := near_tie(source, answer):
+            near_ties.append(tie)
+            say(f"left out: {tie}")
+        else:
+            answers.append(answer)
+            say(f"{question} {answer.text.strip()}")
+    if not answers:
+        raise PipelineError(
+            f"validate.prompts: {'; '.join(near_ties)}: give a question that the model answers without doubt."
+        )
     rendered = [Chat(messages=messages, rendered=source.render_chat(messages)) for messages in CHATS]
     texts = [*TEXTS, *(chat.rendered for chat in rendered)]  # the rendered chats hold the special tokens
     ids = [source.encode(text) for text in texts]
@@ -124,6 +157,7 @@ def make_reference(
         chats=rendered,
         eos_token_ids=eos_token_ids,
         answers=answers,
+        near_ties=near_ties,
         continuations=[
             Continuation(
                 category=prompt.category,

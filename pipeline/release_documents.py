@@ -15,21 +15,25 @@ CARD, METRICS, PROVENANCE, SBOM = "README.md", "metrics.json", "provenance.json"
 
 
 def write_documents(directory: Path, *, model: str, variant: str, version: str) -> None:
-    """Write the documents of a release into `directory`; the same artifact and commit give the same bytes."""
+    """Write the documents of a release into `directory`.
+
+    The same artifact and commit, measured once, give the same bytes; what was measured on another machine is not here.
+    """
     manifest = read_manifest(paths.variant(model, variant))
-    metrics = read_json(paths.metrics(model, variant))
+    metrics, measured = read_json(paths.metrics(model, variant)), paths.measured(model, variant)
+    machine = read_json(measured) if measured.exists() else {}
     documents = {
-        METRICS: metrics,
+        METRICS: metrics | ({"measured": machine} if machine else {}),
         PROVENANCE: provenance(manifest, version=version),
         SBOM: bill_of_materials(manifest, version=version),
     }
     for name, content in documents.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    (directory / CARD).write_text(card(manifest, metrics, version=version), "utf-8")
+    (directory / CARD).write_text(card(manifest, metrics, machine, version=version), "utf-8")
 
 
-def card(manifest: Manifest, metrics: dict[str, Any], *, version: str) -> str:
-    """Return the model card: the Hub's metadata and the measured table.
+def card(manifest: Manifest, metrics: dict[str, Any], measured: dict[str, Any], *, version: str) -> str:
+    """Return the model card: the Hub's metadata, the figures that judge it, and those of the machine it was built on.
 
     Metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata
     """
@@ -45,7 +49,6 @@ def card(manifest: Manifest, metrics: dict[str, Any], *, version: str) -> str:
         pipeline_tag="text-generation",
         tags=[library, manifest.variant, "phi3", *(device.lower() for device in manifest.runtime["devices"])],
     )
-    rows = [f"| {heading} | {figure(metrics[name], name)} |" for name, (heading, *_) in FIGURES.items()]
     formats = ", ".join(f"{share:.1%} {name}" for name, share in manifest.recipe["achieved"]["formats"].items())
     requires = " ".join(f"{package}=={number}" for package, number in manifest.runtime["requires"].items())
     source = ", ".join(f"{key} `{value}`" for key, value in manifest.source.items())
@@ -56,14 +59,26 @@ def card(manifest: Manifest, metrics: dict[str, Any], *, version: str) -> str:
 
 Made from {source}. Weights: {formats}. For {", ".join(manifest.runtime["devices"])}, with `{requires}`.
 
-| measured on {metrics["device"]} by {metrics["runtime"]} | |
-| --- | --- |
-{chr(10).join(rows)}
+{_table(f"judged in float32 on {metrics['device']} by {metrics['runtime']}", metrics)}
 
 KL divergence, agreement, perplexity and prefix compare it with the source model, token by token.
+{_machine(measured)}
 `{MANIFEST}` has the recipe matrix by matrix, `{METRICS}` all figures, `{PROVENANCE}` how it was made,
 `{SBOM}` with what.
 """
+
+
+def _table(heading: str, figures: dict[str, Any]) -> str:
+    rows = [f"| {FIGURES[name][0]} | {figure(figures[name], name)} |" for name in FIGURES if name in figures]
+    return "\n".join([f"| {heading} | |", "| --- | --- |", *rows])
+
+
+def _machine(measured: dict[str, Any]) -> str:
+    if not measured:
+        return "Speed and memory were not measured where it was published."
+    heading = f"with the runtime's defaults, on {measured['device']}: {measured['machine']}"
+    explained = f"“{FIGURES['kl_mean_default'][0]}” is the mean KL divergence in that machine's default precision."
+    return "\n\n".join(["", _table(heading, measured), *[explained] * ("kl_mean_default" in measured)])
 
 
 def provenance(manifest: Manifest, *, version: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pipeline.params import Params
 from pipeline.reference import read_reference
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 340, 56, 44  # of the scatter plot, in SVG units
-FIGURES = {  # heading, unit, factor and decimals of the metrics in the tables
+FIGURES: dict[str, tuple[str, str, float, int]] = {  # heading, unit, factor and decimals of the metrics in the tables
     "size_bytes": ("size", "MB", 1e-6, 1),
     "kl_mean": ("mean KL", "nats", 1, 4),
     "kl_p99": ("99th percentile KL", "nats", 1, 3),
@@ -22,6 +22,7 @@ FIGURES = {  # heading, unit, factor and decimals of the metrics in the tables
     "top1_agreement": ("top-1 agreement", "%", 100, 1),
     "perplexity_ratio": ("perplexity ratio", "", 1, 3),
     "common_prefix_tokens": ("common greedy prefix", "tokens", 1, 1),
+    "kl_mean_default": ("mean KL here", "nats", 1, 4),
     "time_to_first_token_s": ("first token", "s", 1, 2),
     "tokens_per_second": ("speed", "tokens/s", 1, 1),
     "load_time_s": ("load time", "s", 1, 1),
@@ -30,11 +31,16 @@ FIGURES = {  # heading, unit, factor and decimals of the metrics in the tables
 
 
 def collect(params: Params, *, model: str) -> dict[str, Any]:
-    """Return what the page shows of `model`; a variant that was not validated yet has neither metrics nor evidence."""
+    """Return what the page shows of `model`; a variant that was not validated yet has neither metrics nor evidence.
+
+    What was measured on another machine is not here: such a variant has no measurements.
+    """
     source, reference = read_manifest(paths.source(model)), read_reference(paths.reference(model))
     variants: list[dict[str, Any]] = []
     for number, name in enumerate(params.variants, start=1):
-        metrics, evidence = _read(paths.metrics(model, name)), _read(paths.validation(model, name))
+        metrics, evidence, measured = (
+            _read(path(model, name)) for path in (paths.metrics, paths.validation, paths.measured)
+        )
         variants.append(
             {
                 "number": number,
@@ -42,6 +48,7 @@ def collect(params: Params, *, model: str) -> dict[str, Any]:
                 "status": "not validated" if not metrics else "pass" if metrics["passed"] else "fail",
                 "metrics": metrics,
                 "evidence": evidence,
+                "measured": measured,
                 "limits": dict(params.limits[name]),
                 "layers": bits_per_layer(evidence.get("recipe", {}).get("achieved", {}).get("matrices", {})),
             }

@@ -1,16 +1,24 @@
-"""One protocol over the runtimes that load an artifact, and the source model in torch; one class each."""
+"""Two protocols over what loads an artifact, and over the source model in torch: one generates, one gives logits.
 
-import functools
+What judges an artifact computes in float32 on the CPU, whatever the runtime's defaults are: then the verdict is the
+same on every machine. What an application will see is measured with those defaults.
+"""
+
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pipeline.ir_inputs import model_inputs
 from pipeline.params import Npu
 
 Message = dict[str, str]
+Precision = Literal["f32", "default"]
+# By default OpenVINO's CPU plugin computes in bfloat16 where the CPU has it, keeps the KV cache in 8 bits, and
+# quantizes the activations that meet compressed weights:
+# https://docs.openvino.ai/2026/openvino-workflow/running-inference/inference-devices-and-modes/cpu-device.html
+F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 # The settings of the usual OpenVINO tutorial for a single user on a laptop.
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
 
@@ -46,6 +54,10 @@ class Runtime(Protocol):
     def generate(self, ids: list[int], *, max_new_tokens: int) -> Generation:
         """Continue `ids` greedily."""
 
+
+class Scorer(Protocol):
+    """What a comparison needs of a loaded model."""
+
     def logits(self, ids: list[int], *, last: int) -> Any:
         """Return the float32 logits at the last `last` positions of `ids`, shape (last, vocabulary)."""
 
@@ -55,15 +67,14 @@ class OpenvinoGenai:
 
     name = "openvino-genai"
 
-    def __init__(self, directory: Path, *, device: str, npu: Npu | None = None) -> None:
+    def __init__(self, directory: Path, *, device: str, npu: Npu | None = None, precision: Precision = "f32") -> None:
         import openvino_genai
 
-        self._directory = directory
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(F32) if precision == "f32" else {}
         self.device = device
         if npu:
             self.device = "CPU (NPU static pipeline)"
-            options = {
+            options |= {
                 "NPUW_DEVICES": "CPU",
                 "NPU_USE_NPUW": "YES",
                 "NPUW_ONLINE_PIPELINE": "NONE",
@@ -104,20 +115,42 @@ class OpenvinoGenai:
             time_per_token=result.perf_metrics.get_tpot().mean / 1000,
         )
 
+
+class OpenvinoLogits:
+    """The logits of an IR, which openvino-genai keeps to itself; its static NPU pipeline has the same (test_npu.py)."""
+
+    def __init__(self, directory: Path, *, device: str, precision: Precision = "f32") -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(directory / "openvino_model.xml")
+        _keep_last(model)
+        options = F32 if precision == "f32" else {}
+        self._request = core.compile_model(model, device, options).create_infer_request()
+
     def logits(self, ids: list[int], *, last: int) -> Any:
         import numpy as np
 
         self._request.reset_state()
-        return np.asarray(self._request.infer(model_inputs(ids))["logits"][0, -last:], dtype=np.float32)
+        result = self._request.infer(model_inputs(ids) | {"last": np.array([-last])})
+        return np.asarray(result["logits"][0], dtype=np.float32)
 
-    @functools.cached_property
-    def _request(self) -> Any:
-        # GenAI keeps the logits to itself, so its IR is compiled once more: for an NPU variant on the plain CPU, whose
-        # logits are those of the static pipeline (tests/test_npu.py).
-        import openvino
 
-        device = "CPU" if self.device.startswith("CPU") else self.device
-        return openvino.Core().compile_model(self._directory / "openvino_model.xml", device).create_infer_request()
+def _keep_last(model: Any) -> None:
+    # The head gets the hidden states of the last positions alone, from the new input `last` (minus their number) on:
+    # the logits of a prompt of thousands of tokens take gigabytes.
+    import numpy as np
+    from openvino import Type, opset15
+
+    node = model.output("logits").get_node()
+    while node.get_type_name() != "MatMul":
+        node = node.input_value(0).get_node()
+    last = opset15.parameter([1], Type.i64, name="last")
+    last.output(0).set_names({"last"})
+    end, step, axis = (np.array([value]) for value in (np.iinfo(np.int64).max, 1, 1))
+    node.input(0).replace_source_output(opset15.slice(node.input_value(0), last, end, step, axis).output(0))
+    model.add_parameters([last])
+    model.validate_nodes_and_infer_types()
 
 
 class OnnxGenai:
@@ -129,7 +162,6 @@ class OnnxGenai:
     def __init__(self, directory: Path) -> None:
         import onnxruntime_genai
 
-        self._directory = directory
         config = onnxruntime_genai.Config(str(directory))
         config.clear_providers()
         self._model = onnxruntime_genai.Model(config)
@@ -260,5 +292,5 @@ class OptimumIntel(Transformers):
         super().__init__(directory)
         self.device = device
         self._model = OVModelForCausalLM.from_pretrained(
-            str(directory), export=False, device=device, ov_config=LATENCY, local_files_only=True
+            str(directory), export=False, device=device, ov_config=LATENCY | F32, local_files_only=True
         )

@@ -1,10 +1,13 @@
-"""Prove one variant: run every check through the runtime that an application would use, and measure it."""
+"""Prove one variant: run every check through the runtime that an application would use, in float32 on the CPU.
 
-import time
-from collections.abc import Callable
+What the machine's defaults make of it is measured beside that. No two of the runtimes are loaded at a time.
+"""
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from pipeline import onnx_genai, openvino, smoke
 from pipeline.artifact import asked
@@ -12,29 +15,14 @@ from pipeline.checkpoint import read_json, tensor_shapes
 from pipeline.errors import PipelineError
 from pipeline.fidelity import Distributions, compare
 from pipeline.manifest import digest, read_manifest, verify
-from pipeline.params import Limits, Model, OnnxInt4, OpenvinoInt4, Validate, Variant
+from pipeline.measurement import load_runtime, load_scorer, measure, measure_default_precision
+from pipeline.params import Limits, Model, OnnxInt4, Validate, Variant
 from pipeline.paths import MANIFEST
-from pipeline.process import peak_memory
 from pipeline.progress import say
 from pipeline.recipe import matrices, summary
 from pipeline.reference import Answer, Reference, ask
-from pipeline.runtimes import Generation, OnnxGenai, OpenvinoGenai, OptimumIntel, Runtime
+from pipeline.runtimes import OptimumIntel, Runtime
 from pipeline.smoke import Failure
-
-
-class Measured:
-    """A runtime whose generations are kept, for their times."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self.generations: list[Generation] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runtime, name)
-
-    def generate(self, ids: list[int], *, max_new_tokens: int) -> Generation:
-        self.generations.append(self._runtime.generate(ids, max_new_tokens=max_new_tokens))
-        return self.generations[-1]
 
 
 def check_files(directory: Path, *, variant: Variant, model: Model, source: Path, params: Validate) -> list[Failure]:
@@ -73,9 +61,9 @@ def check_runtime(runtime: Runtime, reference: Reference, *, params: Validate) -
     if failures:
         return failures, []
     answers = []
-    for question in params.prompts:
-        answers.append(ask(runtime, question, max_new_tokens=params.max_new_tokens))
-        say(f"{question} {answers[-1].text.strip()}")
+    for source in reference.answers:
+        answers.append(ask(runtime, source.question, max_new_tokens=params.max_new_tokens))
+        say(f"{source.question} {answers[-1].text.strip()}")
     return list(smoke.check_answers(answers, reference, params=params)), answers
 
 
@@ -89,18 +77,19 @@ def validate(
     reference: Reference,
     distributions: Distributions,
     params: Validate,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the metrics and the evidence of the variant in `directory`; the evidence lists what failed, if anything.
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return metrics, evidence and measurements of the variant in `directory`; the evidence lists what failed, if any.
 
-    Metrics: times in seconds, sizes in bytes, peak memory in bytes (resident, so mapped weights count; loading and
-    answering only), and those of `Comparison.metrics`. They end where a failure makes going on pointless.
+    Metrics are the same on every machine: sizes in bytes and those of `Comparison.metrics`. They end where a failure
+    makes going on pointless. Measurements are of this machine; see pipeline/measurement.py.
     """
     metrics: dict[str, Any] = {"passed": False}
     evidence: dict[str, Any] = {"checks": list(smoke.CHECKS)}
+    measured: dict[str, Any] = {}
 
-    def result(failures: list[Failure]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def result(failures: list[Failure]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         metrics["passed"] = not failures
-        return metrics, evidence | {"failures": list(map(str, failures))}
+        return metrics, evidence | {"failures": list(map(str, failures))}, measured
 
     if failures := check_files(directory, variant=variant, model=model, source=source, params=params):
         return result(failures)
@@ -109,44 +98,67 @@ def validate(
     evidence |= {"manifest_sha256": digest(directory / MANIFEST).sha256, "recipe": manifest.recipe}
     evidence |= {"runs_on": manifest.runtime, "tools": manifest.tools}
     metrics["size_bytes"] = sum(path.stat().st_size for path in directory.iterdir())
-    started = time.perf_counter()
     try:
-        runtime = Measured(load_runtime(directory, variant=variant, device=params.openvino_device))
+        measured |= measure(directory, variant=variant, device=params.openvino_device, reference=reference)
+        say(f"loaded by {measured['runtime']} on {measured['device']} in {measured['load_time_s']:.1f} s")
+        failures = _judge_answers(directory, metrics, evidence, variant=variant, reference=reference, params=params)
     except RuntimeError as error:
         return result([Failure("load", "a runtime that loads it", str(error))])
-    metrics["load_time_s"] = round(time.perf_counter() - started, 3)
-    metrics |= {"runtime": runtime.name, "device": runtime.device}
-    say(f"loaded by {runtime.name} on {runtime.device} in {metrics['load_time_s']:.1f} s")
-    failures, answers = check_runtime(runtime, reference, params=params)
-    if not answers:
+    if "answers" not in evidence:
         return result(failures)
-    evidence["answers"] = [
-        {"question": answer.question} | departure(answer.ids, source.ids, runtime.decode)
-        for answer, source in zip(answers, reference.answers, strict=True)
-    ]
-    metrics |= {
-        "time_to_first_token_s": round(median(g.time_to_first_token for g in runtime.generations), 4),
-        "tokens_per_second": round(1 / median(g.time_per_token for g in runtime.generations), 2),
-        "peak_memory_bytes": peak_memory(),
-        "answer_recall": round(sum(map(smoke.recall, answers, reference.answers)) / len(answers), 4),
-    }
     if not isinstance(variant, OnnxInt4) and "NPU" not in manifest.runtime["devices"]:
-        tutorial = OptimumIntel(directory, device=params.openvino_device)
-        first = ask(tutorial, params.prompts[0], max_new_tokens=params.max_new_tokens)
-        say(f"{tutorial.name}: {first.text.strip()}")
-        subset = reference.model_copy(update={"answers": reference.answers[:1]})
-        failures += smoke.check_answers([first], subset, params=params)
-        evidence[tutorial.name] = {"device": tutorial.device, "text": first.text}
-    comparison = compare(runtime, reference.continuations, distributions)
+        failures += _judge_tutorial(directory, evidence, reference=reference, params=params)
+    comparison = compare(load_scorer(directory, variant=variant), reference.continuations, distributions)
+    decode = Tokenizer.from_file(str(directory / "tokenizer.json")).decode
     evidence["continuations"] = [
-        departure(answer.ids[:prefix] + ([] if token is None else [token]), answer.ids, runtime.decode)
+        departure(answer.ids[:prefix] + ([] if token is None else [token]), answer.ids, decode)
         for answer, prefix, token in zip(
             reference.continuations, comparison.prefixes, comparison.preferred, strict=True
         )
     ]
+    failures += smoke.check_fidelity(comparison, limits=limits)
     if not comparison.non_finite:
         metrics |= comparison.metrics()
-    return result([*failures, *smoke.check_fidelity(comparison, limits=limits)])
+        measured |= measure_default_precision(
+            directory,
+            variant=variant,
+            device=params.openvino_device,
+            reference=reference,
+            distributions=distributions,
+        )
+    return result(failures)
+
+
+def _judge_answers(
+    directory: Path,
+    metrics: dict[str, Any],
+    evidence: dict[str, Any],
+    *,
+    variant: Variant,
+    reference: Reference,
+    params: Validate,
+) -> list[Failure]:
+    runtime = load_runtime(directory, variant=variant)
+    metrics |= {"runtime": runtime.name, "device": runtime.device}
+    failures, answers = check_runtime(runtime, reference, params=params)
+    if answers:
+        evidence["answers"] = [
+            {"question": answer.question} | departure(answer.ids, source.ids, runtime.decode)
+            for answer, source in zip(answers, reference.answers, strict=True)
+        ]
+        metrics["answer_recall"] = round(sum(map(smoke.recall, answers, reference.answers)) / len(answers), 4)
+    return failures
+
+
+def _judge_tutorial(
+    directory: Path, evidence: dict[str, Any], *, reference: Reference, params: Validate
+) -> Iterator[Failure]:
+    tutorial = OptimumIntel(directory, device="CPU")
+    first = ask(tutorial, reference.answers[0].question, max_new_tokens=params.max_new_tokens)
+    say(f"{tutorial.name}: {first.text.strip()}")
+    evidence[tutorial.name] = {"device": tutorial.device, "text": first.text}
+    subset = reference.model_copy(update={"answers": reference.answers[:1]})
+    return smoke.check_answers([first], subset, params=params)
 
 
 def departure(ids: list[int], source: list[int], decode: Callable[[list[int]], str]) -> dict[str, Any]:
@@ -163,13 +175,3 @@ def departure(ids: list[int], source: list[int], decode: Callable[[list[int]], s
         "differs": text[len(same) : len(until)],
         "rest": text[len(until) :],
     }
-
-
-def load_runtime(directory: Path, *, variant: Variant, device: str) -> Runtime:
-    """Return the loaded artifact in the runtime that an application would use; `device` is for OpenVINO variants.
-
-    Here NPU variants run the NPU's static pipeline on the CPU, and DirectML variants run on the CPU provider.
-    """
-    if isinstance(variant, OnnxInt4):
-        return OnnxGenai(directory)
-    return OpenvinoGenai(directory, device=device, npu=variant.npu if isinstance(variant, OpenvinoInt4) else None)

@@ -14,7 +14,6 @@ def main(model: str) -> None:
     directory = paths.report(model)
     replace_file(directory / "index.html", report.render(content))
     replace_file(directory / "fidelity.csv", report.plot_rows(content, "size_bytes", "kl_mean"))
-    replace_file(directory / "speed.csv", report.plot_rows(content, "tokens_per_second"))
     say(f"open {directory / 'index.html'}")
 
 

@@ -16,7 +16,7 @@ from pipeline.validation import validate
 def main(model: str, variant: str) -> None:
     """Prove VARIANT of MODEL: load it, let it answer, and compare it with the source model."""
     params = load_params()
-    metrics, evidence = validate(
+    metrics, evidence, measured = validate(
         paths.variant(model, variant),
         variant=params.get_variant(variant),
         model=params.get_model(model),
@@ -28,6 +28,7 @@ def main(model: str, variant: str) -> None:
     )
     replace_file(paths.validation(model, variant), json.dumps(evidence, indent=2, ensure_ascii=False))
     replace_file(paths.metrics(model, variant), json.dumps(metrics, indent=2))
+    replace_file(paths.measured(model, variant), json.dumps(measured, indent=2))
     if evidence["failures"]:
         raise PipelineError("\n  ".join(evidence["failures"]))
 

@@ -1,0 +1,79 @@
+"""What an application will see of an artifact on this machine, with its runtime's defaults; none of it judges."""
+
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipeline.fidelity import Distributions, compare
+from pipeline.params import OnnxInt4, OpenvinoInt4, Variant
+from pipeline.process import peak_memory
+from pipeline.reference import Reference
+from pipeline.runtimes import OnnxGenai, OpenvinoGenai, OpenvinoLogits, Precision, Runtime, Scorer
+
+
+def load_runtime(directory: Path, *, variant: Variant, device: str = "CPU", precision: Precision = "f32") -> Runtime:
+    """Return the artifact in the runtime that an application would use; `device` is for OpenVINO variants.
+
+    Here NPU variants run the NPU's static pipeline on the CPU, and DirectML variants run on the CPU provider.
+    """
+    if isinstance(variant, OnnxInt4):
+        return OnnxGenai(directory)
+    npu = variant.npu if isinstance(variant, OpenvinoInt4) else None
+    return OpenvinoGenai(directory, device=device, npu=npu, precision=precision)
+
+
+def load_scorer(directory: Path, *, variant: Variant, device: str = "CPU", precision: Precision = "f32") -> Scorer:
+    """Return what gives the artifact's logits; NPU variants run as a plain IR."""
+    if isinstance(variant, OnnxInt4):
+        return OnnxGenai(directory)
+    return OpenvinoLogits(directory, device=device, precision=precision)
+
+
+def measure(directory: Path, *, variant: Variant, device: str, reference: Reference) -> dict[str, Any]:
+    """Return times in seconds and peak memory in bytes of loading the artifact and answering the reference's questions.
+
+    Memory is resident, so mapped weights count, and the peak is the process's: measure before anything larger is done.
+
+    Raises RuntimeError when the runtime cannot load the artifact.
+    """
+    started = time.perf_counter()
+    runtime = load_runtime(directory, variant=variant, device=device, precision="default")
+    load_time = time.perf_counter() - started
+    found = [runtime.generate(answer.prompt_ids, max_new_tokens=len(answer.ids)) for answer in reference.answers]
+    paces = [generation.time_per_token for generation in found if len(generation.ids) > 1]
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "runtime": runtime.name,
+        "device": runtime.device,
+        "load_time_s": round(load_time, 3),
+        "time_to_first_token_s": round(median(generation.time_to_first_token for generation in found), 4),
+        "tokens_per_second": round(1 / median(paces), 2) if paces else 0.0,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def measure_default_precision(
+    directory: Path, *, variant: Variant, device: str, reference: Reference, distributions: Distributions
+) -> dict[str, float]:
+    """Return the mean KL divergence from the source when the artifact runs in the precision of this machine's defaults.
+
+    onnxruntime-genai computes in that of the model itself: for its variants there is nothing to measure.
+    """
+    if isinstance(variant, OnnxInt4):
+        return {}
+    scorer = load_scorer(directory, variant=variant, device=device, precision="default")
+    return {"kl_mean_default": compare(scorer, reference.continuations, distributions).metrics()["kl_mean"]}
+
+
+def _processor() -> str:
+    # platform.processor() is empty on Linux.
+    if sys.platform == "linux":
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+        if names:
+            return str(names[0])
+    return platform.processor() or platform.machine()
