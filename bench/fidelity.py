@@ -16,9 +16,9 @@ from pipeline import onnx_genai, openvino, paths
 from pipeline.calibration import read_calibration
 from pipeline.fidelity import compare, read_distributions
 from pipeline.manifest import replace_file, tool_versions
+from pipeline.measurement import load_runtime, load_scorer
 from pipeline.params import OnnxInt4, OpenvinoInt4, SensitivityMetric, load_params
 from pipeline.reference import read_reference
-from pipeline.runtimes import OnnxGenai, OpenvinoGenai
 
 MODEL = "smol-phi3"
 RESULTS = Path(__file__).with_suffix(".json")
@@ -95,11 +95,14 @@ def measure(recipe: OpenvinoInt4 | OnnxInt4, directory: Path) -> dict[str, float
         )
     seconds = time.perf_counter() - started
     weights = directory / (openvino if isinstance(recipe, OpenvinoInt4) else onnx_genai).WEIGHTS
-    runtime = OpenvinoGenai(directory, device="CPU") if isinstance(recipe, OpenvinoInt4) else OnnxGenai(directory)
+    runtime = load_runtime(directory, variant=recipe, precision="default")
     speeds = []
     for answer in reference.continuations[: QUESTIONS + 1]:
         speeds.append(1 / runtime.generate(answer.prompt_ids, max_new_tokens=32).time_per_token)
-    comparison = compare(runtime, reference.continuations, read_distributions(paths.distributions(MODEL)))
+    del runtime
+    comparison = compare(
+        load_scorer(directory, variant=recipe), reference.continuations, read_distributions(paths.distributions(MODEL))
+    )
     metrics = comparison.metrics()
     chosen = ("kl_mean", "kl_p99", "top1_agreement", "perplexity_ratio", "common_prefix_tokens")
     return {

@@ -23,7 +23,7 @@ from pipeline.runtimes import Scorer
 
 TOP = 512
 SMALLEST_TAIL = 1e-12
-SIGNIFICANT, DECIMALS = 4, 6  # digits of the figures: what is beyond moves with the kernels that a CPU calls for
+SIGNIFICANT, DECIMALS = 5, 6  # digits of the figures: what is beyond moves with the kernels that a CPU calls for
 Floats = npt.NDArray[np.float64]
 
 

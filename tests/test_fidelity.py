@@ -10,7 +10,7 @@ import torch
 from pipeline import fidelity
 from pipeline.fidelity import compare, concatenate, distributions, read_distributions, write_distributions
 from pipeline.reference import Answer, read_reference
-from pipeline.runtimes import OpenvinoGenai
+from pipeline.runtimes import OpenvinoLogits
 from pipeline.source_model import Torch
 from tests.conftest import ROOT
 
@@ -143,7 +143,7 @@ def test_distributions_are_stored_as_they_are(answers, tmp_path, monkeypatch):
 def test_the_embedded_models_figures(embedded):
     """On real answers torch and a second implementation confirm the INT4 IR's figures, and the kept tokens suffice."""
     answers = read_reference(embedded / "reference.json").continuations[:64:16]
-    source, variant = Torch(embedded / "source"), OpenvinoGenai(embedded / "openvino-int4", device="CPU")
+    source, variant = Torch(embedded / "source"), OpenvinoLogits(embedded / "openvino-int4", device="CPU")
     reference = kept(source, answers)
     tail = np.exp(reference.log_probs[:, -1]).mean()
     metrics = compare(variant, answers, reference).metrics()

@@ -16,7 +16,7 @@ from pipeline.npu.blob import read_blob
 from pipeline.npu.load import Choice, choose, load_pipeline
 from pipeline.params import OWN_PROPERTIES, Npu
 from pipeline.reference import read_reference
-from pipeline.runtimes import OpenvinoGenai
+from pipeline.runtimes import F32, OpenvinoLogits
 from tests.conftest import ROOT, run
 
 NPU = Npu(max_prompt_len=256, min_response_len=64)
@@ -245,9 +245,9 @@ def test_the_static_pipeline_computes_what_the_ir_does(embedded):
 
     directory = embedded / VARIANT
     static = openvino.Core().compile_model(
-        directory / "openvino_model.xml", "NPU", npu.properties(NPU, platform="", device="CPU", bank="test")
+        directory / "openvino_model.xml", "NPU", npu.properties(NPU, platform="", device="CPU", bank="test") | F32
     )
-    request, plain = static.create_infer_request(), OpenvinoGenai(directory, device="CPU")
+    request, plain = static.create_infer_request(), OpenvinoLogits(directory, device="CPU")
     short = [
         answer for answer in read_reference(embedded / "reference.json").continuations if len(answer.prompt_ids) < 250
     ]

@@ -134,14 +134,14 @@ def test_log(stage, tmp_path):
 
 def test_progress_without_a_terminal(stage):
     """A long loop shows plain lines with how far it is and the time left."""
-    body = "import pipeline.progress as p; p.LINE_EVERY = 0.2; "
-    body += "[time.sleep(0.1) for _ in Bar(range(10), desc='counting')]"
+    body = "import pipeline.progress as p; p.LINE_EVERY = 0; [i for i in Bar(range(10), desc='counting')]"
     output, errors = stage(body).communicate(timeout=30)
     assert errors == ""
     lines = output.splitlines()[2:-1]
-    assert 3 <= len(lines) <= 6
-    assert all(re.fullmatch(r"counting: \d of 10, 00:0\d left", line) for line in lines[:-1]), lines
-    assert lines[-1] == "counting: 10 of 10 in 00:01"
+    assert [re.sub(r"\d\d:\d\d", "T", line) for line in lines] == [
+        *(f"counting: {n} of 10, T left" for n in range(1, 10)),
+        "counting: 10 of 10 in T",
+    ]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
@@ -159,7 +159,7 @@ def test_progress_in_a_terminal(stage):
             shown += part
     os.close(leader)
     assert process.wait() == 0
-    assert re.search(rb"\rcounting: +60%\|\S+ +\| 3/5 \[00:00<00:00, ", shown), shown
+    assert re.search(rb"\rcounting: +60%\|\S+ +\| 3/5 \[\d\d:\d\d<\d\d:\d\d, ", shown), shown
     assert b"\rat 4\r\n" in re.sub(rb"\r +", b"", shown), shown
 
 

@@ -15,7 +15,18 @@ from pipeline.pull import check
 from pipeline.registry import Entry, open_registry, require_own
 from pipeline.registry.directory import DirectoryRegistry
 from tests.conftest import run
-from tests.release_project import MODEL, NAME, VARIANT, build, exit_codes, publish_version, pull_latest, validate
+from tests.release_project import (
+    MEASURED,
+    METRICS,
+    MODEL,
+    NAME,
+    VARIANT,
+    build,
+    exit_codes,
+    publish_version,
+    pull_latest,
+    validate,
+)
 from tests.release_project import project as project
 
 
@@ -48,7 +59,12 @@ def test_publish_then_pull(tmp_path):
     card = (directory / "README.md").read_text()
     assert card.startswith("---\nbase_model: microsoft/Phi-3-mini-4k-instruct\nlibrary_name: openvino\nlicense: mit\n")
     assert "\nbase_model_relation: quantized\n---\n" in card
-    assert "| mean KL | 0.1000 nats |" in card
+    rule, by = "\n| --- | --- |\n", "on CPU by openvino-genai"
+    assert (
+        f"| judged in float32 {by} | |{rule}| size | 1e-07 MB |\n| mean KL | 0.1000 nats |" in card
+    )
+    assert f"| with the runtime's defaults, on GPU: a laptop, 4 cores | |{rule}| mean KL here | 0.3000 nats |" in card
+    assert json.loads((directory / "metrics.json").read_text()) == METRICS | {"measured": MEASURED}
     statement = json.loads((directory / "provenance.json").read_text())
     weights = hashlib.sha256(b"weights").hexdigest()
     assert {"name": "openvino_model.bin", "digest": {"sha256": weights}} in statement["subject"]

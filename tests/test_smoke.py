@@ -31,6 +31,7 @@ REFERENCE = Reference(
     chats=[Chat(messages=[{"role": "user", "content": "Hi"}], rendered="<user>Hi")],
     eos_token_ids=[1, 2],
     answers=[answer("The capital of France is Paris.")],
+    near_ties=[],
     continuations=[],
 )
 

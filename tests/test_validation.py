@@ -9,10 +9,11 @@ import pytest
 from pipeline.checkpoint import read_json
 from pipeline.fidelity import Distributions, read_distributions
 from pipeline.manifest import read_manifest, seal
+from pipeline.measurement import load_runtime
 from pipeline.openvino import REQUIRED
 from pipeline.params import load_params
 from pipeline.reference import read_reference
-from pipeline.validation import check_files, check_runtime, departure, load_runtime, validate
+from pipeline.validation import check_files, check_runtime, departure, validate
 from tests.conftest import ROOT, make_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -46,14 +47,14 @@ def file_failures(directory, embedded, variant="openvino-int4"):
 
 def runtime_failures(directory, embedded):
     """Return the failures of the checks on the loaded artifact, by name."""
-    runtime = load_runtime(directory, variant=PARAMS.variants["openvino-int4"], device="CPU")
+    runtime = load_runtime(directory, variant=PARAMS.variants["openvino-int4"])
     reference = read_reference(embedded / "reference.json")
     failures, _ = check_runtime(runtime, reference, params=PARAMS.validate_)
     return {failure.check: failure for failure in failures}
 
 
 def validate_artifact(directory, embedded):
-    """Return the metrics and the evidence of the INT4 IR, compared at every eighth reference answer."""
+    """Return metrics, evidence and measurements of the INT4 IR, compared at every eighth reference answer."""
     every = 8
     reference = read_reference(embedded / "reference.json")
     distributions = read_distributions(embedded / "reference.npz")
@@ -74,18 +75,23 @@ def validate_artifact(directory, embedded):
 
 
 def test_a_good_artifact(embedded):
-    """The unbroken artifact passes everything and is measured."""
-    metrics, evidence = (read_json(embedded / kind / "openvino-int4.json") for kind in ("metrics", "validation"))
+    """The unbroken artifact passes everything and is measured; what depends on the machine is apart."""
+    metrics, evidence, measured = (
+        read_json(embedded / kind / "openvino-int4.json") for kind in ("metrics", "validation", "measured")
+    )
     assert (metrics["passed"], evidence["failures"], len(evidence["checks"])) == (True, [], 13)
     assert 0 < metrics["kl_mean"] < PARAMS.limits["openvino-int4"].kl_mean
     assert (metrics["runtime"], metrics["device"], metrics["answer_recall"]) == ("openvino-genai", "CPU", 1.0)
-    assert all(metrics[name] > 0 for name in ("load_time_s", "time_to_first_token_s", "tokens_per_second"))
-    assert evidence["optimum-intel"]["text"].strip() == "The capital of France is Paris."
+    times = {"load_time_s", "time_to_first_token_s", "tokens_per_second", "peak_memory_bytes"}
+    assert measured.keys() == times | {"machine", "runtime", "device", "kl_mean_default"}
+    assert all(measured[name] > 0 for name in times)
+    assert metrics["kl_mean"] / 2 < measured["kl_mean_default"] < 2 * metrics["kl_mean"]
+    assert evidence["optimum-intel"]["text"].strip() == "The capital of Japan is Tokyo."
     assert evidence["answers"][0] == {
-        "question": "What is the capital of France?",
+        "question": "What is the capital of Japan?",
         "common_tokens": 8,
         "departs": False,
-        "same": "The capital of France is Paris.",
+        "same": "The capital of Japan is Tokyo.",
         "differs": "",
         "rest": "",
     }
@@ -146,7 +152,7 @@ def test_a_model_that_does_not_load(artifact, embedded):
     path = artifact / "openvino_detokenizer.xml"
     path.write_text(path.read_text().replace("</net>", ""))
     reseal(artifact)
-    metrics, evidence = validate_artifact(artifact, embedded)
+    metrics, evidence, _ = validate_artifact(artifact, embedded)
     assert metrics.keys() == {"passed", "size_bytes"}
     (failure,) = evidence["failures"]
     assert failure.startswith("check 'load' failed: expected \"a runtime that loads it\", got ")
@@ -181,7 +187,7 @@ def test_a_small_weight_block_zeroed(artifact, embedded):
         stream.seek(path.stat().st_size // 3)
         stream.write(bytes(200_000))
     reseal(artifact)
-    metrics, evidence = validate_artifact(artifact, embedded)
+    metrics, evidence, _ = validate_artifact(artifact, embedded)
     limit = PARAMS.limits["openvino-int4"].kl_mean
     assert metrics["passed"] is False
     assert (
