@@ -153,9 +153,9 @@ def _teacher_forced(scorer: Scorer, answers: Sequence[Answer]) -> Iterator[Any]:
 
 def _log_probs(logits: Any, ids: npt.NDArray[np.integer[Any]]) -> Floats:
     # The log-probabilities of `ids` (rows, n), by log-softmax.
-    import torch
+    from scipy.special import logsumexp
 
-    normalizer = torch.from_numpy(logits).double().logsumexp(dim=1, keepdim=True).numpy()
+    normalizer = logsumexp(logits.astype(np.float64), axis=1, keepdims=True)
     result: Floats = np.take_along_axis(logits, ids, axis=1).astype(np.float64) - normalizer
     return result
 

@@ -3,14 +3,17 @@
 from typing import Any
 
 
-def model_inputs(ids: list[int]) -> dict[str, Any]:
-    """Return the inputs for one sequence from its start, as arrays of shape (1, len(ids)); `beam_idx` is (1,)."""
+def model_inputs(ids: list[int], *, start: int = 0) -> dict[str, Any]:
+    """Return the inputs for one sequence from the position `start` on, up to which the model's state knows it.
+
+    Arrays of shape (1, len(ids) - start), but for `attention_mask`, (1, len(ids)), and `beam_idx`, (1,).
+    """
     import numpy as np
 
     tokens = np.array([ids], dtype=np.int64)
     return {
-        "input_ids": tokens,
+        "input_ids": tokens[:, start:],
         "attention_mask": np.ones_like(tokens),
-        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+        "position_ids": np.arange(start, len(ids), dtype=np.int64)[None],
         "beam_idx": np.zeros(1, dtype=np.int32),
     }

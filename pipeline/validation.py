@@ -106,8 +106,6 @@ def validate(
         return result([Failure("load", "a runtime that loads it", str(error))])
     if "answers" not in evidence:
         return result(failures)
-    if not isinstance(variant, OnnxInt4) and "NPU" not in manifest.runtime["devices"]:
-        failures += _judge_tutorial(directory, evidence, reference=reference, params=params)
     comparison = compare(load_scorer(directory, variant=variant), reference.continuations, distributions)
     decode = Tokenizer.from_file(str(directory / "tokenizer.json")).decode
     evidence["continuations"] = [
@@ -126,6 +124,8 @@ def validate(
             reference=reference,
             distributions=distributions,
         )
+    if not isinstance(variant, OnnxInt4) and "NPU" not in manifest.runtime["devices"]:
+        failures += _judge_tutorial(directory, evidence, reference=reference, params=params)
     return result(failures)
 
 
