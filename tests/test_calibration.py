@@ -2,6 +2,7 @@
 
 import json
 
+import openvino
 import pytest
 
 from pipeline.calibration import make_calibration, read_calibration
@@ -20,6 +21,33 @@ def test_chat_and_answer(tiny_checkpoint, tmp_path):
         assert sequence == rendered + source.generate(rendered, max_new_tokens=8).ids
     (tmp_path / "calibration.json").write_text(json.dumps(sequences))
     assert read_calibration(tmp_path / "calibration.json") == sequences
+
+
+@pytest.mark.slow
+def test_statistics_are_collected_in_float32(tiny_checkpoint, tmp_path, monkeypatch):
+    """Every model that NNCF runs while it calibrates computes in float32, also where the CPU has bfloat16."""
+    (tmp_path / "fp16").mkdir()
+    export_fp16(tiny_checkpoint, tmp_path / "fp16")
+    precisions = []
+    compile_model = openvino.Core.compile_model
+
+    def recorded(core, *arguments, **options):
+        compiled = compile_model(core, *arguments, **options)
+        precisions.append(compiled.get_property("INFERENCE_PRECISION_HINT"))
+        return compiled
+
+    monkeypatch.setattr(openvino.Core, "compile_model", recorded)
+    (tmp_path / "int4").mkdir()
+    options = {"calibrated": True, "awq": True, "scale_estimation": True, "gptq": True}
+    quantize_int4(
+        tmp_path / "fp16",
+        tmp_path / "int4",
+        recipe=OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=32, ratio=1.0, **options),
+        adjust_group_size=False,
+        calibration=[list(range(20, 60))],
+    )
+    assert len(precisions) > 2
+    assert set(precisions) == {openvino.Type.f32}
 
 
 @pytest.mark.slow

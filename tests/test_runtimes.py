@@ -1,0 +1,93 @@
+"""What judges computes in float32: the same figures on other CPUs, the source's own tokens in every pipeline."""
+
+import json
+import sys
+
+import numpy as np
+import openvino
+import pytest
+
+from pipeline.measurement import load_runtime, load_scorer
+from pipeline.openvino import export_fp16
+from pipeline.params import Npu, OpenvinoFp16, OpenvinoInt4
+from pipeline.runtimes import OpenvinoGenai, OpenvinoLogits
+from pipeline.source_model import Torch
+from tests.conftest import ROOT, run
+
+pytestmark = pytest.mark.slow
+FP16 = OpenvinoFp16(stage="export_openvino")
+# The figures of a variant at the first reference answers.
+FIGURES = """
+import json, sys
+from pathlib import Path
+from pipeline.fidelity import compare, read_distributions
+from pipeline.reference import read_reference
+from pipeline.runtimes import OpenvinoLogits
+folder = Path("artifacts/smol-phi3")
+answers = read_reference(folder / "reference.json").continuations[:6]
+scorer = OpenvinoLogits(folder / sys.argv[1], device="CPU")
+print(json.dumps(compare(scorer, answers, read_distributions(folder / "reference.npz")).metrics()))
+"""
+
+
+@pytest.fixture(scope="module")
+def fp16(tiny_checkpoint, tmp_path_factory):
+    """The FP16 IR of the tiny random checkpoint."""
+    directory = tmp_path_factory.mktemp("fp16")
+    export_fp16(tiny_checkpoint, directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("variant", "isa"), [("openvino-fp16", "AVX512_CORE"), ("openvino-int4", "AVX512_CORE"), ("openvino-fp16", "AVX2")]
+)
+def test_older_cpus_give_the_same_figures(embedded, variant, isa):
+    """Without the instructions of newer CPUs every figure that judges stays the same. oneDNN takes no INT4 as AVX2."""
+    here, there = (
+        json.loads(run(sys.executable, "-c", FIGURES, variant, cwd=ROOT, **environment).stdout.splitlines()[-1])
+        for environment in ({}, {"ONEDNN_MAX_CPU_ISA": isa})
+    )
+    assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
+
+
+def test_the_default_precision_shows_beside_the_verdict_alone(embedded):
+    """Where the CPU has bfloat16, OpenVINO's default, the FP16 IR loses by it, and its verdict does not."""
+    metrics, measured = (
+        json.loads((embedded / f"{kind}/openvino-fp16.json").read_bytes()) for kind in ("metrics", "measured")
+    )
+    assert (metrics["passed"], metrics["kl_mean"] < 1e-5) == (True, True)
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert measured["kl_mean_default"] > 1e-4
+    assert not measured.keys() & metrics.keys() - {"runtime", "device"}
+
+
+@pytest.mark.parametrize("npu", [None, Npu(max_prompt_len=64, min_response_len=64)], ids=["plain", "npu"])
+def test_greedy_tokens_are_the_sources(tiny_checkpoint, fp16, npu):
+    """Of a random model, whose tokens are hardly more probable than each other, 60 are those of torch."""
+    prompt = list(range(30, 70))
+    runtime = OpenvinoGenai(fp16, device="CPU", npu=npu)
+    found = runtime.generate(prompt, max_new_tokens=60)
+    assert found.ids == Torch(tiny_checkpoint).generate(prompt, max_new_tokens=60).ids
+
+
+def test_a_prompt_read_in_pieces(tiny_checkpoint, fp16):
+    """The logits at the last positions are the source's, however long the prompt before them is."""
+    source, scorer = Torch(tiny_checkpoint), OpenvinoLogits(fp16, device="CPU")
+    ids = [20 + (7 * i) % 200 for i in range(500)]
+    for length, last in ((500, 500), (500, 3), (257, 1), (256, 1), (4, 4)):
+        logits = scorer.logits(ids[:length], last=last)
+        np.testing.assert_allclose(logits, source.logits(ids[:length], last=last), atol=2e-3)
+
+
+def test_each_variant_in_its_runtime(fp16):
+    """The plain IR and the NPU's are loaded as params say; the scorer of either is the plain IR on the CPU."""
+    npu = OpenvinoInt4(
+        stage="quantize_openvino",
+        symmetric=True,
+        group_size=-1,
+        ratio=1.0,
+        npu=Npu(max_prompt_len=64, min_response_len=8),
+    )
+    assert load_runtime(fp16, variant=FP16).device == "CPU"
+    assert load_runtime(fp16, variant=npu).device == "CPU (NPU static pipeline)"
+    assert isinstance(load_scorer(fp16, variant=npu), OpenvinoLogits)
