@@ -60,9 +60,7 @@ def test_publish_then_pull(tmp_path):
     assert card.startswith("---\nbase_model: microsoft/Phi-3-mini-4k-instruct\nlibrary_name: openvino\nlicense: mit\n")
     assert "\nbase_model_relation: quantized\n---\n" in card
     rule, by = "\n| --- | --- |\n", "on CPU by openvino-genai"
-    assert (
-        f"| judged in float32 {by} | |{rule}| size | 1e-07 MB |\n| mean KL | 0.1000 nats |" in card
-    )
+    assert f"| judged in float32 {by} | |{rule}| size | 1e-07 MB |\n| mean KL | 0.1000 nats |" in card
     assert f"| with the runtime's defaults, on GPU: a laptop, 4 cores | |{rule}| mean KL here | 0.3000 nats |" in card
     assert json.loads((directory / "metrics.json").read_text()) == METRICS | {"measured": MEASURED}
     statement = json.loads((directory / "provenance.json").read_text())
