@@ -13,6 +13,7 @@ from pipeline import onnx_genai, openvino, smoke
 from pipeline.artifact import asked
 from pipeline.checkpoint import read_json, tensor_shapes
 from pipeline.directml.operators import find_faults
+from pipeline.directml.runtime import check_directml
 from pipeline.errors import PipelineError
 from pipeline.fidelity import Distributions, compare
 from pipeline.manifest import digest, read_manifest, verify
@@ -138,7 +139,8 @@ def validate(
         return result(failures)
     if not isinstance(variant, OnnxInt4) and "NPU" not in manifest.runtime["devices"]:
         failures += _judge_tutorial(directory, evidence, reference=reference, params=params)
-    comparison = compare(load_scorer(directory, variant=variant), reference.continuations, distributions)
+    scorer = load_scorer(directory, variant=variant)
+    comparison = compare(scorer, reference.continuations, distributions)
     decode = Tokenizer.from_file(str(directory / "tokenizer.json")).decode
     evidence["continuations"] = [
         departure(answer.ids[:prefix] + ([] if token is None else [token]), answer.ids, decode)
@@ -147,6 +149,11 @@ def validate(
         )
     ]
     failures += smoke.check_fidelity(comparison, limits=limits)
+    if is_directml(variant):
+        found, metrics["directml"] = check_directml(
+            directory, cpu=scorer, reference=reference, limits=limits, params=params
+        )
+        failures += found
     if not comparison.non_finite:
         metrics |= comparison.metrics()
         measured |= measure_default_precision(

@@ -1,4 +1,4 @@
-"""DirectML in software on Linux: ONNX Runtime's DLLs under Wine, whose Direct3D 12 is Vulkan, computed by Mesa on the CPU.
+"""DirectML in software on Linux: ONNX Runtime under Wine, whose Direct3D 12 is Vulkan, which Mesa computes on the CPU.
 
 Wine and Mesa come from Debian 13 in a chroot, since those of many systems are too old. It stays in the user's cache
 directory with the DLLs from PyPI and a driver program, built from driver.c. Inside, Wine needs a display: Xvfb.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from pipeline.artifact import WINDOWSML
 from pipeline.errors import PipelineError
 from pipeline.process import stream_lines
 from pipeline.progress import say
@@ -23,7 +24,7 @@ from pipeline.zig import ZIG, build_program
 SUITE, PACKAGES = "trixie", ("wine64", "mesa-vulkan-drivers", "xvfb")
 WHEELS = {
     "onnxruntime-windowsml": (
-        "1.30.0.202609102321",
+        WINDOWSML,
         "be0a35e93d79f0ef4885ebde5d984cc6768465f0fd7784ac326cdb71c2c767e7",
         "win_amd64",
     ),
@@ -147,7 +148,7 @@ def _mirror() -> str:
 def _home() -> Path:
     import platformdirs
 
-    version = WHEELS["onnxruntime-windowsml"][0].rsplit(".", 1)[0]
+    version = WINDOWSML.rsplit(".", 1)[0]
     return platformdirs.user_cache_path("phi3-pipeline", ensure_exists=True) / f"directml-{version}"
 
 
