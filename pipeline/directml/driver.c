@@ -66,8 +66,8 @@ static HRESULT STDMETHODCALLTYPE deny_int64(ID3D12Device5 *device, D3D12_FEATURE
   return status;
 }
 
-static HRESULT WINAPI no_interface(REFCLSID class, REFIID id, void **interface) {
-  *interface = NULL;
+static HRESULT WINAPI no_interface(REFCLSID class, REFIID id, void **found) {
+  *found = NULL;
   return E_NOINTERFACE;
 }
 
