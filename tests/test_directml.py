@@ -7,6 +7,7 @@ import onnx
 import pytest
 
 from pipeline.directml import wine
+from pipeline.directml.operators import find_faults
 from pipeline.directml.runtime import DEVICE, Recorded, Request, check_directml, run
 from pipeline.errors import PipelineError
 from pipeline.onnx_genai import MODEL
@@ -14,6 +15,7 @@ from pipeline.params import load_params
 from pipeline.reference import read_reference
 from pipeline.runtimes import OnnxGenai
 from tests.conftest import ROOT
+from tests.test_conversion import undivided
 
 PARAMS = load_params(ROOT / "params.yaml")
 VARIANT = "onnx-directml-int4"
@@ -72,12 +74,9 @@ def test_runs_on_directml(embedded):
 def test_an_undivided_stream_overflows(embedded, tmp_path):
     """Without what divides the residual stream, the logits on DirectML are far from those of the CPU provider."""
     directory = copy(embedded, tmp_path)
-    model = onnx.load(directory / MODEL[0], load_external_data=False)
-    for node in model.graph.node:
-        if node.name == "/model/embed_tokens/Mul":  # eight times the stream from the start
-            (factor,) = (other for other in model.graph.node if node.input[1] in other.output)
-            factor.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(np.float16(32), factor.attribute[0].t.name))
-    onnx.save(model, directory / MODEL[0])
+    model = undivided(onnx.load(directory / MODEL[0]))
+    (directory / MODEL[1]).unlink()
+    onnx.save(model, directory / MODEL[0], save_as_external_data=True, location=MODEL[1])
     ids = read_reference(embedded / "reference.json").answers[0].prompt_ids
     logits, _ = run(directory, [Request(ids, last=1)])
     expected = OnnxGenai(directory).logits(ids, last=1)
@@ -86,7 +85,27 @@ def test_an_undivided_stream_overflows(embedded, tmp_path):
 
 @pytest.mark.slow
 @needs_directml
-def test_an_operator_that_directml_lacks(embedded):
-    """A graph with GatherBlockQuantized, which the CPU provider runs, is refused by the session."""
-    with pytest.raises(PipelineError, match=r"driver\.exe|unshare failed"):
-        run(embedded / "onnx-cpu-int4", [Request([1, 2, 3], last=1)])
+def test_an_operator_that_directml_lacks(embedded, tmp_path):
+    """A graph with GatherBlockQuantized, which the CPU provider runs, is refused, and so is any fallback to the CPU."""
+    directory = copy(embedded, tmp_path)
+    model = onnx.load(directory / MODEL[0], load_external_data=False)
+    (gather,) = (node for node in model.graph.node if node.name == "/model/embed_tokens/Gather")
+    rows, columns = 49152, 576
+    tables = {"codes": np.zeros((rows, columns), np.uint8), "scales": np.zeros((rows, columns // 32), np.float16)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(table, name) for name, table in tables.items())
+    attributes = {"bits": 8, "block_size": 32, "gather_axis": 0, "quantize_axis": 1}
+    gather.CopyFrom(
+        onnx.helper.make_node(
+            "GatherBlockQuantized",
+            ["codes", "input_ids", "scales"],
+            gather.output,
+            name=gather.name,
+            domain="com.microsoft",
+            **attributes,
+        )
+    )
+    onnx.save(model, directory / MODEL[0])
+    assert find_faults(directory / MODEL[0]) == [f"{gather.name}: GatherBlockQuantized is not registered for DirectML"]
+    assert OnnxGenai(directory).logits([1, 2, 3], last=1).shape == (1, rows)
+    with pytest.raises(PipelineError, match=r"CreateModel failed: .*"):
+        run(directory, [Request([1, 2, 3], last=1)])
