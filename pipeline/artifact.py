@@ -15,6 +15,7 @@ TOOLS = {
     "openvino": ("openvino", "openvino-tokenizers", "nncf", "optimum-intel", "torch", "transformers"),
     "onnx": ("onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "torch", "transformers"),
 }
+WINDOWSML = "1.30.0.202609102321"  # ONNX Runtime and DirectML for Windows applications, and for pipeline/directml
 
 
 @contextmanager
@@ -54,8 +55,11 @@ def asked(variant: Variant) -> dict[str, Any]:
 
 def _runtime(variant: Variant) -> dict[str, Any]:
     if isinstance(variant, OnnxInt4):
-        directml = variant.execution_provider == "dml"
-        package, devices = ("onnxruntime-genai-winml", ["GPU"]) if directml else ("onnxruntime-genai", ["CPU"])
-        return {"requires": {package: tool_versions("onnxruntime-genai")["onnxruntime-genai"]}, "devices": devices}
+        genai = tool_versions("onnxruntime-genai")
+        if variant.execution_provider == "cpu":
+            return {"requires": genai, "devices": ["CPU"]}
+        # Without the second package the first finds no ONNX Runtime, and does not ask for it.
+        requires = {"onnxruntime-genai-winml": genai["onnxruntime-genai"], "onnxruntime-windowsml": WINDOWSML}
+        return {"requires": requires, "devices": ["GPU"]}
     npu = isinstance(variant, OpenvinoInt4) and variant.npu
     return {"requires": tool_versions("openvino-genai"), "devices": ["NPU"] if npu else ["CPU", "GPU"]}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.errors import PipelineError
 from pipeline.params import Params
@@ -87,6 +87,7 @@ class Reference(BaseModel):
     answers: list[Answer]
     near_ties: list[str]  # a sentence for each question of validate.prompts that proves nothing
     continuations: list[Continuation]
+    residual_peak: float = Field(description="largest magnitude of the residual stream on the reference prompts")
 
 
 def ask(runtime: Runtime, question: str, *, max_new_tokens: int) -> Answer:
@@ -169,6 +170,7 @@ def make_reference(
             )
             for prompt, before, answer in zip(prompts, prompt_ids, continuations, strict=True)
         ],
+        residual_peak=float(f"{source.residual_peak:.3g}"),
     )
 
 

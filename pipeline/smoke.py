@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any
 
 from pipeline.fidelity import Comparison
@@ -16,6 +17,8 @@ CHECKS = (
     "files",
     "recipe",
     "size",
+    "operators",
+    "float16-range",
     "load",
     "tokenizer",
     "chat-template",
@@ -26,7 +29,9 @@ CHECKS = (
     "answer",
     "finite",
     "fidelity",
+    "directml",
 )
+FLOAT16_MAX = 65504.0
 LOOP_REPEATS, LOOP_TOKENS = 4, 24  # a loop: so many repeats at the end, and at least so many tokens in all
 
 
@@ -66,6 +71,23 @@ def check_size(actual: int, expected: float, *, tolerance: float) -> Iterator[Fa
     """Compare the bytes of the weights' file with what the recipe predicts."""
     if abs(actual - expected) > tolerance * expected:
         yield Failure("size", f"{expected / 1e6:.1f} MB ±{tolerance:.0%}", f"{actual / 1e6:.1f} MB")
+
+
+def check_float16_range(
+    peak: float, *, devices: Sequence[str], directml: bool, hidden_size: int, residual_scale: float
+) -> Iterator[Failure]:
+    """Compare the largest magnitude of the residual stream with what float16 on the variant's devices can hold.
+
+    DirectML's RMS norms keep mean(x²) in float16, so that it overflows beyond a peak of sqrt(65504 * hidden_size).
+    """
+    limit, what = FLOAT16_MAX, "float16 on a GPU"
+    if directml:
+        limit, what = sqrt(FLOAT16_MAX * hidden_size), "DirectML's RMS norms in float16"
+    elif "GPU" not in devices:
+        return
+    found = peak / residual_scale
+    if found > limit:
+        yield Failure("float16-range", f"a residual stream of at most {limit:.0f} for {what}", round(found))
 
 
 def check_tokenizer(runtime: Runtime, reference: Reference) -> Iterator[Failure]:

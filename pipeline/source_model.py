@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ class Torch(Transformers):
         from transformers import AutoModelForCausalLM
 
         super().__init__(directory, trust_remote_code=trust_remote_code)
+        self.residual_peak = (
+            0.0  # the largest magnitude at the input of an RMS norm in all that `answer` read and wrote
+        )
         self._model = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
         ).eval()
@@ -56,23 +60,51 @@ class Torch(Transformers):
             for batch in _batches([len(prompt) for prompt in prompts]):
                 width = max(len(prompts[index]) for index in batch)
                 padding = [width - len(prompts[index]) for index in batch]
-                output = self._model.generate(
-                    torch.tensor([[eos[0]] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)]),
-                    attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=eos[0],
-                    return_dict_in_generate=True,
-                    output_logits=on_logits is not None,
-                )
+                mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+                with self._residual_peaks(mask) as peaks:
+                    output = self._model.generate(
+                        torch.tensor([[eos[0]] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)]),
+                        attention_mask=mask,
+                        max_new_tokens=max_new_tokens,
+                        do_sample=False,
+                        pad_token_id=eos[0],
+                        return_dict_in_generate=True,
+                        output_logits=on_logits is not None,
+                    )
                 for row, index in enumerate(batch):
                     ids = output.sequences[row, width:].tolist()
                     end = next((position for position, token in enumerate(ids) if token in eos), len(ids) - 1)
                     answers[index] = ids[: end + 1]
+                    # What follows an answer's end in a batch is padding, too.
+                    self.residual_peak = max([self.residual_peak, *(step[row] for step in peaks[: end + 1])])
                     if on_logits:
                         on_logits(index, torch.stack([step[row] for step in output.logits[: end + 1]]).float().numpy())
                 bar.update(len(batch))
         return [answers[index] for index in range(len(prompts))]
+
+    @contextmanager
+    def _residual_peaks(self, mask: Any) -> Iterator[list[list[float]]]:
+        # For each pass through the model, the largest magnitude per row that reaches an RMS norm; the first pass reads
+        # the prompts, of which `mask` (rows, width) has the padding.
+        norms = [module for module in self._model.modules() if type(module).__name__.endswith("RMSNorm")]
+        peaks: list[list[float]] = []
+
+        def keep(module: Any, inputs: tuple[Any, ...]) -> None:
+            magnitudes = inputs[0].abs().amax(dim=-1)
+            if len(peaks) < 2 and magnitudes.shape == mask.shape:
+                magnitudes = magnitudes * mask
+            rows = magnitudes.amax(dim=1).tolist()
+            if module is norms[0]:
+                peaks.append(rows)
+            else:
+                peaks[-1] = list(map(max, peaks[-1], rows))
+
+        hooks = [norm.register_forward_pre_hook(keep) for norm in norms]
+        try:
+            yield peaks
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _linear(module: Any, inputs: Any) -> Any:

@@ -12,10 +12,13 @@ from tokenizers import Tokenizer
 from pipeline import onnx_genai, openvino, smoke
 from pipeline.artifact import asked
 from pipeline.checkpoint import read_json, tensor_shapes
+from pipeline.directml.operators import find_faults
+from pipeline.directml.runtime import check_directml
 from pipeline.errors import PipelineError
 from pipeline.fidelity import Distributions, compare
 from pipeline.manifest import digest, read_manifest, verify
 from pipeline.measurement import load_runtime, load_scorer, measure, measure_default_precision
+from pipeline.onnx_builder import DIRECTML
 from pipeline.params import Limits, Model, OnnxInt4, Validate, Variant
 from pipeline.paths import MANIFEST
 from pipeline.progress import say
@@ -47,8 +50,34 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
             if manifest.recipe.get(k) != claims[k]
         ),
         *smoke.check_recipe(built, forms, source=original, recipe=variant),
+        *_check_operators(directory, variant=variant),
         *smoke.check_size((directory / backend.WEIGHTS).stat().st_size, expected_size, tolerance=params.size_tolerance),
     ]
+
+
+def _check_operators(directory: Path, *, variant: Variant) -> Iterator[Failure]:
+    if is_directml(variant):
+        for fault in find_faults(directory / onnx_genai.MODEL[0])[:1]:
+            yield Failure("operators", "a graph that DirectML can run as a whole", fault)
+
+
+def check_range(directory: Path, *, variant: Variant, source: Path, reference: Reference) -> list[Failure]:
+    """Return whether the source's residual stream, as the variant holds it, is beyond float16 on its devices."""
+    config = read_json(source / "config.json")
+    return list(
+        smoke.check_float16_range(
+            reference.residual_peak,
+            devices=read_manifest(directory).runtime["devices"],
+            directml=is_directml(variant),
+            hidden_size=config["hidden_size"],
+            residual_scale=onnx_genai.residual_scale(directory, config=config) if is_directml(variant) else 1,
+        )
+    )
+
+
+def is_directml(variant: Variant) -> bool:
+    """Return whether `variant` is for DirectML."""
+    return isinstance(variant, OnnxInt4) and variant.execution_provider == DIRECTML
 
 
 def check_runtime(runtime: Runtime, reference: Reference, *, params: Validate) -> tuple[list[Failure], list[Answer]]:
@@ -93,6 +122,8 @@ def validate(
 
     if failures := check_files(directory, variant=variant, model=model, source=source, params=params):
         return result(failures)
+    if failures := check_range(directory, variant=variant, source=source, reference=reference):
+        return result(failures)
     manifest = read_manifest(directory)
     # Whoever publishes the artifact can tell by the manifest's hash that these very files are what was validated.
     evidence |= {"manifest_sha256": digest(directory / MANIFEST).sha256, "recipe": manifest.recipe}
@@ -106,7 +137,8 @@ def validate(
         return result([Failure("load", "a runtime that loads it", str(error))])
     if "answers" not in evidence:
         return result(failures)
-    comparison = compare(load_scorer(directory, variant=variant), reference.continuations, distributions)
+    scorer = load_scorer(directory, variant=variant)
+    comparison = compare(scorer, reference.continuations, distributions)
     decode = Tokenizer.from_file(str(directory / "tokenizer.json")).decode
     evidence["continuations"] = [
         departure(answer.ids[:prefix] + ([] if token is None else [token]), answer.ids, decode)
@@ -115,6 +147,12 @@ def validate(
         )
     ]
     failures += smoke.check_fidelity(comparison, limits=limits)
+    if is_directml(variant):
+        found, measured["directml"] = check_directml(
+            directory, cpu=scorer, reference=reference, limits=limits, params=params
+        )
+        failures += found
+    del scorer
     if not comparison.non_finite:
         metrics |= comparison.metrics()
         measured |= measure_default_precision(

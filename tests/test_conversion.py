@@ -10,6 +10,7 @@ import pytest
 from pipeline import onnx_genai, openvino
 from pipeline.checkpoint import read_json, tensor_shapes
 from pipeline.errors import PipelineError
+from pipeline.onnx_builder import RESIDUAL_SCALE
 from pipeline.params import OnnxInt4, OpenvinoFp16, OpenvinoInt4
 from pipeline.recipe import matrices, summary
 from pipeline.runtimes import OnnxGenai, OpenvinoGenai, OpenvinoLogits
@@ -105,6 +106,8 @@ def test_onnx(style, tmp_path, provider, capsys):
     head = run("git", "rev-parse", "HEAD", cwd=ROOT).stdout[:7]
     assert head.encode() not in (tmp_path / "model/model.onnx").read_bytes()
     assert_recipe(onnx_genai, tmp_path / "model", checkpoint, recipe)
+    scale = onnx_genai.residual_scale(tmp_path / "model", config=read_json(checkpoint / "config.json"))
+    assert scale == (RESIDUAL_SCALE if provider == "dml" else 1)
     model = OnnxGenai(tmp_path / "model")
     assert_same_model(model, model, checkpoint, correlation=0.95)
 
@@ -116,8 +119,29 @@ ONE_BY_ONE = {
 }
 
 
+def undivided(model):
+    """Return a DirectML model without what divides its residual stream, after asserting that it is divided."""
+    (halving,) = (node for node in model.graph.node if node.name == "/model/embed_tokens/Mul")
+    (factor,) = (node for node in model.graph.node if halving.input[1] in node.output)
+    assert onnx.numpy_helper.to_array(factor.attribute[0].t) == 1 / RESIDUAL_SCALE
+    for node in (halving, factor):
+        model.graph.node.remove(node)
+    for node in model.graph.node:
+        node.input[:] = [halving.input[0] if name == halving.output[0] else name for name in node.input]
+        for attribute in node.attribute:
+            if attribute.name == "epsilon":
+                attribute.f *= RESIDUAL_SCALE**2
+    for tensor in model.graph.initializer:
+        if re.search(r"\.(o_proj|down_proj)\..*_scale", tensor.name):
+            tensor.raw_data = (onnx.numpy_helper.to_array(tensor) * RESIDUAL_SCALE).tobytes()
+    return model
+
+
 def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch):
-    """Quantized matrix by matrix the model has just the nodes and the bytes that the builder gives by itself."""
+    """Quantized matrix by matrix the model has just the nodes and the bytes that the builder gives by itself.
+
+    For DirectML the residual stream is divided, and nothing else differs.
+    """
     name, checkpoint, _ = style
     if name not in ONE_BY_ONE:
         pytest.skip("as the other style of its provider")
@@ -133,6 +157,8 @@ def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch):
             trust_remote_code=False,
         )
         model = onnx.load(target / "model.onnx")
+        if name == "phi-3-4k" and module == "pipeline.onnx_builder":
+            model = undivided(model)
         weights = {tensor.name: (tensor.data_type, tensor.dims, tensor.raw_data) for tensor in model.graph.initializer}
         nodes = [
             (node.name, node.op_type, node.input, node.output, sorted(a.SerializeToString() for a in node.attribute))

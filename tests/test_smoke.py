@@ -33,6 +33,7 @@ REFERENCE = Reference(
     answers=[answer("The capital of France is Paris.")],
     near_ties=[],
     continuations=[],
+    residual_peak=23_700,
 )
 
 
@@ -135,6 +136,25 @@ def test_logits_that_are_not_finite():
     """NaN and infinity are told before any figure is computed from them."""
     failures = smoke.check_fidelity(replace(COMPARISON, non_finite=2), limits=LIMITS)
     assert list(failures) == [Failure("finite", "finite logits", "2 logits that are not")]
+
+
+@pytest.mark.parametrize(
+    ("devices", "directml", "scale", "peak", "failure"),
+    [
+        (["GPU"], True, 8, 23_700, None),
+        (["GPU"], True, 1, 23_700, ("a residual stream of at most 6142 for DirectML's RMS norms in float16", 23_700)),
+        (["GPU"], True, 4, 24_600, ("a residual stream of at most 6142 for DirectML's RMS norms in float16", 6150)),
+        (["CPU", "GPU"], False, 1, 65_504, None),
+        (["CPU", "GPU"], False, 1, 65_600, ("a residual stream of at most 65504 for float16 on a GPU", 65_600)),
+        (["NPU"], False, 1, 65_600, None),
+    ],
+)
+def test_float16_range(devices, directml, scale, peak, failure):
+    """A residual stream beyond what float16 holds fails with the limit, and what divides the stream counts."""
+    failures = smoke.check_float16_range(
+        peak, devices=devices, directml=directml, hidden_size=576, residual_scale=scale
+    )
+    assert list(failures) == ([Failure("float16-range", *failure)] if failure else [])
 
 
 def test_size():

@@ -38,3 +38,21 @@ def test_batches():
     assert list(_batches([5, 2000, 3, 1500])) == [[2, 0], [3, 1]]
     assert list(_batches([1700, 5, 3000])) == [[1, 0], [2]]
     assert [len(batch) for batch in _batches([7] * 70)] == [32, 32, 6]
+
+
+def test_residual_peak(tiny_checkpoint):
+    """The peak is that of the answered prompts' own tokens, each read alone; padding does not count."""
+    source = Torch(tiny_checkpoint)
+    with torch.no_grad():
+        embedding = source._model.get_input_embeddings().weight
+        embedding[source.eos_token_ids()[0]] = 1000  # with which prompts are padded, and which ends none of the answers
+        embedding[80] = 50
+    prompts = [[30, 31, 80], list(range(30, 50))]
+    answers = source.answer(prompts, max_new_tokens=4)
+    states = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        read = source._model(torch.tensor([prompt + answer[:-1]]), output_hidden_states=True)
+        # The last of them is normed already: the input of the last norm is within the layers before it here.
+        states += [float(state.abs().max()) for state in read.hidden_states[:-1]]
+    assert 50 <= source.residual_peak < 100
+    np.testing.assert_allclose(source.residual_peak, max(states), rtol=0.05)

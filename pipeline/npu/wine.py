@@ -21,11 +21,12 @@ from pipeline.errors import PipelineError
 from pipeline.process import stream_lines
 from pipeline.progress import say
 from pipeline.wheel import fetch_wheel
+from pipeline.zig import ZIG, build_program
 
 OPENVINO = "2026.4.1"
 WHEELS = {
     "openvino": (OPENVINO, "bfddae6d6d3ad240157b946f180c33d0ddfaaae7487995d929a4e6b4bc12b283", "win_amd64"),
-    "ziglang": ("0.17.1", "ea6cc5d87b033cf0aedfbc8f9549a908cae6c50ac31f1698188fa48a74524b54", ""),
+    "ziglang": ZIG,
 }
 SOURCE = Path(__file__).with_name("driver.c")
 # What the driver takes from Windows' own C runtime.
@@ -69,9 +70,18 @@ def install() -> None:
                     archive.extractall(build)
                 wheel.unlink()
             say("building the driver")
-            _build_driver(build)
-            shutil.copyfile(SOURCE, build / "openvino/libs" / SOURCE.name)
-            (build / "openvino/libs").rename(tools)
+            libs = build / "openvino/libs"
+            build_program(
+                SOURCE,
+                build / "driver.exe",
+                zig=build / "ziglang/zig",
+                imports={"ucrtbase": IMPORTS},
+                include=(build / "openvino/include",),
+                libraries=(libs / "openvino_c.lib",),
+            )
+            (build / "driver.exe").rename(libs / "driver.exe")
+            shutil.copyfile(SOURCE, libs / SOURCE.name)
+            libs.rename(tools)
 
 
 def compile_blob(ir: Path, target: Path, *, properties: dict[str, str]) -> None:
@@ -97,25 +107,6 @@ def _tools() -> Path:
 
 def _lock() -> FileLock:
     return FileLock(_tools().with_suffix(".lock"))
-
-
-def _build_driver(build: Path) -> None:
-    zig, libs = build / "ziglang/zig", build / "openvino/libs"
-    zig.chmod(0o755)
-    (build / "ucrtbase.def").write_text("\n".join(["LIBRARY ucrtbase.dll", "EXPORTS", *IMPORTS, ""]))
-    cc, include = "cc -target x86_64-windows-gnu", f"-I{build / 'openvino/include'}"
-    for command in (
-        ["dlltool", "-m", "i386:x86-64", "-d", "ucrtbase.def", "-l", "ucrtbase.lib"],
-        [*f"{cc} -O1 -fno-sanitize=all -fno-builtin -c -o driver.obj".split(), include, str(SOURCE)],
-        [
-            *f"{cc} -s -nostdlib -Wl,-e,start -o driver.exe driver.obj ucrtbase.lib".split(),
-            str(libs / "openvino_c.lib"),
-        ],
-    ):
-        environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": str(build / "zig-cache")}
-        for _ in stream_lines([str(zig), *command], env=environment, cwd=build):
-            pass
-    (build / "driver.exe").rename(libs / "driver.exe")
 
 
 @contextmanager
