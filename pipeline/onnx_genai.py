@@ -43,6 +43,8 @@ def build_int4(
         "block_size": recipe.block_size,
         "hf_remote": trust_remote_code,
         "hf_token": False,
+        # A cache no longer than the window fails wherever an application's max_length is shorter than that.
+        "windowed_kv_cache": False,
     }
     if recipe.int8:
         options["matmul_mixed_precision"] = ",".join(f"{selector}:int8" for selector in recipe.int8)

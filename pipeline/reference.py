@@ -77,6 +77,14 @@ class Continuation(Answer):
     category: str
 
 
+class LongContext(BaseModel):
+    """The long prompts: the first `lengths` tokens of `ids`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    ids: list[int]
+    lengths: list[int]
+
+
 class Reference(BaseModel):
     """The content of reference.json."""
 
@@ -87,6 +95,7 @@ class Reference(BaseModel):
     answers: list[Answer]
     near_ties: list[str]  # a sentence for each question of validate.prompts that proves nothing
     continuations: list[Continuation]
+    long_context: LongContext
 
 
 def ask(runtime: Runtime, question: str, *, max_new_tokens: int) -> Answer:
@@ -124,6 +133,7 @@ def make_reference(
     *,
     params: Params,
     eos_token_ids: list[int],
+    long_context: LongContext,
     on_logits: Callable[[int, Any], None],
 ) -> Reference:
     """Return what `source`, the source model, says to every probe, to validate.prompts and to the reference prompts.
@@ -158,6 +168,7 @@ def make_reference(
         eos_token_ids=eos_token_ids,
         answers=answers,
         near_ties=near_ties,
+        long_context=long_context,
         continuations=[
             Continuation(
                 category=prompt.category,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pipeline.context import pipeline_options
 from pipeline.ir_inputs import model_inputs
 from pipeline.params import Npu
 
@@ -81,6 +82,8 @@ class OpenvinoGenai:
                 "MAX_PROMPT_LEN": npu.max_prompt_len,
                 "MIN_RESPONSE_LEN": npu.min_response_len,
             }
+        else:
+            options |= pipeline_options(directory)
         self._pipeline = openvino_genai.LLMPipeline(directory, "NPU" if npu else device, **options)
         self._tokenizer = self._pipeline.get_tokenizer()
 
@@ -201,7 +204,7 @@ class OnnxGenai:
     def logits(self, ids: list[int], *, last: int) -> Any:
         import numpy as np
 
-        generator = self._generator(len(ids) + 1)
+        generator = self._generator(len(ids))
         generator.append_tokens(ids)
         return np.asarray(generator.get_output("logits")[0, -last:], dtype=np.float32)
 
