@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline import paths
 from pipeline.checkpoint import read_json
+from pipeline.context import limits
 from pipeline.manifest import Manifest, building, read_manifest, seal, tool_versions
 from pipeline.params import OnnxInt4, OpenvinoInt4, Params, Variant
 from pipeline.recipe import Matrix, summary
@@ -28,7 +29,7 @@ def building_variant(
     """
     variant, source = params.get_variant(name), paths.source(model)
     origin = read_manifest(source)
-    context = {"max_position_embeddings": read_json(source / "config.json")["max_position_embeddings"]}
+    directml = isinstance(variant, OnnxInt4) and variant.execution_provider == "dml"
     with building(paths.variant(model, name)) as build:
         yield build
         seal(
@@ -41,7 +42,7 @@ def building_variant(
                 license=origin.license,
                 recipe={"asked": asked(variant), "achieved": summary(read_matrices(build))},
                 eos_token_ids=origin.eos_token_ids,
-                context=context,
+                context=limits(read_json(source / "config.json"), directml=directml),
                 runtime=_runtime(variant),
                 tools=tool_versions(*TOOLS["onnx" if isinstance(variant, OnnxInt4) else "openvino"]),
             ),

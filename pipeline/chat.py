@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.context import pipeline_options, room
 from pipeline.errors import PipelineError, lines
 from pipeline.manifest import read_manifest
 from pipeline.pull import verify_any
@@ -17,8 +18,11 @@ class Chat(Protocol):
 
     device: str
 
-    def ask(self, question: str, *, on_text: Callable[[str], None]) -> None:
-        """Answer `question`, giving the text piece by piece to `on_text`."""
+    def ask(self, question: str, *, on_text: Callable[[str], None]) -> str | None:
+        """Answer `question`, giving the text piece by piece to `on_text`.
+
+        Returns a sentence when the model's context ended the answer. Raises PipelineError when it has no room for one.
+        """
 
 
 def load_chat(directory: Path, *, device: str | None = None) -> Chat:
@@ -33,8 +37,9 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
     requires = ", ".join(f"{package}=={version}" for package, version in manifest.runtime["requires"].items())
     try:
         if "openvino-genai" in manifest.runtime["requires"]:
-            return OpenvinoChat(directory, device=device, npu="NPU" in manifest.runtime["devices"])
-        return OnnxChat(directory)
+            npu = "NPU" in manifest.runtime["devices"]
+            return OpenvinoChat(directory, device=device, npu=npu, context=manifest.context)
+        return OnnxChat(directory, context=manifest.context)
     except ImportError as error:
         raise PipelineError(f"{directory} needs {requires}: pip install it.") from error
     except (RuntimeError, ValueError) as error:
@@ -46,7 +51,7 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
 class OpenvinoChat:
     """openvino-genai."""
 
-    def __init__(self, directory: Path, *, device: str | None, npu: bool) -> None:
+    def __init__(self, directory: Path, *, device: str | None, npu: bool, context: dict[str, int]) -> None:
         import openvino_genai
 
         self._pipeline: Any
@@ -56,13 +61,18 @@ class OpenvinoChat:
             self._pipeline, self.device = load_pipeline(directory)
         else:
             self.device = device or "CPU"
-            self._pipeline = openvino_genai.LLMPipeline(directory, self.device)
-        self._history = openvino_genai.ChatHistory()
+            options = {} if self.device == "NPU" else pipeline_options(directory)
+            self._pipeline = openvino_genai.LLMPipeline(directory, self.device, **options)
+        self._history, self._context = openvino_genai.ChatHistory(), context
 
-    def ask(self, question: str, *, on_text: Callable[[str], None]) -> None:
+    def ask(self, question: str, *, on_text: Callable[[str], None]) -> str | None:
         import openvino_genai
 
         self._history.append({"role": "user", "content": question})
+        tokenizer = self._pipeline.get_tokenizer()
+        prompt = tokenizer.apply_chat_template(self._history, add_generation_prompt=True)
+        length = tokenizer.encode(prompt, add_special_tokens=False).input_ids.shape[1]
+        limit, ended = answer_limit(self._context, length)
         answer: list[str] = []
 
         def stream(text: str) -> openvino_genai.StreamingStatus:
@@ -70,16 +80,19 @@ class OpenvinoChat:
             on_text(text)
             return openvino_genai.StreamingStatus.RUNNING
 
-        self._pipeline.generate(self._history, max_new_tokens=MAX_NEW_TOKENS, streamer=stream)
+        result = self._pipeline.generate(self._history, max_new_tokens=limit, streamer=stream)
         self._history.append({"role": "assistant", "content": "".join(answer)})
+        stopped = result.finish_reasons[0] == openvino_genai.GenerationFinishReason.STOP
+        return None if stopped else ended
 
 
 class OnnxChat:
     """onnxruntime-genai, on the provider of the artifact where the installed package has it, else on the CPU."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, context: dict[str, int]) -> None:
         import onnxruntime_genai as og
 
+        self._context = context
         config = og.Config(str(directory))
         self.device = "DirectML" if og.is_dml_available() else "CPU"
         if self.device == "CPU":
@@ -88,14 +101,15 @@ class OnnxChat:
         self._tokenizer = og.Tokenizer(self._model)
         self._messages: list[dict[str, str]] = []
 
-    def ask(self, question: str, *, on_text: Callable[[str], None]) -> None:
+    def ask(self, question: str, *, on_text: Callable[[str], None]) -> str | None:
         import onnxruntime_genai as og
 
         self._messages.append({"role": "user", "content": question})
         prompt = self._tokenizer.apply_chat_template(json.dumps(self._messages), add_generation_prompt=True)
         ids = self._tokenizer.encode(prompt)
+        limit, ended = answer_limit(self._context, len(ids))
         parameters = og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=len(ids) + MAX_NEW_TOKENS, do_sample=False)
+        parameters.set_search_options(max_length=len(ids) + limit, do_sample=False)
         generator, stream = og.Generator(self._model, parameters), self._tokenizer.create_stream()
         generator.append_tokens(ids)
         answer: list[str] = []
@@ -104,3 +118,18 @@ class OnnxChat:
             answer.append(stream.decode(generator.get_next_tokens()[0]))
             on_text(answer[-1])
         self._messages.append({"role": "assistant", "content": "".join(answer)})
+        return ended if generator.token_count() == len(ids) + limit else None
+
+
+def answer_limit(context: dict[str, int], prompt: int) -> tuple[int, str | None]:
+    """Return how many tokens an answer to a prompt of `prompt` tokens gets, and what to say when it uses them all.
+
+    Raises PipelineError when there is no room for an answer.
+    """
+    most, ended = room(context, prompt)
+    if not most:
+        raise PipelineError(
+            f"the conversation has {prompt:,} tokens and this model takes {context['max_position_embeddings']:,}: "
+            "start a new one."
+        )
+    return (most, ended) if most <= MAX_NEW_TOKENS else (MAX_NEW_TOKENS, None)

@@ -124,8 +124,10 @@ def chat_command(directory: Path, device: str | None) -> None:
     _say(f"loaded for {chat.device}")
     with contextlib.suppress(click.Abort):  # the end of the input, or Ctrl-C
         while question := click.prompt("you", default="", show_default=False, prompt_suffix="> ", err=True).strip():
-            chat.ask(question, on_text=lambda text: click.echo(text, nl=False))
+            ended = chat.ask(question, on_text=lambda text: click.echo(text, nl=False))
             click.echo()
+            if ended:
+                _say(ended)
 
 
 def _say(line: str) -> None:

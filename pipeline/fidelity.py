@@ -29,7 +29,8 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Distributions:
-    """The source's next-token distributions, one row per token of its answers, in their order.
+    """The source's next-token distributions, one row per token of its answers, in their order; in a reference.npz those
+    at the ends of the long prompts follow (pipeline/long_context.py).
 
     `ids` (rows, TOP) are the most probable tokens, best first; `log_probs` (rows, TOP + 1) their natural
     log-probabilities and, last, that of all other tokens together.
@@ -84,6 +85,13 @@ def distributions(logits: Any) -> Distributions:
     return Distributions(top, _with_tail(_log_probs(logits, top)).astype(np.float32))
 
 
+def divergence(logits: Any, source: Distributions) -> Floats:
+    """Return the KL divergence in nats from each row of `source` to that of `logits`, shape (rows, vocabulary)."""
+    p = source.log_probs.astype(np.float64)
+    kl: Floats = (np.exp(p) * (p - _with_tail(_log_probs(logits, source.ids)))).sum(axis=1)
+    return kl
+
+
 def concatenate(parts: Sequence[Distributions]) -> Distributions:
     """Return the rows of `parts`, one after the other."""
     return Distributions(
@@ -107,12 +115,10 @@ def compare(variant: Scorer, answers: Sequence[Answer], source: Distributions) -
         start = rows.stop
         non_finite += int((~np.isfinite(logits)).sum())
         tokens = np.array(answer.ids)
-        forced = _log_probs(logits, np.column_stack([ids, tokens]))
-        q = _with_tail(forced[:, :-1])
-        kl.append((np.exp(p) * (p - q)).sum(axis=1))
+        kl.append(divergence(logits, Distributions(ids, source.log_probs[rows])))
         top = logits.argmax(axis=1)
         agrees.append(top == ids[:, 0])
-        variant_log_probs.append(forced[:, -1])
+        variant_log_probs.append(_log_probs(logits, tokens[:, None])[:, 0])
         position = (ids == tokens[:, None]).argmax(axis=1)  # greedy tokens are among the most probable
         source_log_probs.append(p[np.arange(len(tokens)), position])
         departures = np.flatnonzero(top != tokens)

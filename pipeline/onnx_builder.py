@@ -108,12 +108,32 @@ def joined(q: Any, k: Any, v: Any) -> Any:
     return q.as_strided((len(q) + len(k) + len(v), q.shape[1]), q.stride())
 
 
+def with_layer_types(config: Any) -> Any:
+    """Return the checkpoint's `config` as the builder understands it: with what each layer attends to.
+
+    Phi-3's config gives a window and no `layer_types`; then the builder gives the window to the cache and not to the
+    attention, which attends to everything until it fails where the cache ends. A window that the context never
+    reaches, as in the models for 128k, is none.
+    """
+    if config.sliding_window and config.sliding_window >= config.max_position_embeddings:
+        config.sliding_window = None
+    if config.sliding_window:
+        config.layer_types = ["sliding_attention"] * config.num_hidden_layers
+    return config
+
+
 def main() -> None:
     """Run the builder."""
     import onnxruntime_genai.models  # noqa: F401  puts the builder's folder on the path
     import torch
     from builders.base import Model
 
+    made = Model.__init__
+
+    def init(self: Any, config: Any, *arguments: Any) -> None:
+        made(self, with_layer_types(config), *arguments)
+
+    Model.__init__ = init
     # The builder makes layers, which start with random weights, only to give them others.
     torch.nn.Linear.reset_parameters = lambda layer: None
     copied = Model.make_packed_matmul_float_class

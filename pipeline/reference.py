@@ -77,6 +77,14 @@ class Continuation(Answer):
     category: str
 
 
+class LongContext(BaseModel):
+    """The long prompts: the first `lengths` tokens of `ids`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    ids: list[int]
+    lengths: list[int]
+
+
 class Reference(BaseModel):
     """The content of reference.json."""
 
@@ -88,6 +96,7 @@ class Reference(BaseModel):
     near_ties: list[str]  # a sentence for each question of validate.prompts that proves nothing
     continuations: list[Continuation]
     residual_peak: float = Field(description="largest magnitude of the residual stream on the reference prompts")
+    long_context: LongContext
 
 
 def ask(runtime: Runtime, question: str, *, max_new_tokens: int) -> Answer:
@@ -125,6 +134,7 @@ def make_reference(
     *,
     params: Params,
     eos_token_ids: list[int],
+    long_context: LongContext,
     on_logits: Callable[[int, Any], None],
 ) -> Reference:
     """Return what `source`, the source model, says to every probe, to validate.prompts and to the reference prompts.
@@ -159,6 +169,7 @@ def make_reference(
         eos_token_ids=eos_token_ids,
         answers=answers,
         near_ties=near_ties,
+        long_context=long_context,
         continuations=[
             Continuation(
                 category=prompt.category,

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline import paths
 from pipeline.checkpoint import read_json
+from pipeline.context import describe
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.paths import MANIFEST
 from pipeline.report import FIGURES, figure
@@ -58,6 +59,7 @@ def card(manifest: Manifest, metrics: dict[str, Any], measured: dict[str, Any], 
 # {manifest.name} {version}
 
 Made from {source}. Weights: {formats}. For {", ".join(manifest.runtime["devices"])}, with `{requires}`.
+{describe(manifest.context)}
 
 {_table(f"judged in float32 on {metrics['device']} by {metrics['runtime']}", metrics)}
 

@@ -5,11 +5,14 @@ same on every machine. What an application will see is measured with those defau
 """
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pipeline.checkpoint import read_json
+from pipeline.context import is_longrope, pipeline_options
 from pipeline.ir_inputs import model_inputs
 from pipeline.params import Npu
 
@@ -22,7 +25,10 @@ F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_
 # The settings of the usual OpenVINO tutorial for a single user on a laptop.
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
 
-PIECE = 256  # tokens that an IR reads at a time: what a layer computes for all of them is in memory at once
+PIECE, MAX_PIECE = (
+    256,
+    sys.maxsize,
+)  # tokens that an IR reads at a time: what a layer computes for all of them is in memory at once
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,8 @@ class OpenvinoGenai:
                 "MAX_PROMPT_LEN": npu.max_prompt_len,
                 "MIN_RESPONSE_LEN": npu.min_response_len,
             }
+        else:
+            options |= pipeline_options(directory)
         self._pipeline = openvino_genai.LLMPipeline(directory, "NPU" if npu else device, **options)
         self._tokenizer = self._pipeline.get_tokenizer()
 
@@ -129,12 +137,14 @@ class OpenvinoLogits:
         _keep_last(model)
         options = F32 if precision == "f32" else {}
         self._request = core.compile_model(model, device, options).create_infer_request()
+        # With LongRoPE the keys of a piece depend on how long the text is up to it.
+        self._piece = MAX_PIECE if is_longrope(read_json(directory / "config.json")) else PIECE
 
     def logits(self, ids: list[int], *, last: int) -> Any:
         import numpy as np
 
         self._request.reset_state()
-        ends = [*range(PIECE, len(ids) - last, PIECE), len(ids)]
+        ends = [*range(self._piece, len(ids) - last, self._piece), len(ids)]
         for start, end in zip([0, *ends], ends, strict=False):
             result = self._request.infer(model_inputs(ids[:end], start=start) | {"last": np.array([-last])})
         return np.array(result["logits"][0], dtype=np.float32)
@@ -205,7 +215,7 @@ class OnnxGenai:
     def logits(self, ids: list[int], *, last: int) -> Any:
         import numpy as np
 
-        generator = self._generator(len(ids) + 1)
+        generator = self._generator(len(ids))
         generator.append_tokens(ids)
         return np.asarray(generator.get_output("logits")[0, -last:], dtype=np.float32)
 

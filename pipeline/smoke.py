@@ -8,6 +8,7 @@ from math import sqrt
 from typing import Any
 
 from pipeline.fidelity import Comparison
+from pipeline.long_context import Found
 from pipeline.params import Limits, OpenvinoInt4, Validate, Variant
 from pipeline.recipe import Matrix, int4_ratio
 from pipeline.reference import Answer, Reference
@@ -29,10 +30,13 @@ CHECKS = (
     "answer",
     "finite",
     "fidelity",
+    "long-context",
     "directml",
 )
 FLOAT16_MAX = 65504.0
 LOOP_REPEATS, LOOP_TOKENS = 4, 24  # a loop: so many repeats at the end, and at least so many tokens in all
+
+NEAR_TIE = 0.25  # logits, in nats, between which the order of a runtime's additions may decide
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,19 @@ def check_fidelity(comparison: Comparison, *, limits: Limits) -> Iterator[Failur
         least = name == "top1_agreement"
         if (metrics[name] < limit) if least else (metrics[name] > limit):
             yield Failure("fidelity", f"{name} {'at least' if least else 'at most'} {limit}", metrics[name])
+
+
+def check_long_context(found: Sequence[Found], *, limits: Limits) -> Iterator[Failure]:
+    """Hold what a variant did with the long prompts against the source, and its answers against its own logits."""
+    for prompt in found:
+        name = f"after {prompt.length:,} tokens"
+        if prompt.error:
+            yield Failure("long-context", f"an answer {name}", prompt.error)
+        elif not prompt.kl_mean <= limits.kl_p99:
+            yield Failure("long-context", f"kl_mean at most {limits.kl_p99} {name}", round(prompt.kl_mean, 5))
+        elif not prompt.departure <= NEAR_TIE:
+            expected = f"{name}, in a second turn, the tokens that its logits prefer by at most {NEAR_TIE}"
+            yield Failure("long-context", expected, round(prompt.departure, 3))
 
 
 def check_answers(answers: Sequence[Answer], reference: Reference, *, params: Validate) -> Iterator[Failure]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline import onnx_genai, openvino, smoke
+from pipeline import long_context, onnx_genai, openvino, smoke
 from pipeline.artifact import asked
 from pipeline.checkpoint import read_json, tensor_shapes
 from pipeline.directml.operators import find_faults
@@ -19,7 +19,7 @@ from pipeline.fidelity import Distributions, compare
 from pipeline.manifest import digest, read_manifest, verify
 from pipeline.measurement import load_runtime, load_scorer, measure, measure_default_precision
 from pipeline.onnx_builder import DIRECTML
-from pipeline.params import Limits, Model, OnnxInt4, Validate, Variant
+from pipeline.params import Limits, Model, OnnxInt4, OpenvinoInt4, Validate, Variant
 from pipeline.paths import MANIFEST
 from pipeline.progress import say
 from pipeline.recipe import matrices, summary
@@ -132,13 +132,22 @@ def validate(
     try:
         measured |= measure(directory, variant=variant, device=params.openvino_device, reference=reference)
         say(f"loaded by {measured['runtime']} on {measured['device']} in {measured['load_time_s']:.1f} s")
-        failures = _judge_answers(directory, metrics, evidence, variant=variant, reference=reference, params=params)
+        failures, said = _judge_answers(
+            directory, metrics, evidence, variant=variant, context=manifest.context, reference=reference, params=params
+        )
     except RuntimeError as error:
         return result([Failure("load", "a runtime that loads it", str(error))])
     if "answers" not in evidence:
         return result(failures)
     scorer = load_scorer(directory, variant=variant)
     comparison = compare(scorer, reference.continuations, distributions)
+    long_prompts = long_context.compare(scorer, reference.long_context, said, distributions)
+    if is_directml(variant):
+        found, measured["directml"] = check_directml(
+            directory, cpu=scorer, reference=reference, limits=limits, params=params
+        )
+        failures += found
+    del scorer
     decode = Tokenizer.from_file(str(directory / "tokenizer.json")).decode
     evidence["continuations"] = [
         departure(answer.ids[:prefix] + ([] if token is None else [token]), answer.ids, decode)
@@ -146,13 +155,9 @@ def validate(
             reference.continuations, comparison.prefixes, comparison.preferred, strict=True
         )
     ]
+    evidence["long_context"] = [vars(prompt) for prompt in long_prompts]
     failures += smoke.check_fidelity(comparison, limits=limits)
-    if is_directml(variant):
-        found, measured["directml"] = check_directml(
-            directory, cpu=scorer, reference=reference, limits=limits, params=params
-        )
-        failures += found
-    del scorer
+    failures += smoke.check_long_context(long_prompts, limits=limits)
     if not comparison.non_finite:
         metrics |= comparison.metrics()
         measured |= measure_default_precision(
@@ -173,9 +178,10 @@ def _judge_answers(
     evidence: dict[str, Any],
     *,
     variant: Variant,
+    context: dict[str, int],
     reference: Reference,
     params: Validate,
-) -> list[Failure]:
+) -> tuple[list[Failure], long_context.Said]:
     runtime = load_runtime(directory, variant=variant)
     metrics |= {"runtime": runtime.name, "device": runtime.device}
     failures, answers = check_runtime(runtime, reference, params=params)
@@ -185,7 +191,9 @@ def _judge_answers(
             for answer, source in zip(answers, reference.answers, strict=True)
         ]
         metrics["answer_recall"] = round(sum(map(smoke.recall, answers, reference.answers)) / len(answers), 4)
-    return failures
+        chosen = long_context.choose(reference.long_context, context, most=longest_prompt(context, variant))
+        return failures, long_context.answer(runtime, reference.long_context, chosen)
+    return failures, {}
 
 
 def _judge_tutorial(
@@ -197,6 +205,13 @@ def _judge_tutorial(
     evidence[tutorial.name] = {"device": tutorial.device, "text": first.text}
     subset = reference.model_copy(update={"answers": reference.answers[:1]})
     return smoke.check_answers([first], subset, params=params)
+
+
+def longest_prompt(context: dict[str, int], variant: Variant) -> int:
+    """Return how many tokens a prompt of `variant` may have, with `context` from its manifest."""
+    if isinstance(variant, OpenvinoInt4) and variant.npu:
+        return variant.npu.max_prompt_len
+    return context.get("faithful_tokens", context["max_position_embeddings"])
 
 
 def departure(ids: list[int], source: list[int], decode: Callable[[list[int]], str]) -> dict[str, Any]:

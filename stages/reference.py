@@ -5,7 +5,10 @@ from typing import Any
 import numpy as np
 
 from pipeline import paths
+from pipeline.checkpoint import read_json
+from pipeline.context import limits
 from pipeline.fidelity import Distributions, concatenate, distributions, write_distributions
+from pipeline.long_context import record
 from pipeline.manifest import read_manifest, replace_file
 from pipeline.params import load_params
 from pipeline.process import stage_command
@@ -23,13 +26,16 @@ def main(model: str) -> None:
     def keep(index: int, logits: Any) -> None:
         kept[index] = distributions(logits)
 
+    source = Torch(paths.source(model), trust_remote_code=params.get_model(model).source.trust_remote_code)
+    long_context, ends = record(source, limits(read_json(paths.source(model) / "config.json"), directml=False))
     reference = make_reference(
-        Torch(paths.source(model), trust_remote_code=params.get_model(model).source.trust_remote_code),
+        source,
         params=params,
+        long_context=long_context,
         eos_token_ids=read_manifest(paths.source(model)).eos_token_ids,
         on_logits=keep,
     )
-    found = concatenate([kept[index] for index in range(len(kept))])
+    found = concatenate([*(kept[index] for index in range(len(kept))), ends])
     tail = float(np.exp(found.log_probs[:, -1]).mean())
     say(f"{len(found.ids)} tokens; {tail:.1e} of the probability is beyond the tokens kept for each")
     write_distributions(paths.distributions(model), found)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -74,8 +75,12 @@ def make_tokenizer(text: str = "the capital of France is Paris and water is wet 
     )
 
 
-def make_checkpoint(target: Path, style: str = "phi-3-4k") -> Path:
-    """Write a tiny random bf16 checkpoint in the style of a Phi model (see STYLES) to `target`."""
+def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = False, **changes: Any) -> Path:
+    """Write a tiny random bf16 checkpoint in the style of a Phi model (see STYLES) to `target`.
+
+    `changes` are keys of its config. With `on_grid` every matrix lies on a grid that INT4 stores without loss, in any
+    format, so that each variant is the same model; its weights are larger, and its distributions far from even.
+    """
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -93,7 +98,14 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k") -> Path:
         "pad_token_id": 0,
     }
     torch.manual_seed(0)
-    model = Phi3ForCausalLM(Phi3Config(**shape | STYLES[style]))
+    model = Phi3ForCausalLM(Phi3Config(**shape | STYLES[style] | changes))
+    if on_grid:
+        embedding = model.get_input_embeddings().weight
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                codes = torch.randint(-8, 8, parameter.shape)
+                codes[:, ::16] = torch.tensor([-8, 7]).repeat(parameter.shape[1] // 32)  # in every group of 32
+                parameter.data.copy_(codes / (4 if parameter is embedding else 32))
     model.generation_config.eos_token_id = [0, 1]
     model.generation_config.pad_token_id = 0
     model.to(torch.bfloat16).save_pretrained(target)

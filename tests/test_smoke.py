@@ -9,7 +9,7 @@ from pipeline import smoke
 from pipeline.fidelity import Comparison
 from pipeline.params import Limits, OpenvinoInt4, Validate
 from pipeline.recipe import Matrix
-from pipeline.reference import Answer, Chat, Reference, Text
+from pipeline.reference import Answer, Chat, LongContext, Reference, Text
 from pipeline.smoke import Failure
 
 PARAMS = Validate(
@@ -33,6 +33,7 @@ REFERENCE = Reference(
     answers=[answer("The capital of France is Paris.")],
     near_ties=[],
     continuations=[],
+    long_context=LongContext(ids=[], lengths=[]),
     residual_peak=23_700,
 )
 

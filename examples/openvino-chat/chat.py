@@ -15,7 +15,13 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("usage: python chat.py URL [QUESTION ...]")
     directory = pull(open_registry(sys.argv[1]), MODEL, progress=show)
-    pipeline = openvino_genai.LLMPipeline(directory, "CPU")
+    options = {}
+    if "longrope" in (directory / "config.json").read_text():
+        # Such a model makes other keys for a long text: it must read each prompt anew, and in one piece.
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = False, 131072
+        options = {"scheduler_config": scheduler}
+    pipeline = openvino_genai.LLMPipeline(directory, "CPU", **options)
     history = openvino_genai.ChatHistory()
     for question in sys.argv[2:] or iter(lambda: input("you> "), ""):
         history.append({"role": "user", "content": question})

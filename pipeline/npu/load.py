@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import paths
+from pipeline.context import pipeline_options
 from pipeline.errors import PipelineError
 from pipeline.manifest import Manifest, read_manifest, verify
 
@@ -80,8 +81,9 @@ def load_pipeline(directory: Path, **options: str | int) -> tuple[object, str]:
     import openvino_genai
 
     choice = choose(directory)
+    given = choice.options | (pipeline_options(directory) if choice.device == "CPU" else {})
     try:
-        return openvino_genai.LLMPipeline(directory, choice.device, **choice.options, **options), choice.reason
+        return openvino_genai.LLMPipeline(directory, choice.device, **given, **options), choice.reason
     except RuntimeError as error:
         if not choice.options:
             raise PipelineError(f"{directory} cannot be loaded on {choice.device}: {error}") from error

@@ -1,0 +1,105 @@
+"""Whether a variant is right at every length that it claims: prompts beyond each limit, compared with the source.
+
+Each prompt is the beginning of one text, made of the reference prompts. The application's pipeline first
+answers its first half and then the whole, as a chat's second turn does; what it says then must be what the variant's
+own logits prefer, and these must be near the source's at the prompt's last tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.fidelity import Distributions, concatenate, distributions, divergence
+from pipeline.progress import Bar
+from pipeline.prompts import load_prompts
+from pipeline.reference import LongContext
+from pipeline.runtimes import Runtime, Scorer
+from pipeline.source_model import Torch
+
+PROBED_TO_THE_END = 4096  # a longer context is probed at the largest of LADDER, and where its attention changes
+LADDER = (256, 512, 1024, 2048)
+BEYOND = 64  # tokens after a limit
+ROWS, ANSWER = 8, 8  # tokens compared at a prompt's end; tokens generated after it
+
+
+Said = dict[int, list[int] | str]  # by the prompt's length: the ids generated, or the runtime's error
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a variant did with one prompt; `error` is the runtime's own sentence when it could not."""
+
+    length: int  # of the prompt, in tokens
+    kl_mean: float = 0.0  # to the source, over the last ROWS tokens
+    departure: float = 0.0  # the most, in nats, by which its logits prefer another token to one that it generated
+    error: str = ""
+
+
+def lengths(limits: dict[str, int]) -> list[int]:
+    """Return the lengths in tokens of the prompts for a model with `limits` (see pipeline/context.py), ascending."""
+    longest = limits["max_position_embeddings"]
+    wanted = {
+        *LADDER,
+        *(limits[n] + BEYOND for n in ("sliding_window", "original_max_position_embeddings") if n in limits),
+    }
+    if longest <= PROBED_TO_THE_END:
+        wanted.add(longest - ANSWER)
+    return sorted(length for length in wanted if length <= longest - ANSWER)
+
+
+def record(source: Torch, limits: dict[str, int]) -> tuple[LongContext, Distributions]:
+    """Return the prompts for a model with `limits`, and the `source` model's distributions at their last tokens."""
+    text = "\n\n".join(message["content"] for prompt in load_prompts("reference") for message in prompt.messages)
+    ids, found = source.encode(text), lengths(limits)
+    ids *= -(-found[-1] // len(ids))
+    rows = [distributions(source.logits(ids[:length], last=ROWS)) for length in Bar(found, desc="reading long prompts")]
+    return LongContext(ids=ids[: found[-1]], lengths=found), concatenate(rows)
+
+
+def choose(prompts: LongContext, limits: dict[str, int], *, most: int) -> list[int]:
+    """Return the lengths at which a variant that takes prompts of at most `most` tokens is probed, ascending.
+
+    They are the longest, and those just beyond a limit.
+    """
+    fitting = [length for length in prompts.lengths if length <= most]
+    return [length for length in fitting if length in {*fitting[-1:], *_beyond(limits)}]
+
+
+def _beyond(limits: dict[str, int]) -> set[int]:
+    changes = ("sliding_window", "original_max_position_embeddings")
+    return {limits[name] + BEYOND for name in changes if name in limits}
+
+
+def answer(runtime: Runtime, prompts: LongContext, chosen: Sequence[int]) -> Said:
+    """Return what `runtime` says to the prompts of the `chosen` lengths, each after its first half, or its error."""
+    said: Said = {}
+    for length in Bar(chosen, desc="answering long prompts"):
+        try:
+            runtime.generate(prompts.ids[: length // 2], max_new_tokens=ANSWER)
+            said[length] = runtime.generate(prompts.ids[:length], max_new_tokens=ANSWER).ids
+        except RuntimeError as error:
+            said[length] = str(error)
+    return said
+
+
+def compare(scorer: Scorer, prompts: LongContext, said: Said, source: Distributions) -> list[Found]:
+    """Return how `scorer`, the variant's logits, stands to the `source` and to what was `said`, prompt by prompt.
+
+    The last rows of `source` are those of `record`.
+    """
+    found = []
+    for length, ids in Bar(said.items(), desc="comparing long prompts"):
+        try:
+            if isinstance(ids, str):
+                raise RuntimeError(ids)
+            logits = scorer.logits(prompts.ids[:length] + ids[:-1], last=ROWS + len(ids) - 1)
+        except RuntimeError as error:
+            found.append(Found(length, error=" ".join(str(error).split())))
+            continue
+        start = len(source.ids) - ROWS * (len(prompts.lengths) - prompts.lengths.index(length))
+        rows = Distributions(source.ids[start : start + ROWS], source.log_probs[start : start + ROWS])
+        own = logits[ROWS - 1 :]
+        departure = (own.max(axis=1) - own[np.arange(len(ids)), ids]).max()
+        found.append(Found(length, float(divergence(logits[:ROWS], rows).mean()), float(departure)))
+    return found
