@@ -4,6 +4,7 @@ Graph capture is refused when any node but those that compute shapes is left to 
 ONNX Runtime's own choice (what gives GroupQueryAttention the length), so session.disable_cpu_ep_fallback cannot be set.
 """
 
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,13 +49,13 @@ def run(directory: Path, requests: list[Request]) -> tuple[list[Any], list[list[
         shapes: list[tuple[int, int]] = []
         tokens: list[list[int]] = []
         for line in wine.run(directory, work=work):
-            kind, *values = line.split()
-            if kind == "logits":
-                shapes.append((int(values[0]), int(values[1])))
+            # Warnings of the libraries, some without an end of line, are between.
+            if found := re.search(r"logits (\d+) (\d+)$", line):
+                shapes.append((int(found[1]), int(found[2])))
                 tokens.append([])
                 say(f"DirectML: prompt {len(shapes)} of {len(requests)}")
-            elif kind == "token":
-                tokens[-1].append(int(values[0]))
+            elif found := re.search(r"token (\d+) 0$", line):
+                tokens[-1].append(int(found[1]))
         logits, start = [], 0
         for request, (type_, vocabulary) in zip(requests, shapes, strict=True):
             count = request.last * vocabulary
