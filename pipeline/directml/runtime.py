@@ -95,7 +95,7 @@ def check_directml(
     except PipelineError as error:
         return [Failure("directml", f"a model that {NAME} runs on DirectML as a whole", str(error))], {"device": DEVICE}
     on_cpu = concatenate([distributions(cpu.logits(r.ids, last=r.last)) for r in requests])
-    comparison = compare(Recorded(requests, logits), answers, on_cpu)
+    comparison = compare(Recorded(requests, logits[: len(requests)]), answers, on_cpu)
     metrics = {"device": DEVICE, "runtime": NAME, "prompts": len(answers), "tokens": len(on_cpu.ids)}
     return list(_judge(directory, comparison, tokens[-1], reference, limits=limits, params=params)), metrics
 
