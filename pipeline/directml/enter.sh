@@ -1,9 +1,9 @@
 #!/bin/sh
 # Runs a Windows program in the chroot ROOT, within name spaces of its own: what is mounted and started ends with it.
-# Usage: enter.sh ROOT MODEL-DIRECTORY GENAI-CONFIG WORK-DIRECTORY PROGRAM ...
+# Usage: enter.sh ROOT MODEL-DIRECTORY WORK-DIRECTORY PROGRAM ...
 set -e
-root=$1 model=$2 config=$3 work=$4
-shift 4
+root=$1 model=$2 work=$3
+shift 3
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
 mount --rbind /sys "$root/sys"
@@ -11,7 +11,6 @@ mount -t tmpfs tmpfs "$root/tmp"
 mount -t tmpfs tmpfs "$root/mnt"
 mkdir "$root/mnt/model" "$root/mnt/work"
 mount --bind "$model" "$root/mnt/model"
-[ -z "$config" ] || mount --bind "$config" "$root/mnt/model/genai_config.json"
 mount --bind "$work" "$root/mnt/work"
 exec chroot "$root" env -i PATH=/usr/bin:/bin HOME=/root WINEPREFIX=/root/prefix WINEDEBUG=-all \
   WINEDLLOVERRIDES="mscoree,mshtml,winedbg.exe=" VKD3D_SHADER_CACHE_PATH=0 DISPLAY=:0 XDG_RUNTIME_DIR=/tmp \

@@ -98,13 +98,12 @@ def install() -> None:
         for path in build.iterdir():
             if path != root:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for source in (SOURCE, ENTER):
-            shutil.copyfile(source, build / source.name)
+        shutil.copyfile(SOURCE, build / SOURCE.name)
         build.rename(home)
 
 
-def run(model: Path, *, config: Path, work: Path) -> Iterator[str]:
-    """Yield what the driver prints for the prompts in `work`/prompts; `config` is in the place of genai_config.json.
+def run(model: Path, *, work: Path) -> Iterator[str]:
+    """Yield what the driver prints for the model in the directory `model` and the prompts in `work`/prompts.
 
     One run at a time and user: a second one waits.
 
@@ -112,13 +111,11 @@ def run(model: Path, *, config: Path, work: Path) -> Iterator[str]:
     """
     with _lock():
         program = ("driver.exe", *(rf"Z:\mnt\{path}" for path in ("model", r"work\prompts", r"work\logits")))
-        yield from _enter(_home() / "root", *program, model=model, config=config, work=work)
+        yield from _enter(_home() / "root", *program, model=model, work=work)
 
 
-def _enter(
-    root: Path, *program: str, work: Path, model: Path | None = None, config: Path | None = None
-) -> Iterator[str]:
-    paths = [str(path.absolute()) if path else "" for path in (root, model or work, config, work)]
+def _enter(root: Path, *program: str, work: Path, model: Path | None = None) -> Iterator[str]:
+    paths = [str(path.absolute()) for path in (root, model or work, work)]
     return stream_lines([*NEW_NAMESPACES, "sh", str(ENTER), *paths, *program])
 
 
@@ -132,8 +129,7 @@ def _unsupported() -> str | None:
 
 
 def _is_current(home: Path) -> bool:
-    kept = [(home / source.name, source) for source in (SOURCE, ENTER)]
-    return all(copy.exists() and copy.read_bytes() == source.read_bytes() for copy, source in kept)
+    return (home / SOURCE.name).exists() and (home / SOURCE.name).read_bytes() == SOURCE.read_bytes()
 
 
 def _mirror() -> str:
