@@ -14,7 +14,7 @@ from tests.hub_registry_server import HubRegistryServer
 from tests.oci_registry_server import Registry
 
 pytestmark = pytest.mark.slow
-QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
+QUESTION, ANSWER = "What is the capital of Japan?", "The capital of Japan is Tokyo."
 
 
 @pytest.fixture(scope="module")

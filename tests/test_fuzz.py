@@ -173,6 +173,7 @@ def test_a_model_that_no_runtime_takes(tmp_path, runtime):
         with building(target) as folder:
             (folder / name).write_bytes(content)
             (folder / "openvino_model.bin").write_bytes(b"weights")
+            (folder / "config.json").write_text("{}")
             (folder / "genai_config.json").write_text(
                 '{"model": {"type": "phi3", "decoder": {"filename": "model.onnx"}}}'
             )

@@ -36,7 +36,7 @@ ASK = """
 import json, sys, numpy, openvino, openvino_genai
 directory, options, lengths = json.loads(sys.argv[1])
 pipeline = openvino_genai.LLMPipeline(directory, "NPU", NPU_USE_NPUW="YES", NPUW_DEVICES="CPU", **options)
-texts = [pipeline.generate("What is the capital of France?", max_new_tokens=40)]
+texts = [pipeline.generate("What is the capital of Japan?", max_new_tokens=40)]
 for length in lengths:
     ids = numpy.full((1, length), 260, dtype=numpy.int64)
     inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(numpy.ones_like(ids)))
@@ -232,7 +232,7 @@ def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, weigh
 
     answer, below, limit, above = ask(options, [255, 256, 257])
     assert [answer] == ask({"MAX_PROMPT_LEN": 256, "MIN_RESPONSE_LEN": 64})
-    assert "Paris" in answer
+    assert "Tokyo" in answer
     assert (below, limit) == (2, 2)
     assert above.strip() == 'Set the "MAX_PROMPT_LEN" config option to increase the limit.'
 
@@ -269,4 +269,4 @@ def test_a_blob_that_the_driver_refuses_gives_way_to_the_ir(embedded, tmp_path, 
     pipeline, how = load_pipeline(embedded / VARIANT, **options)
     assert how.startswith("the driver refused the blob (")
     assert how.endswith("): the IR was compiled on loading")
-    assert "Paris" in pipeline.generate("What is the capital of France?", max_new_tokens=40)
+    assert "Tokyo" in pipeline.generate("What is the capital of Japan?", max_new_tokens=40)

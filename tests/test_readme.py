@@ -30,10 +30,10 @@ def test_publish_and_pull(embedded, tmp_path):
     here = {"PHI3_CACHE": str(tmp_path / "cache")}
     output = run("bash", "-ec", commands.replace("/tmp/", f"{tmp_path}/"), cwd=ROOT, **here).stdout
     assert "smol-phi3/openvino-int4 1.0.0 latest" in output
-    assert output.strip().endswith("The capital of France is Paris.")
+    assert output.strip().endswith("The capital of Japan is Tokyo.")
     snippet = snippet.replace("/tmp/", f"{tmp_path}/") + "print(sorted(path.name for path in directory.iterdir()))"
     output = run(sys.executable, "-c", snippet, cwd=ROOT, **here).stdout
-    assert output.startswith("The capital of France is Paris.")
+    assert output.startswith("The capital of Japan is Tokyo.")
     assert "openvino_model.bin" in output
 
 
