@@ -120,8 +120,10 @@ static void answer(Object *model, const int32_t *head, const int32_t *ids, FILE 
   for (int i = 0; i < head[2]; i++) {
     if (((uint8_t(*)(Object *))find(genai, "OgaGenerator_IsDone"))(generator)) break;
     OGA(Generator_GenerateNextToken, (Object *), generator);
-    size_t count = ((size_t(*)(Object *, size_t))find(genai, "OgaGenerator_GetSequenceCount"))(generator, 0);
-    say("token", ((const int32_t *(*)(Object *, size_t))find(genai, "OgaGenerator_GetSequenceData"))(generator, 0)[count - 1], 0);
+    const int32_t *next = NULL; /* the sequence itself does not get the token that ends it */
+    size_t count = 0;
+    OGA(Generator_GetNextTokens, (Object *, const int32_t **, size_t *), generator, &next, &count);
+    say("token", next[0], 0);
   }
   ((void (*)(Object *))find(genai, "OgaDestroyTensor"))(logits);
   ((void (*)(Object *))find(genai, "OgaDestroyGenerator"))(generator);
