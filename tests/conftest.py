@@ -100,12 +100,13 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = Fa
     torch.manual_seed(0)
     model = Phi3ForCausalLM(Phi3Config(**shape | STYLES[style] | changes))
     if on_grid:
-        embedding = model.get_input_embeddings().weight
-        for parameter in model.parameters():
+        divisors = {"embed_tokens": 4, "lm_head": 16}
+        for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                codes = torch.randint(-8, 8, parameter.shape)
-                codes[:, ::16] = torch.tensor([-8, 7]).repeat(parameter.shape[1] // 32)  # in every group of 32
-                parameter.data.copy_(codes / (4 if parameter is embedding else 32))
+                codes = torch.randint(-8, 8, (len(parameter), parameter.shape[1] // 32, 32))
+                place = torch.randint(0, 16, (*codes.shape[:2], 1))
+                codes.scatter_(2, place, -8).scatter_(2, place + 16, 7)  # both ends in every group of 32
+                parameter.data.copy_(codes.reshape(parameter.shape) / divisors.get(name.split(".")[-2], 32))
     model.generation_config.eos_token_id = [0, 1]
     model.generation_config.pad_token_id = 0
     model.to(torch.bfloat16).save_pretrained(target)
