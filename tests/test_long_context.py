@@ -117,8 +117,8 @@ def test_check():
     ]
     assert list(map(str, check_long_context(found, limits=GATES))) == [
         "check 'long-context' failed: expected \"kl_mean at most 0.05 after 512 tokens\", got 0.06",
-        "check 'long-context' failed: expected \"after 1,024 tokens, in a second turn, the tokens that its logits prefer "
-        'by at most 0.25", got 0.3',
+        "check 'long-context' failed: expected \"after 1,024 tokens, in a second turn, the tokens that its logits "
+        'prefer by at most 0.25", got 0.3',
         "check 'long-context' failed: expected \"kl_mean at most 0.05 after 2,048 tokens\", got NaN",
         'check \'long-context\' failed: expected "an answer after 2,111 tokens", got "static cache too small"',
     ]
