@@ -101,5 +101,6 @@ def compare(scorer: Scorer, prompts: LongContext, said: Said, source: Distributi
         rows = Distributions(source.ids[start : start + ROWS], source.log_probs[start : start + ROWS])
         own = logits[ROWS - 1 :]
         departure = (own.max(axis=1) - own[np.arange(len(ids)), ids]).max()
-        found.append(Found(length, float(divergence(logits[:ROWS], rows).mean()), float(departure)))
+        kl = divergence(logits[:ROWS], rows).mean()
+        found.append(Found(length, kl_mean=float(f"{kl:.3g}"), departure=float(f"{departure:.3g}")))
     return found

@@ -105,7 +105,7 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = Fa
             if parameter.dim() == 2:
                 codes = torch.randint(-8, 8, parameter.shape)
                 codes[:, ::16] = torch.tensor([-8, 7]).repeat(parameter.shape[1] // 32)  # in every group of 32
-                parameter.data.copy_(codes / (4 if parameter is embedding else 32))
+                parameter.data.copy_(codes / (32 if parameter.shape[0] != len(embedding) else 4))
     model.generation_config.eos_token_id = [0, 1]
     model.generation_config.pad_token_id = 0
     model.to(torch.bfloat16).save_pretrained(target)

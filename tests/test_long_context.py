@@ -1,0 +1,183 @@
+"""Tiny models whose window is 15 or 31 tokens, or whose LongRoPE factors change at 64, beyond these lengths."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import onnx_genai, openvino
+from pipeline.checkpoint import read_json
+from pipeline.context import limits
+from pipeline.fidelity import Distributions
+from pipeline.long_context import Found, answer, choose, compare, lengths, record
+from pipeline.measurement import load_runtime, load_scorer
+from pipeline.params import Limits, Npu, OnnxInt4, OpenvinoFp16, OpenvinoInt4
+from pipeline.reference import LongContext
+from pipeline.runtimes import F32, OpenvinoGenai
+from pipeline.smoke import check_long_context
+from pipeline.source_model import Torch
+from tests.conftest import LONGROPE, make_checkpoint
+
+FACTORS = {"long_factor": [16.0] * 16, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
+MODELS = {
+    "window-15": ("phi-3-4k", {"sliding_window": 15}),
+    "window-31": ("phi-3-4k", {"sliding_window": 31}),
+    "longrope": ("phi-3-128k", {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE | FACTORS}),
+}
+ONNX = {"stage": "build_onnx", "symmetric": False, "block_size": 32, "algorithm": "rtn", "int8": ["last_matmul"]}
+INT4 = {"stage": "quantize_openvino", "symmetric": True, "group_size": -1, "ratio": 1.0}
+VARIANTS = {
+    "fp16": OpenvinoFp16(stage="export_openvino"),
+    "npu": OpenvinoInt4(**INT4, npu=Npu(max_prompt_len=256, min_response_len=64)),
+    "cpu": OnnxInt4(**ONNX, execution_provider="cpu"),
+    "dml": OnnxInt4(**ONNX, execution_provider="dml"),
+}
+GATES = Limits(kl_mean=0.01, kl_p99=0.05, top1_agreement=0.9, perplexity_ratio=1.1)
+NEAR = 0.25
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model's directories by variant, its source in torch, and what that says at the ends of long prompts."""
+
+    name: str
+    root: Path
+    source: Torch
+    prompts: LongContext
+    ends: Distributions
+
+    def limits(self) -> dict[str, int]:
+        """The model's limits."""
+        return limits(read_json(self.root / "checkpoint/config.json"), directml=False)
+
+    def found(self, variant: str, *, directory: Path | None = None) -> list[Found]:
+        """What the check finds of a variant, or of a broken copy of it in `directory`."""
+        directory = directory or self.root / variant
+        most = 256 if variant == "npu" else 512
+        chosen = choose(self.prompts, self.limits(), most=most)
+        said = answer(load_runtime(directory, variant=VARIANTS[variant]), self.prompts, chosen)
+        return compare(load_scorer(directory, variant=VARIANTS[variant]), self.prompts, said, self.ends)
+
+    def departure(self, prompt: list[int], said: list[int]) -> float:
+        """By how much the source's logits, with all tokens read at once, prefer another token to one of `said`."""
+        logits = self.source.logits(prompt + said[:-1], last=len(said))
+        return float((logits.max(axis=1) - logits[np.arange(len(said)), said]).max())
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def tiny(request, tmp_path_factory):
+    """Each of MODELS with all its variants, which INT4 stores without loss."""
+    return build(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def build(name: str, root: Path) -> Tiny:
+    """Return the model `name`, built in `root`."""
+    style, changes = MODELS[name]
+    checkpoint = make_checkpoint(root / "checkpoint", style, on_grid=True, **changes)
+    for variant in VARIANTS:
+        (root / variant).mkdir()
+    openvino.export_fp16(checkpoint, root / "fp16")
+    openvino.quantize_int4(root / "fp16", root / "npu", recipe=VARIANTS["npu"], adjust_group_size=False, calibration=[])
+    for variant in ("cpu", "dml"):
+        onnx_genai.build_int4(checkpoint, root / variant, recipe=VARIANTS[variant], trust_remote_code=False)
+    source = Torch(checkpoint)
+    prompts, ends = record(source, limits(read_json(checkpoint / "config.json"), directml=False))
+    return Tiny(name, root, source, prompts, ends)
+
+
+def test_lengths():
+    """A short context is probed to its end, a long one at 2,048 tokens, and both beyond what changes there."""
+    assert lengths({"max_position_embeddings": 8192}) == [256, 512, 1024, 2048]
+    window = {"max_position_embeddings": 4096, "sliding_window": 2047}
+    assert lengths(window) == [256, 512, 1024, 2048, 2111, 4088]
+    longrope = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+    assert lengths(longrope) == [256, 512, 1024, 2048, 4160]
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(4096, [2111, 4088]), (2047, [1024]), (256, [256]), (1024, [1024]), (255, [])]
+)
+def test_choose(most, expected):
+    """A variant gets its longest prompt, and the one beyond the window if it takes that."""
+    window = {"max_position_embeddings": 4096, "sliding_window": 2047}
+    prompts = LongContext(ids=[], lengths=[256, 512, 1024, 2111, 4088])
+    assert choose(prompts, window, most=most) == expected
+
+
+def test_check():
+    """An error, a distance from the source and an answer that the model's own logits do not prefer are failures."""
+    found = [
+        Found(256, kl_mean=0.04, departure=0.1),
+        Found(512, kl_mean=0.06),
+        Found(1024, departure=0.3),
+        Found(2048, kl_mean=float("nan")),
+        Found(2111, error="static cache too small"),
+    ]
+    assert list(map(str, check_long_context(found, limits=GATES))) == [
+        "check 'long-context' failed: expected \"kl_mean at most 0.05 after 512 tokens\", got 0.06",
+        "check 'long-context' failed: expected \"after 1,024 tokens, in a second turn, the tokens that its logits prefer by "
+        'at most 0.25", got 0.3',
+        "check 'long-context' failed: expected \"kl_mean at most 0.05 after 2,048 tokens\", got NaN",
+        'check \'long-context\' failed: expected "an answer after 2,111 tokens", got "static cache too small"',
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_passes(tiny, variant):
+    """Beyond the window, beyond LongRoPE's original limit and at the context's end each variant is near its source."""
+    found = tiny.found(variant)
+    assert [prompt.length for prompt in found][-1] == (256 if variant == "npu" else 504)
+    assert list(check_long_context(found, limits=GATES)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [*VARIANTS, "sdpa"])
+def test_generation(tiny, variant):
+    """Every runtime says what the source prefers, from a short prompt to far beyond the window, and from a long one; so
+    does OpenVINO's other attention backend, one prompt after the other."""
+    if variant == "sdpa":
+        runtime = sdpa(tiny.root / "fp16")
+    else:
+        runtime = load_runtime(tiny.root / variant, variant=VARIANTS[variant])
+    for prompt, tokens in ((tiny.prompts.ids[:10], 54), (tiny.prompts.ids[:180], 60)):
+        said = runtime.generate(prompt, max_new_tokens=tokens).ids
+        assert tiny.departure(prompt, said) < NEAR
+
+
+def sdpa(directory):
+    """Return the runtime with OpenVINO's SDPA backend."""
+    import openvino_genai
+
+    runtime = OpenvinoGenai(directory, device="CPU")
+    runtime._pipeline = openvino_genai.LLMPipeline(directory, "CPU", ATTENTION_BACKEND="SDPA", **F32)
+    return runtime
+
+
+def failed(found):
+    """What the check says of `found`, as one text."""
+    return " ".join(str(failure) for failure in check_long_context(found, limits=GATES))
+
+
+@pytest.mark.slow
+class TestMutations:
+    """Each remedy, undone, fails the check."""
+
+    @pytest.fixture(scope="class")
+    def window(self, tmp_path_factory):
+        """The model with a window of 31 tokens."""
+        return build("window-31", tmp_path_factory.mktemp("window"))
+
+    @pytest.fixture(scope="class")
+    def longrope(self, tmp_path_factory):
+        """The model with LongRoPE."""
+        return build("longrope", tmp_path_factory.mktemp("longrope"))
+
+    def test_onnx_without_layer_types(self, window, tmp_path, monkeypatch):
+        """Built as the builder alone does it, the model fails where its cache ends: a failed check, no traceback."""
+        monkeypatch.setattr(onnx_genai, "BUILDER", "onnxruntime_genai.models.builder")
+        monkeypatch.setattr(onnx_genai, "OPTIONS", {}, raising=False)
+        onnx_genai.build_int4(window.root / "checkpoint", tmp_path, recipe=VARIANTS["cpu"], trust_remote_code=False)
+        print(read_json(tmp_path / "genai_config.json")["model"]["decoder"].get("sliding_window"))
+        assert failed(window.found("cpu", directory=tmp_path)) == ""
