@@ -100,12 +100,14 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = Fa
     torch.manual_seed(0)
     model = Phi3ForCausalLM(Phi3Config(**shape | STYLES[style] | changes))
     if on_grid:
-        embedding = model.get_input_embeddings().weight
-        for parameter in model.parameters():
+        # What is attended to decides what is said.
+        scales = {"embed_tokens": 8, "lm_head": 16, "qkv_proj": 32, "o_proj": 16, "gate_up_proj": 64, "down_proj": 64}
+        for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                codes = torch.randint(-8, 8, parameter.shape)
-                codes[:, ::16] = torch.tensor([-8, 7]).repeat(parameter.shape[1] // 32)  # in every group of 32
-                parameter.data.copy_(codes / (32 if parameter.shape[0] != len(embedding) else 4))
+                codes = torch.randint(-7, 8, parameter.shape)
+                groups = codes.view(-1, 32)  # in every one the ends of the range, which make its scale
+                groups.scatter_(1, groups.argmin(1, keepdim=True), -8).scatter_(1, groups.argmax(1, keepdim=True), 7)
+                parameter.data.copy_(codes / scales[name.split(".")[-2]])
     model.generation_config.eos_token_id = [0, 1]
     model.generation_config.pad_token_id = 0
     model.to(torch.bfloat16).save_pretrained(target)
