@@ -1,14 +1,17 @@
 """Tiny models whose window is 15 or 31 tokens, or whose LongRoPE factors change at 64, beyond these lengths."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline import onnx_genai, openvino
+from pipeline import onnx_genai, openvino, runtimes
+from pipeline.chat import OnnxChat, OpenvinoChat
 from pipeline.checkpoint import read_json
-from pipeline.context import limits
+from pipeline.context import limits, room
 from pipeline.fidelity import Distributions
 from pipeline.long_context import Found, answer, choose, compare, lengths, record
 from pipeline.measurement import load_runtime, load_scorer
@@ -116,8 +119,8 @@ def test_check():
     ]
     assert list(map(str, check_long_context(found, limits=GATES))) == [
         "check 'long-context' failed: expected \"kl_mean at most 0.05 after 512 tokens\", got 0.06",
-        "check 'long-context' failed: expected \"after 1,024 tokens, in a second turn, the tokens that its logits prefer by "
-        'at most 0.25", got 0.3',
+        "check 'long-context' failed: expected \"after 1,024 tokens, in a second turn, the tokens that its logits "
+        'prefer by at most 0.25", got 0.3',
         "check 'long-context' failed: expected \"kl_mean at most 0.05 after 2,048 tokens\", got NaN",
         'check \'long-context\' failed: expected "an answer after 2,111 tokens", got "static cache too small"',
     ]
@@ -161,23 +164,88 @@ def failed(found):
 
 
 @pytest.mark.slow
-class TestMutations:
-    """Each remedy, undone, fails the check."""
+@pytest.mark.parametrize("variant", ["cpu", "dml"])
+def test_a_max_length_shorter_than_the_window(tiny, variant):
+    """An ONNX model answers a short prompt however short the application's max_length is."""
+    said = load_runtime(tiny.root / variant, variant=VARIANTS[variant]).generate(tiny.prompts.ids[:5], max_new_tokens=3)
+    assert len(said.ids) > 0
 
-    @pytest.fixture(scope="class")
-    def window(self, tmp_path_factory):
-        """The model with a window of 31 tokens."""
-        return build("window-31", tmp_path_factory.mktemp("window"))
 
-    @pytest.fixture(scope="class")
-    def longrope(self, tmp_path_factory):
-        """The model with LongRoPE."""
-        return build("longrope", tmp_path_factory.mktemp("longrope"))
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    """The model with a window of 31 tokens."""
+    return build("window-31", tmp_path_factory.mktemp("window"))
 
-    def test_onnx_without_layer_types(self, window, tmp_path, monkeypatch):
-        """Built as the builder alone does it, the model fails where its cache ends: a failed check, no traceback."""
-        monkeypatch.setattr(onnx_genai, "BUILDER", "onnxruntime_genai.models.builder")
-        monkeypatch.setattr(onnx_genai, "OPTIONS", {}, raising=False)
-        onnx_genai.build_int4(window.root / "checkpoint", tmp_path, recipe=VARIANTS["cpu"], trust_remote_code=False)
-        print(read_json(tmp_path / "genai_config.json")["model"]["decoder"].get("sliding_window"))
-        assert failed(window.found("cpu", directory=tmp_path)) == ""
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory):
+    """The model with LongRoPE."""
+    return build("longrope", tmp_path_factory.mktemp("longrope"))
+
+
+@pytest.mark.slow
+def test_the_check_finds_attention_to_everything(window, tmp_path, monkeypatch):
+    """Without layer_types, as the builder alone does it, the ONNX model ignores the window: far from its source."""
+    monkeypatch.setattr(onnx_genai, "BUILDER", "onnxruntime_genai.models.builder")
+    onnx_genai.build_int4(window.root / "checkpoint", tmp_path, recipe=VARIANTS["cpu"], trust_remote_code=False)
+    assert [prompt.kl_mean > 1 for prompt in window.found("cpu", directory=tmp_path)] == [True, True]
+
+
+@pytest.mark.slow
+def test_the_check_finds_a_cache_that_ends(window, tmp_path):
+    """A cache of the window's length alone is a failed check with the runtime's sentence, not a traceback."""
+    directory = shutil.copytree(window.root / "cpu", tmp_path / "cpu")
+    config = read_json(directory / "genai_config.json")
+    config["model"]["decoder"]["sliding_window"] = {
+        "window_size": 31,
+        "slide_key_value_cache": False,
+        "slide_inputs": False,
+        "layers": [],
+    }
+    (directory / "genai_config.json").write_text(json.dumps(config))
+    failures = list(check_long_context(window.found("cpu", directory=directory), limits=GATES))
+    assert [failure.expected for failure in failures] == ["an answer after 95 tokens", "an answer after 504 tokens"]
+    assert all("static" in failure.actual or "cache" in failure.actual for failure in failures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pieces", [False, True], ids=["prefix-caching", "in-pieces"])
+def test_the_check_finds_keys_that_were_kept(longrope, monkeypatch, pieces):
+    """With the pipeline's default, or a scheduler that reads a prompt in pieces, LongRoPE's second turn is wrong."""
+    import openvino_genai
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.max_num_batched_tokens = 64
+    monkeypatch.setattr(runtimes, "pipeline_options", lambda _: {"scheduler_config": scheduler} if pieces else {})
+    assert [prompt.departure > 1 for prompt in longrope.found("fp16")] == [True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_answer_that_crosses_the_limit(longrope, variant):
+    """Up to LongRoPE's original limit every runtime says what the source prefers, beyond it something else: room()."""
+    prompt = longrope.prompts.ids[:40]
+    said = load_runtime(longrope.root / variant, variant=VARIANTS[variant]).generate(prompt, max_new_tokens=80).ids
+    within, _ = room(longrope.limits(), len(prompt))
+    assert within == 25
+    assert longrope.departure(prompt, said[:within]) < NEAR
+    assert longrope.departure(prompt, said) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["fp16", "cpu"])
+def test_a_chat_with_longrope(longrope, variant):
+    """Turn by turn a chat says what the source says to the whole conversation, and ends an answer at the limit."""
+    context = longrope.limits()
+    if variant == "fp16":
+        chat = OpenvinoChat(longrope.root / variant, device="CPU", npu=False, context=context)
+    else:
+        chat = OnnxChat(longrope.root / variant, context=context)
+    said = []
+    ended = [
+        chat.ask(question, on_text=said.append)
+        for question in ("water is wet 0123", "the capital of France is Paris and water is wet. " * 6)
+    ]
+    assert ended[0] is not None
+    assert ended[0].startswith("The answer ends here, at 64 tokens")
+    assert ended[1] is None or "at the 512 tokens" in ended[1]
