@@ -100,13 +100,14 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = Fa
     torch.manual_seed(0)
     model = Phi3ForCausalLM(Phi3Config(**shape | STYLES[style] | changes))
     if on_grid:
-        divisors = {"embed_tokens": 4, "lm_head": 16}
+        # What is attended to decides what is said.
+        scales = {"embed_tokens": 8, "lm_head": 16, "qkv_proj": 32, "o_proj": 16, "gate_up_proj": 64, "down_proj": 64}
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                codes = torch.randint(-8, 8, (len(parameter), parameter.shape[1] // 32, 32))
-                place = torch.randint(0, 16, (*codes.shape[:2], 1))
-                codes.scatter_(2, place, -8).scatter_(2, place + 16, 7)  # both ends in every group of 32
-                parameter.data.copy_(codes.reshape(parameter.shape) / divisors.get(name.split(".")[-2], 32))
+                codes = torch.randint(-7, 8, parameter.shape)
+                groups = codes.view(-1, 32)  # in every one the ends of the range, which make its scale
+                groups.scatter_(1, groups.argmin(1, keepdim=True), -8).scatter_(1, groups.argmax(1, keepdim=True), 7)
+                parameter.data.copy_(codes / scales[name.split(".")[-2]])
     model.generation_config.eos_token_id = [0, 1]
     model.generation_config.pad_token_id = 0
     model.to(torch.bfloat16).save_pretrained(target)
