@@ -47,14 +47,16 @@ def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
         found = {tensor.name: tensor for tensor in initializers if tensor.name not in weights}
         path = Path(self.cache_dir, "quantized.data").absolute()
         with path.open("wb") as data:
-            for number, (node, own) in enumerate(zip(nodes, self.model.graph, strict=True), start=1):
+            done, total = 0, sum(bool(weights.keys() & set(node.input)) for node in nodes)
+            for node, own in zip(nodes, self.model.graph, strict=True):
                 if not weights.keys() & set(node.input):
                     model.graph.node.append(node)
                     continue
                 alone = copy.copy(self)
                 alone.model = _only(own, weights, self.model)
                 part = onnx_ir.to_proto(quantize(alone))
-                print(f"Quantized node {number} of {len(nodes)}", flush=True)
+                done += 1
+                print(f"Quantized matrix {done} of {total}", flush=True)
                 model.graph.node.extend(part.graph.node)
                 for tensor in part.graph.initializer:
                     if (

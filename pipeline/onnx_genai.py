@@ -53,7 +53,7 @@ def build_int4(
     config = read_json(checkpoint / "config.json")
     int8 = [f"{selector}:int8" for selector in recipe.int8]
     if _shares_float16(config, recipe):
-        options["nodes_to_exclude"] = "/lm_head/MatMul"
+        options["nodes_to_exclude"] = "/lm_head/MatMul,/model/embed_tokens/Gather"
         int8 = [selector for selector in int8 if selector != "last_matmul:int8"]
     if int8:
         options["matmul_mixed_precision"] = ",".join(int8)
@@ -74,11 +74,11 @@ def build_int4(
         command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
         # Without a repository to look at, the model names the builder's commit as its producer, not this project's.
         layers = config["num_hidden_layers"]
-        with Bar(desc="reading layers", total=layers) as reading, Bar(desc="quantizing nodes") as quantizing:
+        with Bar(desc="reading layers", total=layers) as reading, Bar(desc="quantizing matrices") as quantizing:
             for line in stream_lines(command, env=os.environ | {"GIT_DIR": os.devnull}):
                 if layer := re.match(r"Reading layer (\d+)", line):
                     reading.update(int(layer[1]) + 1 - reading.n)
-                elif node := re.match(r"Quantized node (\d+) of (\d+)", line):
+                elif node := re.match(r"Quantized matrix (\d+) of (\d+)", line):
                     quantizing.total = int(node[2])
                     quantizing.update(int(node[1]) - quantizing.n)
     missing = [name for name in REQUIRED if not (target / name).is_file()]
