@@ -74,9 +74,17 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.fixture
 def hostile(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint with Python code that leaves a file `canary` in tmp_path when it runs."""
+    """A checkpoint with Python code that leaves a file `canary` in tmp_path when it runs.
+
+    It is sure of its answers, unlike other random models, so that `reference` takes it.
+    """
+    from safetensors.torch import load_file, save_file
+
     checkpoint = tmp_path / "checkpoint"
     shutil.copytree(tiny_checkpoint, checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["lm_head.weight"] *= 1000
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     (checkpoint / "own.py").write_text(CODE.format(canary=str(tmp_path / "canary")))
     for file, classes in (
         ("config.json", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
