@@ -19,7 +19,7 @@ from pipeline.checkpoint import read_json
 from pipeline.errors import PipelineError
 from pipeline.graph import changed, read_cells
 from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Params, load_params
-from pipeline.recipe import matrices
+from pipeline.recipe import Matrix, matrices
 
 IGNORE = "PHI3_IGNORE_PLAN"
 CONFIG = "config.json"
@@ -136,11 +136,11 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         # One loaded copy at a time, its weights rearranged for the processor, and the cache of the longest prompt.
         head = config["hidden_size"] // config["num_attention_heads"]
         cache = 2 * 4.0 * config["num_hidden_layers"] * config["num_key_value_heads"] * head
-        memory += _size(rest, name, params=params, config=config)
+        memory += _size(rest, name, source, params=params, config=config)
         memory += cache * min(PROMPT, config["max_position_embeddings"])
     elif stage in ("quantize_openvino", "build_onnx"):
         variant = params.get_variant(rest.removeprefix(f"{name}-"))
-        size = _size(rest, name, params=params, config=config)
+        size = _size(rest, name, source, params=params, config=config)
         if isinstance(variant, OnnxInt4):
             temporary = size  # the quantized matrices, before the file that holds all
             memory += ONNX_COPIES[variant.execution_provider] * largest
@@ -159,13 +159,11 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     return Cost(size + OTHER_FILES, temporary, memory, seconds)
 
 
-def _size(rest: str, name: str, *, params: Params, config: dict[str, Any]) -> float:
+def _size(rest: str, name: str, source: list[Matrix], *, params: Params, config: dict[str, Any]) -> float:
     variant = params.get_variant(rest.removeprefix(f"{name}-"))
     backend: Any = onnx_genai if isinstance(variant, OnnxInt4) else openvino
     adjust = params.get_model(name).group_size_fallback == "adjust"
-    size: float = backend.expected_size(
-        matrices(tensors(config)), recipe=variant, config=config, adjust_group_size=adjust
-    )
+    size: float = backend.expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)
     return size
 
 
