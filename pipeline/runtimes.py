@@ -230,7 +230,7 @@ class OnnxGenai:
 class Transformers:
     """What the two runtimes with transformers' interface share."""
 
-    _model: Any
+    model: Any
 
     def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
         from transformers import AutoTokenizer
@@ -249,7 +249,7 @@ class Transformers:
         return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
     def eos_token_ids(self) -> list[int]:
-        eos = self._model.generation_config.eos_token_id
+        eos = self.model.generation_config.eos_token_id
         return [eos] if isinstance(eos, int) else sorted(eos or [])
 
     def generate(self, ids: list[int], *, max_new_tokens: int) -> Generation:
@@ -264,7 +264,7 @@ class Transformers:
             def end(self) -> None: ...
 
         prompt = torch.tensor([ids])
-        output = self._model.generate(
+        output = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
@@ -286,7 +286,7 @@ class Transformers:
 
         prompt = torch.tensor([ids])
         with torch.inference_mode():
-            output = self._model(
+            output = self.model(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 position_ids=torch.arange(len(ids))[None],
@@ -305,6 +305,6 @@ class OptimumIntel(Transformers):
 
         super().__init__(directory)
         self.device = device
-        self._model = OVModelForCausalLM.from_pretrained(
+        self.model = OVModelForCausalLM.from_pretrained(
             str(directory), export=False, device=device, ov_config=LATENCY | F32, local_files_only=True
         )

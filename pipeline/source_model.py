@@ -30,11 +30,11 @@ class Torch(Transformers):
         self.residual_peak = (
             0.0  # the largest magnitude at the input of an RMS norm in all that `answer` read and wrote
         )
-        self._model = AutoModelForCausalLM.from_pretrained(
+        self.model = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
         ).eval()
-        if self._model.dtype != torch.float32:
-            for module in self._model.modules():
+        if self.model.dtype != torch.float32:
+            for module in self.model.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.forward = functools.partial(_linear, module)
                 elif isinstance(module, torch.nn.Embedding):
@@ -62,7 +62,7 @@ class Torch(Transformers):
                 padding = [width - len(prompts[index]) for index in batch]
                 mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
                 with self._residual_peaks(mask) as peaks:
-                    output = self._model.generate(
+                    output = self.model.generate(
                         torch.tensor([[eos[0]] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)]),
                         attention_mask=mask,
                         max_new_tokens=max_new_tokens,
@@ -86,7 +86,7 @@ class Torch(Transformers):
     def _residual_peaks(self, mask: Any) -> Iterator[list[list[float]]]:
         # For each pass through the model, the largest magnitude per row that reaches an RMS norm; the first pass reads
         # the prompts, of which `mask` (rows, width) has the padding.
-        norms = [module for module in self._model.modules() if type(module).__name__.endswith("RMSNorm")]
+        norms = [module for module in self.model.modules() if type(module).__name__.endswith("RMSNorm")]
         peaks: list[list[float]] = []
 
         def keep(module: Any, inputs: tuple[Any, ...]) -> None:
