@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,24 @@ def tensor_shapes(checkpoint: Path) -> dict[str, tuple[str, list[int]]]:
             except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise PipelineError(f"{shard} is damaged ({error}): download it again.") from error
     return tensors
+
+
+def open_weights(checkpoint: Path) -> Callable[[str], Any]:
+    """Return a function that reads a weight of `checkpoint` by its name, in float32.
+
+    The head of a checkpoint without one, `lm_head.weight`, is its embedding.
+    """
+    from safetensors import safe_open
+
+    files = [safe_open(shard, framework="pt") for shard in shards(checkpoint)]
+    places = {name: file for file in files for name in file.keys()}  # noqa: SIM118  it is no dictionary
+    places.setdefault("lm_head.weight", None)
+
+    def read(name: str) -> Any:
+        file = places[name]
+        return read("model.embed_tokens.weight") if file is None else file.get_tensor(name).float()
+
+    return read
 
 
 def check(checkpoint: Path) -> None:

@@ -25,13 +25,6 @@ OWN_PROPERTIES = frozenset(
         "NPUW_WEIGHTS_BANK",
     }
 )
-SensitivityMetric = Literal[
-    "weight_quantization_error",
-    "hessian_input_activation",
-    "mean_activation_variance",
-    "max_activation_variance",
-    "mean_activation_magnitude",
-]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
 
 
@@ -137,29 +130,16 @@ class Npu(Block):
 
 
 class OpenvinoInt4(Block):
-    """An INT4 recipe for NNCF; sensitive layers, embeddings and head are INT8."""
+    """An INT4 IR, laid out by NNCF; sensitive layers, embeddings and head are INT8."""
 
     stage: Literal["quantize_openvino"]
     symmetric: bool
     group_size: Literal[-1, 32, 64, 128, 256] = Field(description="weights that share a scale; -1 is channel-wise")
     ratio: float = Field(gt=0, le=1, description="share of the decoder layers' weights in INT4; the rest is INT8")
-    calibrated: bool = Field(default=False, description="measure activations on the answers of the stage calibrate")
-    awq: bool = Field(default=False, description="activation-aware rescaling; data-free unless calibrated")
-    scale_estimation: bool = Field(default=False, description="fit scales to the calibration data")
-    gptq: bool = Field(default=False, description="quantize column by column, each making up for the errors before it")
-    sensitivity_metric: SensitivityMetric = Field(
-        default="weight_quantization_error", description="how NNCF ranks the layers that stay INT8 when ratio < 1"
+    calibrated: bool = Field(
+        default=False, description="choose codes and scales, and the layers that stay INT8, by the calibration answers"
     )
     npu: Npu | None = Field(default=None, description="present on variants for the NPU")
-
-    @model_validator(mode="after")
-    def _calibration_rules(self) -> "OpenvinoInt4":
-        needs = [name for name in ("scale_estimation", "gptq") if getattr(self, name)]
-        if self.sensitivity_metric != "weight_quantization_error":
-            needs.append(f"sensitivity_metric: {self.sensitivity_metric}")
-        if needs and not self.calibrated:
-            raise ValueError(f"{needs[0]} needs calibrated: true")
-        return self
 
     @model_validator(mode="after")
     def _npu_rules(self) -> "OpenvinoInt4":
@@ -170,13 +150,14 @@ class OpenvinoInt4(Block):
 
 
 class OnnxInt4(Block):
-    """An INT4 recipe for the onnxruntime-genai builder."""
+    """An INT4 ONNX model, laid out by the onnxruntime-genai builder."""
 
     stage: Literal["build_onnx"]
     execution_provider: Literal["cpu", "dml"]
     algorithm: Literal["default", "rtn", "k_quant"] = Field(description="rounding method of the quantizer")
     symmetric: bool
     block_size: Literal[16, 32, 64, 128, 256] = Field(description="weights that share a scale")
+    calibrated: bool = Field(default=False, description="choose the INT4 codes and scales by the calibration answers")
     int8: list[Literal["last_matmul", "mixed_layers"]] = Field(
         description="matrices kept in INT8: the head, and the layers that suffer most"
     )

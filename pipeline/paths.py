@@ -26,8 +26,8 @@ def distributions(model: str) -> Path:
 
 
 def calibration(model: str) -> Path:
-    """Return the file with the token ids that calibrate the quantization."""
-    return ARTIFACTS / model / "calibration.json"
+    """Return the directory of what calibrates the quantization: answers, and statistics of all matrices' inputs."""
+    return ARTIFACTS / model / "calibration"
 
 
 def variant(model: str, name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from pipeline import openvino, paths
 from pipeline.artifact import building_variant
-from pipeline.calibration import read_calibration
 from pipeline.errors import PipelineError
 from pipeline.params import OpenvinoInt4, load_params
 from pipeline.process import stage_command
@@ -23,7 +22,8 @@ def main(model: str, variant: str) -> None:
             build,
             recipe=recipe,
             adjust_group_size=params.get_model(model).group_size_fallback == "adjust",
-            calibration=read_calibration(paths.calibration(model)),
+            checkpoint=paths.source(model),
+            calibration=paths.calibration(model),
         )
 
 
