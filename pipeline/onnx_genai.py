@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import onnx_builder
-from pipeline.checkpoint import read_json
+from pipeline.calibration import Calibration
+from pipeline.checkpoint import open_weights, read_json
 from pipeline.errors import PipelineError
-from pipeline.onnx_builder import DIRECTML
+from pipeline.onnx_builder import DIRECTML, RESIDUAL_SCALE, WRITERS
 from pipeline.params import OnnxInt4
 from pipeline.process import stream_lines
 from pipeline.progress import Bar
 from pipeline.recipe import Matrix, Role
+from pipeline.solver import Grid, pack, quantize
 
 MODEL = ("model.onnx", "model.onnx.data")
 CONFIG = "genai_config.json"
@@ -31,10 +33,12 @@ def build_int4(
     *,
     recipe: OnnxInt4,
     trust_remote_code: bool,
+    calibration: Path,
 ) -> None:
     """Write the INT4 ONNX model of `checkpoint` for the recipe's execution provider into the directory `target`.
 
-    The builder runs as a process of its own.
+    The builder runs as a process of its own. If the recipe is calibrated, the solver then replaces the builder's codes and
+    scales by those that are best for what `calibration` (see pipeline/calibration.py) says of the matrices' inputs.
 
     Raises PipelineError when the builder fails or leaves a file out.
     """
@@ -51,6 +55,7 @@ def build_int4(
         "windowed_kv_cache": False,
     }
     config = read_json(checkpoint / "config.json")
+    known = Calibration(calibration) if recipe.calibrated else None
     int8 = [f"{selector}:int8" for selector in recipe.int8]
     if _shares_float16(config, recipe):
         options["nodes_to_exclude"] = "/lm_head/MatMul,/model/embed_tokens/Gather"
@@ -84,6 +89,65 @@ def build_int4(
     missing = [name for name in REQUIRED if not (target / name).is_file()]
     if missing:
         raise PipelineError(f"the onnxruntime-genai builder wrote no {missing[0]}.")
+    if known:
+        _solve(target, known, checkpoint, config, directml=recipe.execution_provider == DIRECTML)
+
+
+def _solve(target: Path, known: Calibration, checkpoint: Path, config: dict[str, Any], *, directml: bool) -> None:
+    # Replace codes, scales and zero points of all INT4 matrices where they lie in the file of the weights. How they are
+    # packed: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (MatMulNBits).
+    import numpy as np
+    import onnx
+    import torch
+
+    model = onnx.load(target / MODEL[0], load_external_data=False)
+    places = {t.name: {entry.key: entry.value for entry in t.external_data} for t in model.graph.initializer}
+    attributes = {
+        node.name: {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    int4 = [node for node in model.graph.node if attributes.get(node.name, {}).get("bits") == INT4]
+    weights = open_weights(checkpoint)
+
+    with (target / MODEL[1]).open("r+b") as data:
+
+        def write(tensor: str, values: Any) -> None:
+            if values.nbytes != int(places[tensor]["length"]):
+                raise AssertionError(f"{tensor} has {places[tensor]['length']} bytes, not {values.nbytes}")
+            data.seek(int(places[tensor]["offset"]))
+            data.write(values.tobytes())
+
+        for node in Bar(int4, desc="solving matrices"):
+            _, codes, scales, *zero_points = node.input
+            matrix, rows = _origin(_name(node.name), config)
+            grid = Grid(
+                bits=INT4,
+                group_size=attributes[node.name]["block_size"],
+                symmetric=not any(zero_points),
+                scale_dtype=torch.float16 if directml else torch.float32,
+                scale_divisor=RESIDUAL_SCALE if directml and matrix.endswith(WRITERS) else 1,
+            )
+            solved = quantize(weights(f"{matrix}.weight")[rows], known.factor(matrix), grid)
+            missing = -solved.codes.shape[1] % grid.group_size  # the last block is filled with zero points
+            write(codes, pack(np.pad(solved.codes.numpy(), ((0, 0), (0, missing)), constant_values=grid.middle)))
+            write(scales, (solved.scales / grid.scale_divisor).to(grid.scale_dtype).numpy())
+            if not grid.symmetric:
+                odd = solved.zero_points.shape[1] % 2
+                write(zero_points[0], pack(np.pad(solved.zero_points.numpy(), ((0, 0), (0, odd)))))
+
+
+def _origin(name: str, config: dict[str, Any]) -> tuple[str, slice]:
+    # The checkpoint's matrix that the builder's matrix `name` is made of, and its rows.
+    if part := re.search(r"\.([qkv])_proj$", name):
+        sizes = _qkv_rows(config)
+        start = sum(sizes[other] for other in "qkv"[: "qkv".index(part[1])])
+        return re.sub(r"attn\.[qkv]_proj", "self_attn.qkv_proj", name), slice(start, start + sizes[part[1]])
+    if part := re.search(r"\.(gate|up)_proj$", name):
+        width = config["intermediate_size"]
+        start = width * (part[1] == "up")
+        return re.sub(r"(gate|up)_proj", "gate_up_proj", name), slice(start, start + width)
+    return name.replace(".attn.", ".self_attn."), slice(None)
 
 
 def read_matrices(directory: Path) -> list[Matrix]:
@@ -191,10 +255,15 @@ def _is_int8(matrix: Matrix, config: dict[str, Any], recipe: OnnxInt4) -> bool:
 def _split_qkv(matrix: Matrix, config: dict[str, Any]) -> list[Matrix]:
     if "qkv_proj" not in matrix.name:
         return [matrix]
+    rows = _qkv_rows(config)
+    return [replace(matrix, name=matrix.name.replace("qkv_", f"{n}_"), rows=count) for n, count in rows.items()]
+
+
+def _qkv_rows(config: dict[str, Any]) -> dict[str, int]:
+    # How many rows of the fused matrix are the queries', the keys' and the values', in its order.
     head = _head_size(config)
     rows = {"q": config["num_attention_heads"] * head}
-    rows |= dict.fromkeys("kv", config["num_key_value_heads"] * head)
-    return [replace(matrix, name=matrix.name.replace("qkv_", f"{n}_"), rows=count) for n, count in rows.items()]
+    return rows | dict.fromkeys("kv", config["num_key_value_heads"] * head)
 
 
 def _rotary_caches(config: dict[str, Any], *, directml: bool) -> float:

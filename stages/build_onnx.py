@@ -20,6 +20,7 @@ def main(model: str, variant: str) -> None:
             build,
             recipe=recipe,
             trust_remote_code=params.get_model(model).source.trust_remote_code,
+            calibration=paths.calibration(model),
         )
 
 
