@@ -35,10 +35,6 @@ OPENVINO = {
 ONNX = {"onnx-directml-int4": "dml", "onnx-cpu-int4": "cpu"}
 PLAIN = {  # the tutorial's recipes in params.yaml's words
     "calibrated: true": "calibrated: false",
-    "awq: true": "awq: false",
-    "scale_estimation: true": "scale_estimation: false",
-    "gptq: true": "gptq: false",
-    "sensitivity_metric: max_activation_variance": "sensitivity_metric: weight_quantization_error",
     "algorithm: rtn": "algorithm: default",
     "symmetric: false": "symmetric: true",
     "int8: [last_matmul, mixed_layers]": "int8: []",

@@ -14,14 +14,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from pipeline.checkpoint import open_weights
 from pipeline.errors import PipelineError
 from pipeline.manifest import replace_file
 from pipeline.progress import Bar, say
 from pipeline.prompts import Prompt
-from pipeline.solver import Factor, factorize
+from pipeline.solver import Factor, Grid, Quantized, factorize, quantize
 from pipeline.source_model import Torch
 
 SUMMARY = "summary.json"
+HEAD = "lm_head"
 ENOUGH = 2  # tokens for each column of the widest matrix; below one H has no full rank
 
 
@@ -80,33 +82,37 @@ def hessians(source: Torch, answers: list[list[int]]) -> Iterator[tuple[str, dic
             yield name, found
         norm = copy.deepcopy(model.model.norm).float()
         inputs = torch.cat([norm(states)[0] for states in hidden])
-        yield "lm_head", {"lm_head": inputs.T @ inputs}
+        yield HEAD, {HEAD: inputs.T @ inputs}
 
 
 class Calibration:
-    """What `write_calibration` wrote to `directory`.
+    """What `write_calibration` wrote to `directory`, beside the weights of the checkpoint that it was made with.
 
-    Raises PipelineError when nothing was written there for a calibrated recipe.
+    Raises PipelineError when nothing was written there.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, checkpoint: Path) -> None:
         try:
             self.summary = Summary.model_validate(json.loads((directory / SUMMARY).read_bytes()))
         except FileNotFoundError as error:
             raise PipelineError(f"{directory / SUMMARY} is missing: run the stage calibrate first.") from error
-        self._directory = directory
+        self._directory, self._weight = directory, open_weights(checkpoint)
         self._last: tuple[str, Factor] | None = None
 
-    def factor(self, matrix: str) -> Factor:
-        """Return the factor of H of `matrix`; that of the last one is kept, for parts of a fused matrix."""
-        from safetensors import safe_open
-
+    def quantize(self, matrix: str, grid: Grid, *, rows: slice = slice(None)) -> Quantized:
+        """Return the `rows` of the checkpoint's `matrix`, such as `model.layers.0.mlp.down_proj`, as `grid` stores them."""
+        # The factor of the last matrix is kept, for the parts of a fused one.
         if self._last is None or self._last[0] != matrix:
             self._last = None
-            layer = matrix if matrix == "lm_head" else matrix.rsplit(".", 2)[0]
-            with safe_open(self._directory / f"{layer}.safetensors", framework="pt") as file:
-                self._last = (matrix, factorize(file.get_tensor(matrix), name=matrix))
-        return self._last[1]
+            self._last = (matrix, factorize(self._hessian(matrix), name=matrix))
+        return quantize(self._weight(f"{matrix}.weight")[rows], self._last[1], grid)
+
+    def _hessian(self, matrix: str) -> Any:
+        from safetensors import safe_open
+
+        layer = matrix if matrix == HEAD else matrix.rsplit(".", 2)[0]
+        with safe_open(self._directory / f"{layer}.safetensors", framework="pt") as file:
+            return file.get_tensor(matrix)
 
 
 class _Stop(Exception):

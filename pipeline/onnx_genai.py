@@ -10,14 +10,14 @@ from typing import Any
 
 from pipeline import onnx_builder
 from pipeline.calibration import Calibration
-from pipeline.checkpoint import open_weights, read_json
+from pipeline.checkpoint import read_json
 from pipeline.errors import PipelineError
 from pipeline.onnx_builder import DIRECTML, RESIDUAL_SCALE, WRITERS
 from pipeline.params import OnnxInt4
 from pipeline.process import stream_lines
 from pipeline.progress import Bar
 from pipeline.recipe import Matrix, Role
-from pipeline.solver import Grid, pack, quantize
+from pipeline.solver import Grid, pack
 
 MODEL = ("model.onnx", "model.onnx.data")
 CONFIG = "genai_config.json"
@@ -33,12 +33,11 @@ def build_int4(
     *,
     recipe: OnnxInt4,
     trust_remote_code: bool,
-    calibration: Path,
+    calibration: Calibration | None,
 ) -> None:
     """Write the INT4 ONNX model of `checkpoint` for the recipe's execution provider into the directory `target`.
 
-    The builder runs as a process of its own. If the recipe is calibrated, the solver then replaces the builder's codes and
-    scales by those that are best for what `calibration` (see pipeline/calibration.py) says of the matrices' inputs.
+    The builder runs as a process of its own. With `calibration` the solver then replaces the INT4 codes and scales.
 
     Raises PipelineError when the builder fails or leaves a file out.
     """
@@ -55,7 +54,6 @@ def build_int4(
         "windowed_kv_cache": False,
     }
     config = read_json(checkpoint / "config.json")
-    known = Calibration(calibration) if recipe.calibrated else None
     int8 = [f"{selector}:int8" for selector in recipe.int8]
     if _shares_float16(config, recipe):
         options["nodes_to_exclude"] = "/lm_head/MatMul,/model/embed_tokens/Gather"
@@ -89,11 +87,11 @@ def build_int4(
     missing = [name for name in REQUIRED if not (target / name).is_file()]
     if missing:
         raise PipelineError(f"the onnxruntime-genai builder wrote no {missing[0]}.")
-    if known:
-        _solve(target, known, checkpoint, config, directml=recipe.execution_provider == DIRECTML)
+    if calibration:
+        _solve(target, calibration, config, directml=recipe.execution_provider == DIRECTML)
 
 
-def _solve(target: Path, known: Calibration, checkpoint: Path, config: dict[str, Any], *, directml: bool) -> None:
+def _solve(target: Path, calibration: Calibration, config: dict[str, Any], *, directml: bool) -> None:
     # Replace codes, scales and zero points of all INT4 matrices where they lie in the file of the weights. How they are
     # packed: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (MatMulNBits).
     import numpy as np
@@ -108,7 +106,6 @@ def _solve(target: Path, known: Calibration, checkpoint: Path, config: dict[str,
         if node.op_type == "MatMulNBits"
     }
     int4 = [node for node in model.graph.node if attributes.get(node.name, {}).get("bits") == INT4]
-    weights = open_weights(checkpoint)
 
     with (target / MODEL[1]).open("r+b") as data:
 
@@ -128,7 +125,7 @@ def _solve(target: Path, known: Calibration, checkpoint: Path, config: dict[str,
                 scale_dtype=torch.float16 if directml else torch.float32,
                 scale_divisor=RESIDUAL_SCALE if directml and matrix.endswith(WRITERS) else 1,
             )
-            solved = quantize(weights(f"{matrix}.weight")[rows], known.factor(matrix), grid)
+            solved = calibration.quantize(matrix, grid, rows=rows)
             missing = -solved.codes.shape[1] % grid.group_size  # the last block is filled with zero points
             write(codes, pack(np.pad(solved.codes.numpy(), ((0, 0), (0, missing)), constant_values=grid.middle)))
             write(scales, (solved.scales / grid.scale_divisor).to(grid.scale_dtype).numpy())

@@ -5,7 +5,6 @@ same on every machine. What an application will see is measured with those defau
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +24,7 @@ F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_
 # The settings of the usual OpenVINO tutorial for a single user on a laptop.
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
 
-PIECE, MAX_PIECE = (
-    256,
-    sys.maxsize,
-)  # tokens that an IR reads at a time: what a layer computes for all of them is in memory at once
+PIECE = 256  # tokens that an IR reads at a time, at most: what a layer computes for all of them is in memory at once
 
 
 @dataclass(frozen=True)
@@ -138,16 +134,29 @@ class OpenvinoLogits:
         options = F32 if precision == "f32" else {}
         self._request = core.compile_model(model, device, options).create_infer_request()
         # With LongRoPE the keys of a piece depend on how long the text is up to it.
-        self._piece = MAX_PIECE if is_longrope(read_json(directory / "config.json")) else PIECE
+        self._at_once = is_longrope(read_json(directory / "config.json"))
 
     def logits(self, ids: list[int], *, last: int) -> Any:
         import numpy as np
 
         self._request.reset_state()
-        ends = [*range(self._piece, len(ids) - last, self._piece), len(ids)]
+        piece = len(ids) if self._at_once else piece_size(len(ids))
+        ends = [*range(piece, len(ids) - last, piece), len(ids)]
         for start, end in zip([0, *ends], ends, strict=False):
             result = self._request.infer(model_inputs(ids[:end], start=start) | {"last": np.array([-last])})
         return np.array(result["logits"][0], dtype=np.float32)
+
+
+def piece_size(tokens: int) -> int:
+    """Return how many of `tokens` an IR should read at a time: PIECE at most, and so that no memory is left over.
+
+    When its cache of keys and values is full, OpenVINO's CPU plugin makes one of twice the length: with pieces of equal
+    size for 2, 6, 14, 30... of them. With one of these numbers of pieces the last cache is just as long as the text.
+    """
+    pieces = 1
+    while -(-tokens // pieces) > PIECE:
+        pieces = 2 * pieces + 2 if pieces > 1 else 2
+    return -(-tokens // pieces)
 
 
 def _keep_last(model: Any) -> None:

@@ -162,7 +162,6 @@ def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     source = f"source: {{path: {json.dumps(str(tiny_checkpoint))}}}"
     tiny = f"  tiny:\n    {source}\n    license: MIT\n    group_size_fallback: error\n"
     params = (project / "params.yaml").read_text("utf-8")
-    params = params.replace("gptq: true", "gptq: false")  # which has its own test, and takes long
     params = params.replace("build: [smol-phi3]", "build: [tiny]").replace("models:\n", f"models:\n{tiny}")
     (project / "params.yaml").write_text(params, "utf-8")
     run("git", "init", "-q", cwd=project)

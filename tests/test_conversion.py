@@ -20,7 +20,7 @@ from tests.conftest import ROOT, STYLES, make_checkpoint, run
 pytestmark = pytest.mark.slow
 FP16 = OpenvinoFp16(stage="export_openvino")
 INT4 = OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=128, ratio=0.6)
-CHANNEL_WISE = OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=-1, ratio=1.0, awq=True)
+CHANNEL_WISE = OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=-1, ratio=1.0)
 ONNX = {"stage": "build_onnx", "symmetric": True, "block_size": 32, "algorithm": "default", "int8": []}
 PROMPT = "the capital of France is"
 
@@ -79,7 +79,7 @@ def test_fp16(style):
 def test_int4(style, tmp_path, recipe):
     """Both INT4 recipes come out as asked and still say nearly what the source says."""
     _, checkpoint, fp16 = style
-    openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=[])
+    openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=None)
     assert_recipe(openvino, tmp_path, checkpoint, recipe)
     assert summary(openvino.read_matrices(tmp_path))["int4_ratio"] <= recipe.ratio
     scorer = OpenvinoLogits(tmp_path, device="CPU")
@@ -97,6 +97,7 @@ def test_onnx(style, tmp_path, provider, capsys):
         tmp_path / "model",
         recipe=recipe,
         trust_remote_code=False,
+        calibration=None,
     )
     shown = capsys.readouterr().out
     assert "reading layers: 2 of 2 in " in shown
@@ -157,6 +158,7 @@ def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch):
             target,
             recipe=OnnxInt4(**ONNX | ONE_BY_ONE[name]),
             trust_remote_code=False,
+        calibration=None,
         )
         model = onnx.load(target / "model.onnx")
         if name == "phi-3-4k" and module == "pipeline.onnx_builder":
@@ -180,9 +182,9 @@ def test_a_group_size_that_does_not_divide(style, tmp_path):
     _, checkpoint, fp16 = style
     recipe = INT4.model_copy(update={"group_size": 256})
     with pytest.raises(PipelineError, match="group size 256 does not divide the width of every layer: choose another"):
-        openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=[])
+        openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=None)
     assert list(tmp_path.iterdir()) == []
-    openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=True, calibration=[])
+    openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=True, calibration=None)
     built = openvino.read_matrices(tmp_path)
     assert {matrix.group_size for matrix in built if matrix.bits == 4} == {128, 256}
     forms = [openvino.expected_form(matrix, **options(checkpoint, recipe, adjust=True)) for matrix in built]

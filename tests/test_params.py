@@ -39,8 +39,6 @@ def test_the_project_s_file():
         group_size=-1,
         ratio=1.0,
         calibrated=True,
-        scale_estimation=True,
-        gptq=True,
         npu=Npu(max_prompt_len=1024, min_response_len=128, required=npu.npu.required),  # CI sets it
     )
 
@@ -53,7 +51,7 @@ def test_the_project_s_file():
             "ratio: 0.6",
             "ration: 0.6",
             "params.yaml: variants.openvino-int4: unknown key 'ration'; allowed here: stage, symmetric, group_size, "
-            "ratio, calibrated, awq, scale_estimation, gptq, sensitivity_metric, npu.",
+            "ratio, calibrated, npu.",
         ),
         (
             "ratio: 0.6",
@@ -93,11 +91,6 @@ def test_the_project_s_file():
             "weightless: true",
             "hints: {NPUW_DEVICES: CPU}",
             "params.yaml: variants.npu-int4-channelwise.npu: hints: NPUW_DEVICES is set by the pipeline: remove it.",
-        ),
-        (
-            "calibrated: true\n    awq: false",
-            "calibrated: false\n    awq: false",
-            "params.yaml: variants.npu-int4-channelwise: scale_estimation needs calibrated: true.",
         ),
         (
             "  onnx-cpu-int4: {kl_mean",
