@@ -8,7 +8,7 @@ one layer computes at a time: its float32 weights and the hidden states of all a
 import copy
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ class Calibration:
         self._last: tuple[str, Factor] | None = None
 
     def quantize(self, matrix: str, grid: Grid, *, rows: slice = slice(None)) -> Quantized:
-        """Return the `rows` of the checkpoint's `matrix`, such as `model.layers.0.mlp.down_proj`, as `grid` stores them."""
+        """Return `rows` of the checkpoint's `matrix`, such as `model.layers.0.mlp.down_proj`, as `grid` stores them."""
         # The factor of the last matrix is kept, for the parts of a fused one.
         if self._last is None or self._last[0] != matrix:
             self._last = None
@@ -134,10 +134,8 @@ def _layer_inputs(model: Any, answers: list[list[int]]) -> tuple[list[Any], list
     hook = model.model.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
     try:
         for ids in answers:
-            try:
+            with suppress(_Stop):
                 model.model(input_ids=torch.tensor([ids]), use_cache=False)
-            except _Stop:
-                pass
     finally:
         hook.remove()
     return hidden, arguments

@@ -96,13 +96,13 @@ def open_weights(checkpoint: Path) -> Callable[[str], Any]:
     """
     from safetensors import safe_open
 
-    files = [safe_open(shard, framework="pt") for shard in shards(checkpoint)]
+    files: list[Any] = [safe_open(shard, framework="pt") for shard in shards(checkpoint)]
     places = {name: file for file in files for name in file.keys()}  # noqa: SIM118  it is no dictionary
-    places.setdefault("lm_head.weight", None)
 
     def read(name: str) -> Any:
-        file = places[name]
-        return read("model.embed_tokens.weight") if file is None else file.get_tensor(name).float()
+        if name == "lm_head.weight" and name not in places:
+            name = "model.embed_tokens.weight"
+        return places[name].get_tensor(name).float()
 
     return read
 

@@ -80,8 +80,8 @@ def quantize_int4(
 ) -> None:
     """Write the INT4 form of the FP16 IR in `fp16` into the directory `target`, with the other files beside it.
 
-    NNCF decides how the IR stores its weights. With `calibration` the inputs of the layers decide which of them stay INT8,
-    and the solver replaces NNCF's codes and scales.
+    NNCF decides how the IR stores its weights. With `calibration` the layers' inputs decide which of them stay INT8, and
+    the solver replaces NNCF's codes and scales.
 
     Raises PipelineError when the group size does not divide a layer's width and `adjust_group_size` is false.
     """

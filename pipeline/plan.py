@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.graph import changed, read_cells
 from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Params, load_params
 from pipeline.recipe import Matrix, matrices
+from pipeline.solver import ROWS
 
 IGNORE = "PHI3_IGNORE_PLAN"
 CONFIG = "config.json"
@@ -36,11 +37,11 @@ MEMORY = {
     "validate": (0.5e9, 0.0),
     "report": (0.1e9, 0.0),
 }
-# On top: of the largest matrix in float32 so many copies at once, for data-free AWQ a part of the FP16 weights, and
-# bytes for calibration.
+# On top: of the largest matrix in float32 so many copies at once, and for the solver of the widest matrix's statistics
+# and of the rows that it solves at a time.
 OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 2.8, "cpu": 5.8}
-AWQ, CALIBRATION = 0.2, 0.5e9
-PROMPT = 4096  # tokens of the longest prompt that validate reads, with keys and values in float32
+SQUARES, SLICES = 3, 8
+PROMPT = 4096  # tokens of the longest prompt that validate reads
 GGUF = 2.7  # rewriting it takes this many times the FP16 weights
 # Seconds: a base and a part for each GB of FP16 weights.
 TIME = {
@@ -54,7 +55,7 @@ TIME = {
     "validate": (45.0, 100.0),
     "report": (5.0, 0.0),
 }
-CALIBRATED, GPTQ = 150.0, 2.3e-3  # seconds on top for each GB, and for each column of the layers' matrices
+SOLVE = 60.0  # seconds on top for each GB of FP16 weights
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     memory = base + slope * fp16
     start, pace = TIME[stage]
     seconds = start + pace * fp16 / 1e9
+    widest = max(matrix.columns for matrix in source)
+    solver = 4.0 * widest * (SQUARES * widest + SLICES * ROWS)
     size = temporary = 0.0
     if stage == "download":
         size = fp16 * (2 if _dtype(config) == "float32" else 1)
@@ -135,7 +138,10 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     elif stage == "validate":
         # One loaded copy at a time, its weights rearranged for the processor, and the cache of the longest prompt.
         head = config["hidden_size"] // config["num_attention_heads"]
-        cache = 2 * 4.0 * config["num_hidden_layers"] * config["num_key_value_heads"] * head
+        # Keys and values take 16 bits, but in the ONNX model for CPUs.
+        variant = params.get_variant(rest.removeprefix(f"{name}-"))
+        bytes_each = 4.0 if isinstance(variant, OnnxInt4) and variant.execution_provider == "cpu" else 2.0
+        cache = 2 * bytes_each * config["num_hidden_layers"] * config["num_key_value_heads"] * head
         memory += _size(rest, name, source, params=params, config=config)
         memory += cache * min(PROMPT, config["max_position_embeddings"])
     elif stage in ("quantize_openvino", "build_onnx"):
@@ -145,12 +151,15 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
             temporary = size  # the quantized matrices, before the file that holds all
             memory += ONNX_COPIES[variant.execution_provider] * largest
         elif isinstance(variant, OpenvinoInt4):  # the result stays in memory until it is saved
-            memory += max(size, OPENVINO_COPIES * largest) + variant.awq * AWQ * fp16 + variant.calibrated * CALIBRATION
-            columns = sum(matrix.columns for matrix in source if matrix.role == "layer")
-            seconds += variant.calibrated * CALIBRATED * fp16 / 1e9 + variant.gptq * GPTQ * columns
+            memory += max(size, OPENVINO_COPIES * largest)
+        if getattr(variant, "calibrated", False):
+            memory += solver
+            seconds += SOLVE * fp16 / 1e9
     elif stage == "calibrate":
         if not any(getattr(variant, "calibrated", False) for variant in params.variants.values()):
             return IDLE
+        size = sum(4.0 * matrix.columns**2 for matrix in source)
+        memory += solver
     elif stage == "compile_npu":
         variant_name, _, platform = rest.removeprefix(f"{name}-").rpartition("-")
         npu = getattr(params.get_variant(variant_name), "npu", None)

@@ -64,8 +64,8 @@ class Quantized:
     """A matrix as it is stored: `(codes - zero_points) * scales` are its weights.
 
     `codes` (rows, columns) and `zero_points` (rows, groups) are uint8, from 0 to 15 in INT4; `scales` (rows, groups)
-    are float32. In a symmetric format all zero points are in the middle, at 8 in INT4; that is 8 steps from the lowest code
-    and 7 from the highest, so a scale is negative where the largest weight of its group is positive.
+    are float32. In a symmetric format all zero points are in the middle, at 8 in INT4; that is 8 steps from the lowest
+    code and 7 from the highest, so a scale is negative where the largest weight of its group is positive.
     """
 
     codes: Any
@@ -115,8 +115,8 @@ def factorize(hessian: Any, *, name: str) -> Factor:
     triangle, failed = torch.linalg.cholesky_ex(damped, upper=True)
     if failed:
         raise PipelineError(
-            f"the statistics of {name} are no sum of squares, so the file with them is damaged: run the stage calibrate "
-            "again."
+            f"the statistics of {name} are no sum of squares, so the file with them is damaged: run the stage "
+            "calibrate again."
         )
     scale = triangle.diagonal().clone()
     return Factor(order, triangle.div_(scale[:, None]), scale.square())
@@ -130,7 +130,9 @@ def quantize(weight: Any, factor: Factor, grid: Grid) -> Quantized:
     parts = []
     for rows in weight.split(ROWS):
         scales, zero_points = _search_scales(rows, factor, size=size, grid=grid)
-        parts.append((_nearest_plane(rows, factor, scales, zero_points, size=size, highest=grid.highest), scales, zero_points))
+        parts.append(
+            (_nearest_plane(rows, factor, scales, zero_points, size=size, highest=grid.highest), scales, zero_points)
+        )
     codes, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
     return Quantized(codes, scales, zero_points.to(torch.uint8), size)
 
@@ -187,7 +189,7 @@ def _range(groups: Any, grid: Grid) -> tuple[Any, Any]:
 
 
 def _nearest_plane(weight: Any, factor: Factor, scales: Any, zero_points: Any, *, size: int, highest: int) -> Any:
-    # The codes of `weight`. Everything is transposed and in the factor's order, so that a column's numbers lie together.
+    # The codes of `weight`. All is transposed and in the factor's order, so that a column's numbers lie together.
     import torch
 
     group = (factor.order // size).tolist()

@@ -66,7 +66,10 @@ def test_statistics(tmp_path, style, capsys):
     summary = json.loads((tmp_path / "calibration/summary.json").read_text())
     assert summary["answers"] == ANSWERS
     assert summary["largest"] == {name: float(h.diagonal().max()) for name, h in found.items()}
-    assert "calibrated on 126 tokens, and the widest matrix has 256 columns: 512 tokens would be b" in capsys.readouterr().out
+    assert (
+        "calibrated on 126 tokens, and the widest matrix has 256 columns: 512 tokens would be b"
+        in capsys.readouterr().out
+    )
 
 
 def test_without_calibration(tmp_path):
@@ -128,7 +131,9 @@ def test_openvino_stores_what_was_solved(tiny_checkpoint, calibrated, tmp_path, 
             if not symmetric:
                 _, zero_shape, zeros = solved.pop(f"{weight}/zero_point")
                 codes = codes - unpacked(zeros)[: np.prod(zero_shape)].reshape(zero_shape)
-            values = codes * np.frombuffer(scales, np.float16).astype(np.float32).reshape(*shape[:-1], 1)
+            values = codes.astype(np.float32) * np.frombuffer(scales, np.float16).astype(np.float32).reshape(
+                *shape[:-1], 1
+            )
             expected = calibration.quantize(matrix, grid).weights()
             np.testing.assert_array_equal(values.reshape(expected.shape), expected)
     assert solved == {name: plain[name] for name in solved}
@@ -143,9 +148,7 @@ def test_the_layers_with_the_largest_inputs_stay_int8(tiny_checkpoint, calibrate
     calibration.summary.largest["model.layers.1.mlp.down_proj"] = 1e9
     recipe = OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=32, ratio=0.95)
     (tmp_path / "int4").mkdir()
-    quantize_int4(
-        tmp_path / "fp16", tmp_path / "int4", recipe=recipe, adjust_group_size=False, calibration=calibration
-    )
+    quantize_int4(tmp_path / "fp16", tmp_path / "int4", recipe=recipe, adjust_group_size=False, calibration=calibration)
     bits = {
         name: kind
         for name, (kind, _, _) in constants(tmp_path / "int4").items()
@@ -197,7 +200,7 @@ def test_onnx_stores_what_was_solved(tmp_path, style, provider, options):
         zero = 8
         if zeros:
             zero = unpacked(zeros[0].tobytes()).reshape(len(codes), -1)[:, :blocks, None]
-        values = (codes - zero) * scales.astype(np.float32).reshape(len(codes), blocks, 1)
+        values = (codes - zero).astype(np.float32) * scales.astype(np.float32).reshape(len(codes), blocks, 1)
         values = values.reshape(len(codes), -1)[:, :columns]
         divisor = RESIDUAL_SCALE if provider == "dml" and matrix.endswith(("o_proj", "down_proj")) else 1
         grid = Grid(

@@ -158,7 +158,7 @@ def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch):
             target,
             recipe=OnnxInt4(**ONNX | ONE_BY_ONE[name]),
             trust_remote_code=False,
-        calibration=None,
+            calibration=None,
         )
         model = onnx.load(target / "model.onnx")
         if name == "phi-3-4k" and module == "pipeline.onnx_builder":

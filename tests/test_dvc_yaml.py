@@ -102,5 +102,7 @@ def test_readme_table_of_stages():
 def test_calibrate_knows_whether_anything_is_calibrated():
     """The stage calibrate has nothing to do when no variant is calibrated, so it watches that key of each."""
     listed = [key for key in STAGES["calibrate"]["params"] if key.startswith("variants.")]
-    quantized = [variant for name in ("quantize_openvino", "build_onnx") for variant in STAGES[name]["matrix"]["variant"]]
+    quantized = [
+        variant for name in ("quantize_openvino", "build_onnx") for variant in STAGES[name]["matrix"]["variant"]
+    ]
     assert listed == [f"variants.{variant}.calibrated" for variant in quantized]

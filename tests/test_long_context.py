@@ -81,9 +81,13 @@ def build(name: str, root: Path) -> Tiny:
     for variant in VARIANTS:
         (root / variant).mkdir()
     openvino.export_fp16(checkpoint, root / "fp16")
-    openvino.quantize_int4(root / "fp16", root / "npu", recipe=VARIANTS["npu"], adjust_group_size=False, calibration=None)
+    openvino.quantize_int4(
+        root / "fp16", root / "npu", recipe=VARIANTS["npu"], adjust_group_size=False, calibration=None
+    )
     for variant in ("cpu", "dml"):
-        onnx_genai.build_int4(checkpoint, root / variant, recipe=VARIANTS[variant], trust_remote_code=False, calibration=None)
+        onnx_genai.build_int4(
+            checkpoint, root / variant, recipe=VARIANTS[variant], trust_remote_code=False, calibration=None
+        )
     source = Torch(checkpoint)
     prompts, ends = record(source, limits(read_json(checkpoint / "config.json"), directml=False))
     return Tiny(name, root, source, prompts, ends)
@@ -187,7 +191,9 @@ def longrope(tmp_path_factory):
 def test_the_check_finds_attention_to_everything(window, tmp_path, monkeypatch):
     """Without layer_types, as the builder alone does it, the ONNX model ignores the window: far from its source."""
     monkeypatch.setattr(onnx_genai, "BUILDER", "onnxruntime_genai.models.builder")
-    onnx_genai.build_int4(window.root / "checkpoint", tmp_path, recipe=VARIANTS["cpu"], trust_remote_code=False, calibration=None)
+    onnx_genai.build_int4(
+        window.root / "checkpoint", tmp_path, recipe=VARIANTS["cpu"], trust_remote_code=False, calibration=None
+    )
     assert [prompt.kl_mean > 1 for prompt in window.found("cpu", directory=tmp_path)] == [True, True]
 
 
@@ -261,5 +267,6 @@ def test_the_check_finds_an_ir_without_the_window(window, tmp_path):
 @pytest.mark.slow
 def test_the_check_finds_logits_of_pieces(longrope, monkeypatch):
     """With LongRoPE the scorer must not read a prompt in pieces, as it does with other models."""
-    monkeypatch.setattr(runtimes, "MAX_PIECE", 32)
+    monkeypatch.setattr(runtimes, "PIECE", 32)
+    monkeypatch.setattr(runtimes, "is_longrope", lambda config: False)
     assert [prompt.kl_mean > 0.05 for prompt in longrope.found("fp16")] == [True, True]

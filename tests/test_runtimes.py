@@ -10,7 +10,7 @@ import pytest
 from pipeline.measurement import load_runtime, load_scorer
 from pipeline.openvino import export_fp16
 from pipeline.params import Npu, OpenvinoFp16, OpenvinoInt4
-from pipeline.runtimes import OpenvinoGenai, OpenvinoLogits
+from pipeline.runtimes import OpenvinoGenai, OpenvinoLogits, piece_size
 from pipeline.source_model import Torch
 from tests.conftest import ROOT, run
 
@@ -91,3 +91,12 @@ def test_each_variant_in_its_runtime(fp16):
     assert load_runtime(fp16, variant=FP16).device == "CPU"
     assert load_runtime(fp16, variant=npu).device == "CPU (NPU static pipeline)"
     assert isinstance(load_scorer(fp16, variant=npu), OpenvinoLogits)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "pieces"), [(1, 1, 1), (256, 256, 1), (257, 129, 2), (2048, 147, 14), (4088, 137, 30)]
+)
+def test_pieces(tokens, size, pieces):
+    """A prompt is read in 1, 2, 6, 14 or 30 pieces: then the cache that doubles ends up just as long as the prompt."""
+    assert piece_size(tokens) == size
+    assert -(-tokens // size) == pieces

@@ -58,8 +58,9 @@ def test_brute_force():
     every = torch.tensor(list(itertools.product(range(16), repeat=4)), dtype=torch.uint8)
     best = torch.stack(
         [
-            loss(row[None], solver.Quantized(every, scale[None].expand(len(every), 1), torch.tensor([[8]]), 4), factor)
-            .min()
+            loss(
+                row[None], solver.Quantized(every, scale[None].expand(len(every), 1), torch.tensor([[8]]), 4), factor
+            ).min()
             for row, scale in zip(weight, solved.scales, strict=True)
         ]
     )
@@ -158,9 +159,11 @@ def test_statistics_that_are_none():
     """Values that are not finite and a matrix that is no sum of squares are refused with a sentence."""
     h = hessian(100, 16)
     h[3, 4] = torch.nan
-    with pytest.raises(PipelineError, match="the inputs of layer.q are not finite on the calibration answers: the sou"):
+    with pytest.raises(
+        PipelineError, match=r"the inputs of layer\.q are not finite on the calibration answers: the sou"
+    ):
         factorize(h, name="layer.q")
-    with pytest.raises(PipelineError, match="the statistics of layer.q are no sum of squares"):
+    with pytest.raises(PipelineError, match=r"the statistics of layer\.q are no sum of squares"):
         factorize(hessian(100, 16) - 1e4 * torch.eye(16), name="layer.q")
 
 
