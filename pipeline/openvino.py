@@ -80,8 +80,8 @@ def quantize_int4(
 ) -> None:
     """Write the INT4 form of the FP16 IR in `fp16` into the directory `target`, with the other files beside it.
 
-    NNCF decides how the IR stores its weights. With `calibration` the layers' inputs decide which of them stay INT8, and
-    the solver replaces NNCF's codes and scales.
+    NNCF decides how the IR stores its weights. With `calibration` the layers' inputs decide which of them stay INT8,
+    and the solver replaces NNCF's codes and scales.
 
     Raises PipelineError when the group size does not divide a layer's width and `adjust_group_size` is false.
     """
@@ -206,7 +206,8 @@ def read_matrices(directory: Path) -> list[Matrix]:
     import openvino
 
     built = []
-    for matrix, operation in _weights(openvino.Core().read_model(directory / MODEL[0])).items():
+    model = openvino.Core().read_model(directory / MODEL[0])  # without it a constant forgets who uses it
+    for matrix, operation in _weights(model).items():
         name, shape = f"{matrix}.weight", list(operation.get_output_shape(0))
         element = operation.get_output_element_type(0)
         groups = shape[2] if len(shape) == 3 else CHANNEL_WISE

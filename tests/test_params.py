@@ -126,8 +126,8 @@ def test_the_project_s_file():
         ("build:", "build: {", "params.yaml is not valid YAML: "),
         ("validate:", "build:", "params.yaml is not valid YAML: "),
         (
-            "algorithm: rtn\n    symmetric: false\n    block_size: 32\n    calibrated: true\n    int8: [",
-            "algorithm: default\n    symmetric: false\n    block_size: 32\n    calibrated: true\n    int8: [last_matmul",
+            "algorithm: rtn\n    symmetric: false\n    block_size: 32\n    calibrated: true\n    int8: []",
+            "algorithm: default\n    symmetric: false\n    block_size: 32\n    int8: [last_matmul]",
             "params.yaml: variants.onnx-directml-int4: int8 needs algorithm: rtn or",
         ),
     ],
