@@ -12,13 +12,15 @@ repro: variants
 	dvc repro
 	@dvc metrics show
 
-# GPTQ keeps one core busy, so what is not measured runs two at a time; `dvc repro` builds what is left, or fails.
-two_at_a_time = -dvc stage list --name-only $(1) | xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
+# Much of a build keeps one core busy, so what is not measured runs two at a time, each on one core: OpenMP's threads wait
+# for each other by spinning. `dvc repro` builds what is left, or fails.
+two_at_a_time = -dvc stage list --name-only $(1) | OMP_NUM_THREADS=1 xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
 
-# What others need goes first: it is there when the second of the ONNX models is.
+# What others need goes first.
 models: $(VENV)/.installed
 	dvc repro download
-	$(call two_at_a_time,export_openvino calibrate build_onnx quantize_openvino $(beside))
+	$(call two_at_a_time,calibrate export_openvino $(beside))
+	$(call two_at_a_time,build_onnx quantize_openvino)
 
 variants: beside = reference
 variants: models wine

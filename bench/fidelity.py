@@ -6,92 +6,100 @@ Run `dvc repro validate` first, for the checkpoint, the FP16 IR, the reference a
 import json
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import Any
 
 import click
+import nncf
 
 from pipeline import onnx_genai, openvino, paths
-from pipeline.calibration import read_calibration
+from pipeline.calibration import Calibration
 from pipeline.fidelity import compare, read_distributions
+from pipeline.ir_inputs import model_inputs
 from pipeline.manifest import replace_file, tool_versions
 from pipeline.measurement import load_runtime, load_scorer
-from pipeline.params import OnnxInt4, OpenvinoInt4, SensitivityMetric, load_params
+from pipeline.params import OnnxInt4, OpenvinoInt4, load_params
 from pipeline.reference import read_reference
 
 MODEL = "smol-phi3"
 RESULTS = Path(__file__).with_suffix(".json")
 QUESTIONS = 3  # of the speed test; the first, which warms up, is not counted
-CALIBRATED = {"calibrated": True}
-OPENVINO: dict[str, dict[str, Any]] = {
-    "plain (the tutorial's)": {},
-    "AWQ, data-free": {"awq": True},
-    "AWQ": {"awq": True} | CALIBRATED,
-    "SE": {"scale_estimation": True} | CALIBRATED,
-    "GPTQ": {"gptq": True} | CALIBRATED,
-    "AWQ + SE": {"awq": True, "scale_estimation": True} | CALIBRATED,
-    "SE + GPTQ": {"scale_estimation": True, "gptq": True} | CALIBRATED,
-    "AWQ + GPTQ": {"awq": True, "gptq": True} | CALIBRATED,
-    "AWQ + SE + GPTQ": {"awq": True, "scale_estimation": True, "gptq": True} | CALIBRATED,
+# The former defaults, in NNCF's own words; here alone is its calibration used.
+NNCF: dict[str, dict[str, Any]] = {
+    "openvino-int4": {
+        "awq": True,
+        "gptq": True,
+        "sensitivity_metric": nncf.SensitivityMetric.MAX_ACTIVATION_VARIANCE,
+    },
+    "npu-int4-channelwise": {"scale_estimation": True, "gptq": True},
+    "npu-int4-group128": {"awq": True, "scale_estimation": True},
 }
-METRICS = get_args(SensitivityMetric)[1:]  # the first needs no data, and is the default
-BEST = "max_activation_variance"  # of these
-MIXED = [("AWQ + SE", metric) for metric in METRICS] + [
-    (name, BEST) for name in ("GPTQ", "AWQ + GPTQ", "AWQ + SE + GPTQ")
-]
-INT4 = {name: options for name, options in OPENVINO.items() if name == "GPTQ" or "GPTQ" not in name}
-INT4 |= {f"{name}, {metric}": OPENVINO[name] | {"sensitivity_metric": metric} for name, metric in MIXED}
+FORMER = "NNCF's calibration"
+PLAIN, SOLVER = "plain (the tutorial's)", "solver"
+SHAPES: dict[str, dict[str, Any]] = {
+    "openvino-int4": {"group_size": 128, "ratio": 0.6},
+    "npu-int4-channelwise": {"group_size": -1, "ratio": 1.0},
+    "npu-int4-group128": {"group_size": 128, "ratio": 1.0},
+}
 INT8 = ["last_matmul", "mixed_layers"]
 ONNX: dict[str, dict[str, Any]] = {
     "default, symmetric, block 32 (the tutorial's)": {"algorithm": "default", "symmetric": True},
     "default, symmetric, block 128": {"algorithm": "default", "symmetric": True, "block_size": 128},
     "rtn, asymmetric": {},
-    "rtn, asymmetric, INT8 head": {"int8": INT8[:1]},
-    "rtn, symmetric, INT8 head and mixed layers": {"symmetric": True, "int8": INT8},
     "rtn, asymmetric, INT8 head and mixed layers": {"int8": INT8},
-    "k_quant, asymmetric": {"algorithm": "k_quant"},
     "k_quant, asymmetric, INT8 head and mixed layers": {"algorithm": "k_quant", "int8": INT8},
+    "solver, symmetric, block 32": {"algorithm": "default", "symmetric": True, "calibrated": True},
+    "solver, symmetric, block 128": {"algorithm": "default", "symmetric": True, "block_size": 128, "calibrated": True},
+    "solver, asymmetric": {"calibrated": True},
+    "solver, asymmetric, INT8 head and mixed layers": {"calibrated": True, "int8": INT8},
 }
 
 
 def recipes() -> dict[str, dict[str, OpenvinoInt4 | OnnxInt4]]:
     """Return the recipes to compare, by variant and label."""
-
-    def openvino_recipe(options: dict[str, Any], **fixed: Any) -> OpenvinoInt4:
-        return OpenvinoInt4(stage="quantize_openvino", symmetric=True, **fixed | options)
-
-    def onnx_recipe(options: dict[str, Any], provider: str) -> OnnxInt4:
-        plain = {"algorithm": "rtn", "symmetric": False, "block_size": 32, "int8": []}
-        return OnnxInt4(stage="build_onnx", execution_provider=provider, **plain | options)
-
-    return {
-        "openvino-int4": {k: openvino_recipe(v, group_size=128, ratio=0.6) for k, v in INT4.items()},
-        "onnx-directml-int4": {k: onnx_recipe(v, "dml") for k, v in ONNX.items()},
-        "onnx-cpu-int4": {k: onnx_recipe(ONNX[k], "cpu") for k in ONNX if "block" in k or "mixed" in k},
-        "npu-int4-channelwise": {k: openvino_recipe(v, group_size=-1, ratio=1.0) for k, v in OPENVINO.items()},
-        "npu-int4-group128": {k: openvino_recipe(v, group_size=128, ratio=1.0) for k, v in OPENVINO.items()},
-    }
+    found: dict[str, dict[str, OpenvinoInt4 | OnnxInt4]] = {}
+    for variant, shape in SHAPES.items():
+        plain = OpenvinoInt4(stage="quantize_openvino", symmetric=True, **shape)
+        found[variant] = {PLAIN: plain, FORMER: plain, SOLVER: plain.model_copy(update={"calibrated": True})}
+    fixed = {"stage": "build_onnx", "algorithm": "rtn", "symmetric": False, "block_size": 32, "int8": []}
+    for variant, provider in {"onnx-directml-int4": "dml", "onnx-cpu-int4": "cpu"}.items():
+        found[variant] = {k: OnnxInt4(execution_provider=provider, **fixed | v) for k, v in ONNX.items()}
+    return found
 
 
-def measure(recipe: OpenvinoInt4 | OnnxInt4, directory: Path) -> dict[str, float]:
+@contextmanager
+def calibrated_by_nncf(variant: str) -> Iterator[None]:
+    """While it is entered, NNCF calibrates `variant` as its former default said."""
+    compress = nncf.compress_weights
+    answers = Calibration(paths.calibration(MODEL), paths.source(MODEL)).summary.answers
+    options = NNCF[variant] | {"dataset": nncf.Dataset([model_inputs(ids) for ids in answers])}
+    nncf.compress_weights = lambda model, **own: compress(model, **own | options)
+    try:
+        yield
+    finally:
+        nncf.compress_weights = compress
+
+
+def measure(label: str, variant: str, recipe: OpenvinoInt4 | OnnxInt4, directory: Path) -> dict[str, float]:
     """Build `recipe` in `directory` and return size in MB, build time in s, fidelity and decode speed on the CPU."""
     reference = read_reference(paths.reference(MODEL))
     started = time.perf_counter()
+    calibration = Calibration(paths.calibration(MODEL), paths.source(MODEL)) if recipe.calibrated else None
     if isinstance(recipe, OpenvinoInt4):
-        openvino.quantize_int4(
-            paths.variant(MODEL, "openvino-fp16"),
-            directory,
-            recipe=recipe,
-            adjust_group_size=True,
-            calibration=read_calibration(paths.calibration(MODEL)),
-        )
+        with calibrated_by_nncf(variant) if label == FORMER else nullcontext():
+            openvino.quantize_int4(
+                paths.variant(MODEL, "openvino-fp16"),
+                directory,
+                recipe=recipe,
+                adjust_group_size=True,
+                calibration=calibration,
+            )
     else:
         onnx_genai.build_int4(
-            paths.source(MODEL),
-            directory,
-            recipe=recipe,
-            trust_remote_code=False,
+            paths.source(MODEL), directory, recipe=recipe, trust_remote_code=False, calibration=calibration
         )
     seconds = time.perf_counter() - started
     weights = directory / (openvino if isinstance(recipe, OpenvinoInt4) else onnx_genai).WEIGHTS
@@ -130,7 +138,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
         parts += [f"| option | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
         for name, row in rows.items():
             label = f"**{name}**" if name == best and not missing else name
-            label += " (default)" * (recipes()[variant][name] == default)
+            label += " (default)" * (name != FORMER and recipes()[variant][name] == default)
             parts.append(f"| {label} | {' | '.join(f'{row[column]:g}' for column in columns)} |")
     return "\n".join(parts)
 
@@ -149,7 +157,7 @@ def main() -> None:
                 continue
             click.echo(f"{variant}: {name}")
             with tempfile.TemporaryDirectory(prefix="phi3-bench-") as directory:
-                rows[name] = measure(recipe, Path(directory))
+                rows[name] = measure(name, variant, recipe, Path(directory))
             click.echo(rows[name])
             replace_file(RESULTS, json.dumps(results, indent=2))
     versions = ", ".join(f"{k} {v}" for k, v in tool_versions("openvino", "nncf", "onnxruntime-genai").items())

@@ -79,9 +79,10 @@ def hessians(source: Torch, answers: list[list[int]]) -> Iterator[tuple[str, dic
             with _collecting({f"{name}.{part}": module for part, module in own.named_modules()}) as found:
                 for place, states in enumerate(hidden):
                     hidden[place] = own(states, **arguments[place])
-            yield name, {matrix: _products(inputs) for matrix, inputs in found.items()}
+            yield name, found
         norm = copy.deepcopy(model.model.norm).float()
-        yield HEAD, {HEAD: _products([norm(states)[0] for states in hidden])}
+        inputs = torch.cat([norm(states)[0] for states in hidden])
+        yield HEAD, {HEAD: inputs.T @ inputs}
 
 
 class Calibration:
@@ -141,27 +142,22 @@ def _layer_inputs(model: Any, answers: list[list[int]]) -> tuple[list[Any], list
 
 
 @contextmanager
-def _collecting(modules: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
-    # While it is entered, the inputs of every linear layer among `modules`: (tokens, columns) per call.
+def _collecting(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    # H of the inputs of every linear layer among `modules`, which grows with each call.
     import torch
 
-    found: dict[str, list[Any]] = {}
+    found: dict[str, Any] = {}
+
+    def add(name: str, inputs: Any) -> None:
+        found[name].addmm_(inputs.T, inputs)
+
     hooks = []
     for name, module in modules.items():
         if isinstance(module, torch.nn.Linear):
-            found[name] = []
-            hooks.append(module.register_forward_pre_hook(lambda _, inputs, name=name: found[name].append(inputs[0][0])))
+            found[name] = torch.zeros(module.in_features, module.in_features)
+            hooks.append(module.register_forward_pre_hook(lambda module, inputs, name=name: add(name, inputs[0][0])))
     try:
         yield found
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _products(inputs: list[Any]) -> Any:
-    # X'X of `inputs`, the rows of X in parts. They go as they are added up.
-    import torch
-
-    x = torch.cat(inputs)
-    inputs.clear()
-    return x.T @ x
