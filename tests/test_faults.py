@@ -144,7 +144,6 @@ def test_killed_at_any_time_then_two_at_once(plain, tmp_path):
 def test_full_disk(plain, hostile, mount):
     """A disk that fills up during any stage is one sentence; what was built before is intact, nothing half-built is
     left, and with space the stage ends well."""
-    shutil.rmtree(plain / "artifacts")
     artifacts = mount(plain / "artifacts", 30)
     (artifacts / "tiny").mkdir()
     cells = CELLS | {("reference", "tiny"): ("", 0), VALIDATE: ("", 0)}

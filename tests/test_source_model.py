@@ -12,7 +12,7 @@ from pipeline.source_model import Torch, _batches
 def test_bfloat16_weights_are_computed_in_float32(tiny_checkpoint):
     """The logits of a bfloat16 checkpoint are those of the same weights widened to float32 beforehand."""
     source = Torch(tiny_checkpoint)
-    assert source._model.dtype == torch.bfloat16
+    assert source.model.dtype == torch.bfloat16
     wide = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     ids = list(range(20, 60))
     expected = wide(torch.tensor([ids])).logits[0].detach().numpy()
@@ -44,14 +44,14 @@ def test_residual_peak(tiny_checkpoint):
     """The peak is that of the answered prompts' own tokens, each read alone; padding does not count."""
     source = Torch(tiny_checkpoint)
     with torch.no_grad():
-        embedding = source._model.get_input_embeddings().weight
+        embedding = source.model.get_input_embeddings().weight
         embedding[source.eos_token_ids()[0]] = 1000  # with which prompts are padded, and which ends none of the answers
         embedding[80] = 50
     prompts = [[30, 31, 80], list(range(30, 50))]
     answers = source.answer(prompts, max_new_tokens=4)
     states = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        read = source._model(torch.tensor([prompt + answer[:-1]]), output_hidden_states=True)
+        read = source.model(torch.tensor([prompt + answer[:-1]]), output_hidden_states=True)
         # The last of them is normed already: the input of the last norm is within the layers before it here.
         states += [float(state.abs().max()) for state in read.hidden_states[:-1]]
     assert 50 <= source.residual_peak < 100

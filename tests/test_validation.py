@@ -185,7 +185,7 @@ def test_a_small_weight_block_zeroed(artifact, embedded):
     """Damage too small to show in the answers fails the fidelity gate, with metric, limit and value."""
     path = artifact / "openvino_model.bin"
     with path.open("r+b") as stream:
-        stream.seek(path.stat().st_size // 3)
+        stream.seek(path.stat().st_size * 2 // 3)
         stream.write(bytes(200_000))
     reseal(artifact)
     metrics, evidence, _ = validate_artifact(artifact, embedded)
