@@ -47,7 +47,9 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
 def unfinished(project: Path) -> list[str]:
     """Return the artifact directories without a manifest, and the temporary ones."""
     folder = project / "artifacts/tiny"
-    directories = [path for path in folder.iterdir() if path.is_dir() and path.name not in ("logs", "metrics", "calibration")]
+    directories = [
+        path for path in folder.iterdir() if path.is_dir() and path.name not in ("logs", "metrics", "calibration")
+    ]
     return sorted(path.name for path in directories if not (path / "manifest.json").exists() or path.name[0] == ".")
 
 
