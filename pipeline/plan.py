@@ -40,7 +40,7 @@ MEMORY = {
 # On top: of the largest matrix in float32 so many copies at once, and for the solver of the widest matrix's statistics
 # and of the rows that it solves at a time.
 OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 2.8, "cpu": 5.8}
-SQUARES, SLICES = 3, 8
+SQUARES, SLICES = 3, 12
 PROMPT = 4096  # tokens of the longest prompt that validate reads
 GGUF = 2.7  # rewriting it takes this many times the FP16 weights
 # Seconds: a base and a part for each GB of FP16 weights.
