@@ -1,8 +1,8 @@
 """What a build will cost, from the model's config alone: disk, memory and time of each cell of dvc.yaml.
 
 Sizes follow from the recipes. Memory and time are lines between the embedded model and Phi-3-mini's shape on 2 cores,
-where `make bench` checks them. Calibration and `reference` were not measured at that shape; the memory of `validate`
-was with 6 of its layers.
+where `make bench` checks them. At that shape `reference` was not measured; the memory of `validate` was with 6 layers of
+it, and calibration and the solver with 2.
 """
 
 import os
@@ -18,7 +18,7 @@ from pipeline import onnx_genai, openvino, paths
 from pipeline.checkpoint import read_json
 from pipeline.errors import PipelineError
 from pipeline.graph import changed, read_cells
-from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Params, load_params
+from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Params, Variant, load_params
 from pipeline.recipe import Matrix, matrices
 from pipeline.solver import ROWS
 
@@ -139,14 +139,14 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         # One loaded copy at a time, its weights rearranged for the processor, and the cache of the longest prompt.
         head = config["hidden_size"] // config["num_attention_heads"]
         # Keys and values take 16 bits, but in the ONNX model for CPUs.
-        variant = params.get_variant(rest.removeprefix(f"{name}-"))
+        variant = _variant(rest, name, params)
         bytes_each = 4.0 if isinstance(variant, OnnxInt4) and variant.execution_provider == "cpu" else 2.0
         cache = 2 * bytes_each * config["num_hidden_layers"] * config["num_key_value_heads"] * head
-        memory += _size(rest, name, source, params=params, config=config)
+        memory += _size(variant, name, source, params=params, config=config)
         memory += cache * min(PROMPT, config["max_position_embeddings"])
     elif stage in ("quantize_openvino", "build_onnx"):
-        variant = params.get_variant(rest.removeprefix(f"{name}-"))
-        size = _size(rest, name, source, params=params, config=config)
+        variant = _variant(rest, name, params)
+        size = _size(variant, name, source, params=params, config=config)
         if isinstance(variant, OnnxInt4):
             temporary = size  # the quantized matrices, before the file that holds all
             memory += ONNX_COPIES[variant.execution_provider] * largest
@@ -168,8 +168,12 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     return Cost(size + OTHER_FILES, temporary, memory, seconds)
 
 
-def _size(rest: str, name: str, source: list[Matrix], *, params: Params, config: dict[str, Any]) -> float:
-    variant = params.get_variant(rest.removeprefix(f"{name}-"))
+def _variant(rest: str, name: str, params: Params) -> Variant:
+    # The variant of a cell of the model `name`; `rest` is the cell's name behind its stage.
+    return params.get_variant(rest.removeprefix(f"{name}-"))
+
+
+def _size(variant: Variant, name: str, source: list[Matrix], *, params: Params, config: dict[str, Any]) -> float:
     backend: Any = onnx_genai if isinstance(variant, OnnxInt4) else openvino
     adjust = params.get_model(name).group_size_fallback == "adjust"
     size: float = backend.expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)
