@@ -1,8 +1,8 @@
 """What a build will cost, from the model's config alone: disk, memory and time of each cell of dvc.yaml.
 
 Sizes follow from the recipes. Memory and time are lines between the embedded model and Phi-3-mini's shape on 2 cores,
-where `make bench` checks them. At that shape `reference` was not measured; the memory of `validate` was with 6 layers of
-it, and calibration and the solver with 2.
+where `make bench` checks them. At that shape `reference` was not measured; the memory of `validate` was with 6 of its
+layers, calibration and the solver with 2.
 """
 
 import os
