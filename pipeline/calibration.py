@@ -1,14 +1,10 @@
-"""What an INT4 recipe is calibrated on: the source model's own answers, and what they say of each matrix's inputs.
+"""What the matrices of the source model get as inputs on its own answers: INT4 formats are calibrated by it.
 
-No data set is needed: the source answers prompts that nothing is measured on. Then it reads these answers once, layer
-by layer, and leaves H = X'X of every matrix, the sum of the outer products of its inputs, for all INT4 formats. Only
-one layer computes at a time: its float32 weights and the hidden states of all answers are what is in memory.
+The stage calibrate leaves H = X'X of every matrix, the sum of the outer products of its inputs (pipeline/hessians.py).
+H is symmetric, and a file holds half of it.
 """
 
-import copy
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +12,11 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.checkpoint import open_weights
 from pipeline.errors import PipelineError
-from pipeline.manifest import replace_file
-from pipeline.progress import Bar, say
-from pipeline.prompts import Prompt
 from pipeline.solver import Factor, Grid, Quantized, factorize, quantize
-from pipeline.source_model import Torch
+from pipeline.torch_device import torch_device
 
 SUMMARY = "summary.json"
 HEAD = "lm_head"
-ENOUGH = 2  # tokens for each column of the widest matrix; below one H has no full rank
 
 
 class Summary(BaseModel):
@@ -35,58 +27,30 @@ class Summary(BaseModel):
     largest: dict[str, float]
 
 
-def make_calibration(source: Torch, prompts: list[Prompt], *, max_new_tokens: int) -> list[list[int]]:
-    """Return for each of `prompts` the token ids of the rendered chat with the model's greedy answer."""
-    rendered = [source.encode(source.render_chat(prompt.messages)) for prompt in prompts]
-    answers = source.answer(rendered, max_new_tokens=max_new_tokens)
-    return [prompt + answer for prompt, answer in zip(rendered, answers, strict=True)]
+def fold(symmetric: Any) -> Any:
+    """Return the upper triangle of `symmetric`, of shape (n, n) with n even, as a matrix of shape (n / 2, n + 1).
 
-
-def write_calibration(target: Path, *, answers: list[list[int]], layers: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Write the directory `target`: a file for each of `layers`, which come from `hessians`, and a summary."""
-    from safetensors.torch import save_file
-
-    target.mkdir(parents=True, exist_ok=True)
-    (target / SUMMARY).unlink(missing_ok=True)  # written last: without it nothing is there
-    largest: dict[str, float] = {}
-    widest = 0
-    for name, found in layers:
-        save_file(found, target / f"{name}.safetensors")
-        largest |= {matrix: float(hessian.diagonal().max()) for matrix, hessian in found.items()}
-        widest = max(widest, *map(len, found.values()))
-    tokens = sum(map(len, answers))
-    if tokens < ENOUGH * widest:
-        say(
-            f"calibrated on {tokens} tokens, and the widest matrix has {widest} columns: {ENOUGH * widest} tokens "
-            "would be better; raise calibrate.max_new_tokens."
-        )
-    replace_file(target / SUMMARY, Summary(answers=answers, largest=largest).model_dump_json())
-
-
-def hessians(source: Torch, answers: list[list[int]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield, for each decoder layer and then for the head, its name and H of each of its matrices by the matrix's name.
-
-    H is float32 of shape (columns, columns). `answers` are the token ids of chats, which `source` reads.
+    Its first n / 2 rows lie one place further right than in `symmetric`. The lower triangle that this leaves free takes
+    the other rows, as columns.
     """
-    import torch
+    half = len(symmetric) // 2
+    folded = symmetric.new_zeros(half, 2 * half + 1)
+    folded[:, 1:] = symmetric[:half].triu()
+    folded[:, :half] += symmetric[half:, half:].tril()
+    return folded
 
-    model = source.model
-    with torch.inference_mode():
-        hidden, arguments = _layer_inputs(model, answers)
-        for index, layer in enumerate(Bar(model.model.layers, desc="reading answers, layer by layer")):
-            name = f"model.layers.{index}"
-            own = copy.deepcopy(layer).float()
-            with _collecting({f"{name}.{part}": module for part, module in own.named_modules()}) as found:
-                for place, states in enumerate(hidden):
-                    hidden[place] = own(states, **arguments[place])
-            yield name, found
-        norm = copy.deepcopy(model.model.norm).float()
-        inputs = torch.cat([norm(states)[0] for states in hidden])
-        yield HEAD, {HEAD: inputs.T @ inputs}
+
+def unfold(folded: Any) -> Any:
+    """Return the symmetric matrix of shape (n, n) of which `folded` is the form that `fold` gives it."""
+    half = len(folded)
+    full = folded.new_zeros(2 * half, 2 * half)
+    full[:half] = folded[:, 1:].triu()
+    full[half:, half:] = folded[:, :half].tril().T
+    return full.add_(full.triu(1).T)
 
 
 class Calibration:
-    """What `write_calibration` wrote to `directory`, beside the weights of the checkpoint that it was made with.
+    """What the stage calibrate wrote to `directory`, beside the weights of the checkpoint that it was made with.
 
     Raises PipelineError when nothing was written there.
     """
@@ -97,6 +61,7 @@ class Calibration:
         except FileNotFoundError as error:
             raise PipelineError(f"{directory / SUMMARY} is missing: run the stage calibrate first.") from error
         self._directory, self._weight = directory, open_weights(checkpoint)
+        self._device = torch_device()
         self._last: tuple[str, Factor] | None = None
 
     def quantize(self, matrix: str, grid: Grid, *, rows: slice = slice(None)) -> Quantized:
@@ -105,59 +70,12 @@ class Calibration:
         if self._last is None or self._last[0] != matrix:
             self._last = None
             self._last = (matrix, factorize(self._hessian(matrix), name=matrix))
-        return quantize(self._weight(f"{matrix}.weight")[rows], self._last[1], grid)
+        weight = self._weight(f"{matrix}.weight")[rows].to(self._device)
+        return quantize(weight, self._last[1], grid).cpu()
 
     def _hessian(self, matrix: str) -> Any:
         from safetensors import safe_open
 
         layer = matrix if matrix == HEAD else matrix.rsplit(".", 2)[0]
         with safe_open(self._directory / f"{layer}.safetensors", framework="pt") as file:
-            return file.get_tensor(matrix)
-
-
-class _Stop(Exception):
-    pass
-
-
-def _layer_inputs(model: Any, answers: list[list[int]]) -> tuple[list[Any], list[dict[str, Any]]]:
-    # What the model gives to its first layer for each answer: the hidden states, and masks and positions.
-    import torch
-
-    hidden: list[Any] = []
-    arguments: list[dict[str, Any]] = []
-
-    def keep(module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        hidden.append(inputs[0].float())
-        arguments.append(options)
-        raise _Stop
-
-    hook = model.model.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for ids in answers:
-            with suppress(_Stop):
-                model.model(input_ids=torch.tensor([ids]), use_cache=False)
-    finally:
-        hook.remove()
-    return hidden, arguments
-
-
-@contextmanager
-def _collecting(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    # H of the inputs of every linear layer among `modules`, which grows with each call.
-    import torch
-
-    found: dict[str, Any] = {}
-
-    def add(name: str, inputs: Any) -> None:
-        found[name].addmm_(inputs.T, inputs)
-
-    hooks = []
-    for name, module in modules.items():
-        if isinstance(module, torch.nn.Linear):
-            found[name] = torch.zeros(module.in_features, module.in_features)
-            hooks.append(module.register_forward_pre_hook(lambda module, inputs, name=name: add(name, inputs[0][0])))
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+            return unfold(file.get_tensor(matrix).to(self._device))

@@ -129,20 +129,10 @@ def near_tie(source: Torch, answer: Answer) -> str | None:
     )
 
 
-def make_reference(
-    source: Torch,
-    *,
-    params: Params,
-    eos_token_ids: list[int],
-    long_context: LongContext,
-    on_logits: Callable[[int, Any], None],
-) -> Reference:
-    """Return what `source`, the source model, says to every probe, to validate.prompts and to the reference prompts.
+def answer_questions(source: Torch, *, params: Params) -> tuple[list[Answer], list[str]]:
+    """Return what `source`, the source model, answers to validate.prompts, and why questions were left out.
 
-    `on_logits` is given the index and the logits of each answer to the reference prompts; see `Torch.answer`. Questions
-    on which the source nearly ties are left out.
-
-    Raises PipelineError when no question is left.
+    Those on which it nearly ties between two tokens are left out. Raises PipelineError when no question is left.
     """
     answers, near_ties = [], []
     for question in params.validate_.prompts:
@@ -157,6 +147,23 @@ def make_reference(
         raise PipelineError(
             f"validate.prompts: {'; '.join(near_ties)}: give a question that the model answers without doubt."
         )
+    return answers, near_ties
+
+
+def make_reference(
+    source: Torch,
+    *,
+    params: Params,
+    eos_token_ids: list[int],
+    answers: list[Answer],
+    near_ties: list[str],
+    long_context: LongContext,
+    on_logits: Callable[[int, Any], None],
+) -> Reference:
+    """Return what `source`, the source model, says to every probe and to the reference prompts, beside what is given.
+
+    `on_logits` is given the index and the logits of each answer to the reference prompts; see `Torch.answer`.
+    """
     rendered = [Chat(messages=messages, rendered=source.render_chat(messages)) for messages in CHATS]
     texts = [*TEXTS, *(chat.rendered for chat in rendered)]  # the rendered chats hold the special tokens
     ids = [source.encode(text) for text in texts]

@@ -272,7 +272,7 @@ class Transformers:
 
             def end(self) -> None: ...
 
-        prompt = torch.tensor([ids])
+        prompt = torch.tensor([ids], device=self.model.device)
         output = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -293,15 +293,15 @@ class Transformers:
         import numpy as np
         import torch
 
-        prompt = torch.tensor([ids])
+        prompt = torch.tensor([ids], device=self.model.device)
         with torch.inference_mode():
             output = self.model(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                position_ids=torch.arange(len(ids))[None],
+                position_ids=torch.arange(len(ids), device=prompt.device)[None],
                 logits_to_keep=last,
             )
-        return np.asarray(output.logits[0, -last:].float(), dtype=np.float32)
+        return np.asarray(output.logits[0, -last:].float().cpu(), dtype=np.float32)
 
 
 class OptimumIntel(Transformers):

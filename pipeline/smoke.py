@@ -159,6 +159,11 @@ def check_answers(answers: Sequence[Answer], reference: Reference, *, params: Va
         yield Failure("answer", {"question": source.question, "answer": source.text}, answer.text)
 
 
+def check_first_answer(answer: Answer, reference: Reference, *, params: Validate) -> Iterator[Failure]:
+    """Compare the answer to the first question alone with the source's."""
+    return check_answers([answer], reference.model_copy(update={"answers": reference.answers[:1]}), params=params)
+
+
 def _check_form(answer: Answer, source: Answer, *, params: Validate) -> Iterator[Failure]:
     if not answer.text.strip():
         yield Failure("empty", source.text, answer.text)

@@ -73,6 +73,10 @@ class Quantized:
     zero_points: Any
     group_size: int
 
+    def cpu(self) -> "Quantized":
+        """Return the same on the CPU."""
+        return Quantized(self.codes.cpu(), self.scales.cpu(), self.zero_points.cpu(), self.group_size)
+
     def weights(self) -> Any:
         """Return the float32 weights, shape (rows, columns)."""
         columns = self.codes.shape[1]
@@ -135,12 +139,6 @@ def quantize(weight: Any, factor: Factor, grid: Grid) -> Quantized:
         )
     codes, scales, zero_points = (torch.cat(part) for part in zip(*parts, strict=True))
     return Quantized(codes, scales, zero_points.to(torch.uint8), size)
-
-
-def loss(weight: Any, quantized: Quantized, factor: Factor) -> Any:
-    """Return ||R (w - q)||² of each row, shape (rows,)."""
-    error = (weight - quantized.weights())[:, factor.order]
-    return (error @ factor.slopes.T).square() @ factor.importance
 
 
 def pack(nibbles: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.progress import Bar
 from pipeline.runtimes import Transformers
+from pipeline.torch_device import torch_device
 
 BATCH, BATCH_TOKENS = 32, 4096  # prompts answered at a time, and their tokens with padding
 
@@ -20,19 +21,19 @@ class Torch(Transformers):
     """
 
     name = "transformers"
-    device = "CPU (torch)"
 
     def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         super().__init__(directory, trust_remote_code=trust_remote_code)
-        self.residual_peak = (
-            0.0  # the largest magnitude at the input of an RMS norm in all that `answer` read and wrote
-        )
-        self.model = AutoModelForCausalLM.from_pretrained(
+        # The largest magnitude at the input of an RMS norm in all that `answer` read and wrote.
+        self.residual_peak = 0.0
+        model = AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
-        ).eval()
+        )
+        self.model = model.eval().to(torch_device())
+        self.device = f"{self.model.device.type.upper()} (torch)"
         if self.model.dtype != torch.float32:
             for module in self.model.modules():
                 if isinstance(module, torch.nn.Linear):
@@ -54,16 +55,17 @@ class Torch(Transformers):
         """
         import torch
 
-        eos = self.eos_token_ids()
+        eos, device = self.eos_token_ids(), self.model.device
         answers: dict[int, list[int]] = {}
         with Bar(desc="answering prompts", total=len(prompts)) as bar:
             for batch in _batches([len(prompt) for prompt in prompts]):
                 width = max(len(prompts[index]) for index in batch)
                 padding = [width - len(prompts[index]) for index in batch]
-                mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding])
+                mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device)
+                rows = [[eos[0]] * pad + prompts[index] for pad, index in zip(padding, batch, strict=True)]
                 with self._residual_peaks(mask) as peaks:
                     output = self.model.generate(
-                        torch.tensor([[eos[0]] * pad + prompts[i] for pad, i in zip(padding, batch, strict=True)]),
+                        torch.tensor(rows, device=device),
                         attention_mask=mask,
                         max_new_tokens=max_new_tokens,
                         do_sample=False,
@@ -78,7 +80,8 @@ class Torch(Transformers):
                     # What follows an answer's end in a batch is padding, too.
                     self.residual_peak = max([self.residual_peak, *(step[row] for step in peaks[: end + 1])])
                     if on_logits:
-                        on_logits(index, torch.stack([step[row] for step in output.logits[: end + 1]]).float().numpy())
+                        logits = torch.stack([step[row] for step in output.logits[: end + 1]])
+                        on_logits(index, logits.float().cpu().numpy())
                 bar.update(len(batch))
         return [answers[index] for index in range(len(prompts))]
 

@@ -203,8 +203,7 @@ def _judge_tutorial(
     first = ask(tutorial, reference.answers[0].question, max_new_tokens=params.max_new_tokens)
     say(f"{tutorial.name}: {first.text.strip()}")
     evidence[tutorial.name] = {"device": tutorial.device, "text": first.text}
-    subset = reference.model_copy(update={"answers": reference.answers[:1]})
-    return smoke.check_answers([first], subset, params=params)
+    return smoke.check_first_answer(first, reference, params=params)
 
 
 def longest_prompt(context: dict[str, int], variant: Variant) -> int:

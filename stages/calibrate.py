@@ -1,7 +1,7 @@
 """Stage calibrate."""
 
 from pipeline import paths
-from pipeline.calibration import hessians, make_calibration, write_calibration
+from pipeline.hessians import hessians, make_calibration, write_calibration
 from pipeline.params import load_params
 from pipeline.process import stage_command
 from pipeline.progress import say

@@ -13,7 +13,7 @@ from pipeline.manifest import read_manifest, replace_file
 from pipeline.params import load_params
 from pipeline.process import stage_command
 from pipeline.progress import say
-from pipeline.reference import make_reference
+from pipeline.reference import answer_questions, make_reference
 from pipeline.source_model import Torch
 
 
@@ -27,10 +27,13 @@ def main(model: str) -> None:
         kept[index] = distributions(logits)
 
     source = Torch(paths.source(model), trust_remote_code=params.get_model(model).source.trust_remote_code)
+    answers, near_ties = answer_questions(source, params=params)
     long_context, ends = record(source, limits(read_json(paths.source(model) / "config.json"), directml=False))
     reference = make_reference(
         source,
         params=params,
+        answers=answers,
+        near_ties=near_ties,
         long_context=long_context,
         eos_token_ids=read_manifest(paths.source(model)).eos_token_ids,
         on_logits=keep,

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline import onnx_genai
-from pipeline.calibration import Calibration, hessians, make_calibration, write_calibration
+from pipeline.calibration import Calibration, fold, unfold
 from pipeline.checkpoint import open_weights, read_json
 from pipeline.errors import PipelineError
+from pipeline.hessians import hessians, make_calibration, write_calibration
 from pipeline.onnx_builder import RESIDUAL_SCALE
 from pipeline.openvino import export_fp16, quantize_int4
 from pipeline.params import OnnxInt4, OpenvinoInt4
@@ -59,7 +60,7 @@ def test_statistics(tmp_path, style, capsys):
     expected = {name: torch.cat(parts).T @ torch.cat(parts) for name, parts in inputs.items()}
     found = {}
     for path in (tmp_path / "calibration").glob("*.safetensors"):
-        found |= load_file(path)
+        found |= {name: unfold(folded) for name, folded in load_file(path).items()}
     assert found.keys() == expected.keys()
     for name, h in found.items():
         torch.testing.assert_close(h.double(), expected[name], rtol=1e-3, atol=1e-3 * float(expected[name].abs().max()))
@@ -70,6 +71,16 @@ def test_statistics(tmp_path, style, capsys):
         "calibrated on 126 tokens, and the widest matrix has 256 columns: 512 tokens would be b"
         in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("size", [2, 6, 8])
+def test_half_of_a_symmetric_matrix(size):
+    """A folded matrix holds each number of the upper triangle once, and comes back as it was."""
+    numbers = torch.rand(size, size)
+    symmetric = numbers.triu() + numbers.triu(1).T
+    folded = fold(symmetric)
+    assert sorted(folded.flatten().tolist()) == sorted(numbers[numbers.triu() > 0].tolist())
+    assert torch.equal(unfold(folded), symmetric)
 
 
 def test_without_calibration(tmp_path):

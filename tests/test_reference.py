@@ -7,7 +7,7 @@ import pytest
 from pipeline import reference
 from pipeline.errors import PipelineError
 from pipeline.params import load_params
-from pipeline.reference import LongContext, ask, make_reference, near_tie
+from pipeline.reference import answer_questions, ask, near_tie
 from pipeline.source_model import Torch
 from tests.conftest import ROOT
 
@@ -30,18 +30,12 @@ def test_a_near_tie_is_told(source, monkeypatch):
 
 
 def test_no_question_is_left(source, capsys):
-    """When the source nearly ties on every question that is an error, before the reference prompts are answered."""
+    """When the source nearly ties on every question that is an error, before anything long is read."""
     params = load_params(ROOT / "params.yaml")
     validate = params.validate_.model_copy(update={"prompts": [QUESTION]})
     params = params.model_copy(update={"validate_": validate})
     with pytest.raises(PipelineError, match="give a question that the model answers without doubt"):
-        make_reference(
-            source,
-            params=params,
-            eos_token_ids=[1],
-            long_context=LongContext(ids=[], lengths=[]),
-            on_logits=lambda index, logits: None,
-        )
+        answer_questions(source, params=params)
     assert "left out: 'Who are you?' proves nothing" in capsys.readouterr().out
 
 

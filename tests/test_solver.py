@@ -8,7 +8,7 @@ import torch
 from pipeline import solver
 from pipeline.errors import PipelineError
 from pipeline.recipe import CHANNEL_WISE
-from pipeline.solver import Grid, factorize, loss, pack, quantize
+from pipeline.solver import Grid, factorize, pack, quantize
 
 SYMMETRIC = Grid(bits=4, group_size=CHANNEL_WISE, symmetric=True, scale_dtype=torch.float16)
 GRIDS = [
@@ -37,6 +37,12 @@ def hessian(tokens: int, columns: int) -> torch.Tensor:
     """Return X'X of such inputs."""
     x = inputs(tokens, columns)
     return x.T @ x
+
+
+def loss(weight: torch.Tensor, quantized: solver.Quantized, factor: solver.Factor) -> torch.Tensor:
+    """Return ||R (w - q)||² of each row."""
+    error = (weight - quantized.weights())[:, factor.order]
+    return (error @ factor.slopes.T).square() @ factor.importance
 
 
 def rounded(weight: torch.Tensor, grid: Grid, solved: solver.Quantized) -> solver.Quantized:

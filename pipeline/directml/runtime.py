@@ -20,7 +20,7 @@ from pipeline.params import Limits, Validate
 from pipeline.progress import say
 from pipeline.reference import Answer, Reference
 from pipeline.runtimes import Scorer
-from pipeline.smoke import Failure, check_answers
+from pipeline.smoke import Failure, check_first_answer
 
 NAME, DEVICE = "onnxruntime-genai", "DirectML (software Vulkan under Wine)"
 PROMPTS = 2  # of the shortest whose logits are compared: in software a prompt takes half a minute
@@ -117,6 +117,5 @@ def _judge(
     stopped = bool(ids) and ids[-1] in reference.eos_token_ids
     answer = Answer(question=first.question, prompt_ids=first.prompt_ids, ids=ids, text=text, stopped=stopped)
     say(f"DirectML: {first.question} {text}")
-    subset = reference.model_copy(update={"answers": [first]})
-    for failure in check_answers([answer], subset, params=params):
+    for failure in check_first_answer(answer, reference, params=params):
         yield Failure("directml", failure.expected, failure.actual)
