@@ -4,10 +4,12 @@ Run `dvc repro validate` first, for the checkpoint, the FP16 IR, the reference a
 """
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,17 +17,21 @@ from typing import Any
 import click
 import nncf
 
+from bench.twins import Change, leave_the_grid, untie, write_twin
 from pipeline import onnx_genai, openvino, paths
 from pipeline.calibration import Calibration
 from pipeline.fidelity import compare, read_distributions
+from pipeline.hessians import hessians, write_calibration
 from pipeline.ir_inputs import model_inputs
 from pipeline.manifest import replace_file, tool_versions
 from pipeline.measurement import load_runtime, load_scorer
 from pipeline.params import OnnxInt4, OpenvinoInt4, load_params
 from pipeline.reference import read_reference
+from pipeline.source_model import Torch
 
 MODEL = "smol-phi3"
 RESULTS = Path(__file__).with_suffix(".json")
+WORK = Path("bench/work")
 QUESTIONS = 3  # of the speed test; the first, which warms up, is not counted
 # The former defaults, in NNCF's own words; here alone is its calibration used.
 NNCF: dict[str, dict[str, Any]] = {
@@ -38,7 +44,7 @@ NNCF: dict[str, dict[str, Any]] = {
     "npu-int4-group128": {"awq": True, "scale_estimation": True},
 }
 FORMER = "NNCF's calibration"
-PLAIN, SOLVER = "plain (the tutorial's)", "solver"
+PLAIN, SOLVER, ROTATED = "plain (the tutorial's)", "solver", "solver, rotated"
 SHAPES: dict[str, dict[str, Any]] = {
     "openvino-int4": {"group_size": 128, "ratio": 0.6},
     "npu-int4-channelwise": {"group_size": -1, "ratio": 1.0},
@@ -56,6 +62,38 @@ ONNX: dict[str, dict[str, Any]] = {
     "solver, asymmetric": {"calibrated": True},
     "solver, asymmetric, INT8 head and mixed layers": {"calibrated": True, "int8": INT8},
 }
+# The same function in other weights, and what is built of it beside the default recipe of each variant.
+TWINS: dict[str, tuple[Change, dict[str, dict[str, bool]]]] = {
+    "head of its own": (untie, {SOLVER: {}, ROTATED: {"rotated": True}}),
+    "off the 4-bit grid": (leave_the_grid, {"plain": {"calibrated": False}, SOLVER: {}}),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint, its FP16 IR and its calibration are."""
+
+    checkpoint: Path
+    fp16: Path
+    calibration: Path
+
+
+EMBEDDED = Source(paths.source(MODEL), paths.variant(MODEL, "openvino-fp16"), paths.calibration(MODEL))
+
+
+def make_twin(change: Change, folder: Path) -> Source:
+    """Return the embedded model after `change`, with its IR and its calibration on the same answers, in `folder`."""
+    found = Source(folder / "checkpoint", folder / "fp16", folder / "calibration")
+    if not found.calibration.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        write_twin(EMBEDDED.checkpoint, found.checkpoint, change)
+        found.fp16.mkdir()
+        openvino.export_fp16(found.checkpoint, found.fp16)
+        answers = Calibration(EMBEDDED.calibration, EMBEDDED.checkpoint).summary.answers
+        aside = folder / "statistics"
+        write_calibration(aside, answers=answers, layers=hessians(Torch(found.checkpoint), answers))
+        aside.rename(found.calibration)
+    return found
 
 
 def recipes() -> dict[str, dict[str, OpenvinoInt4 | OnnxInt4]]:
@@ -67,14 +105,23 @@ def recipes() -> dict[str, dict[str, OpenvinoInt4 | OnnxInt4]]:
     fixed = {"stage": "build_onnx", "algorithm": "rtn", "symmetric": False, "block_size": 32, "int8": []}
     for variant, provider in {"onnx-directml-int4": "dml", "onnx-cpu-int4": "cpu"}.items():
         found[variant] = {k: OnnxInt4(execution_provider=provider, **fixed | v) for k, v in ONNX.items()}
+    params = load_params()
+    for twin, (_, options) in TWINS.items():
+        for variant in (*SHAPES, "onnx-directml-int4", "onnx-cpu-int4"):
+            default = _without_npu(params.get_variant(variant))
+            found[f"{variant}: {twin}"] = {name: default.model_copy(update=option) for name, option in options.items()}
     return found
+
+
+def _without_npu(recipe: Any) -> Any:
+    return recipe.model_copy(update={"npu": None}) if isinstance(recipe, OpenvinoInt4) else recipe
 
 
 @contextmanager
 def calibrated_by_nncf(variant: str) -> Iterator[None]:
     """While it is entered, NNCF calibrates `variant` as its former default said."""
     compress = nncf.compress_weights
-    answers = Calibration(paths.calibration(MODEL), paths.source(MODEL)).summary.answers
+    answers = Calibration(EMBEDDED.calibration, EMBEDDED.checkpoint).summary.answers
     options = NNCF[variant] | {"dataset": nncf.Dataset([model_inputs(ids) for ids in answers])}
     nncf.compress_weights = lambda model, **own: compress(model, **own | options)
     try:
@@ -83,23 +130,29 @@ def calibrated_by_nncf(variant: str) -> Iterator[None]:
         nncf.compress_weights = compress
 
 
-def measure(label: str, variant: str, recipe: OpenvinoInt4 | OnnxInt4, directory: Path) -> dict[str, float]:
-    """Build `recipe` in `directory` and return size in MB, build time in s, fidelity and decode speed on the CPU."""
+def measure(
+    label: str, variant: str, recipe: OpenvinoInt4 | OnnxInt4, directory: Path, source: Source
+) -> dict[str, float]:
+    """Build `recipe` of `source` in `directory` and return size in MB, build time in s, fidelity and decode speed on the CPU."""
     reference = read_reference(paths.reference(MODEL))
     started = time.perf_counter()
-    calibration = Calibration(paths.calibration(MODEL), paths.source(MODEL)) if recipe.calibrated else None
+    calibration = None
+    if recipe.calibrated:
+        calibration = Calibration(source.calibration, source.checkpoint, rotated=recipe.rotated)
     if isinstance(recipe, OpenvinoInt4):
         with calibrated_by_nncf(variant) if label == FORMER else nullcontext():
-            openvino.quantize_int4(
-                paths.variant(MODEL, "openvino-fp16"),
+            openvino.build_int4(
+                source.checkpoint,
+                source.fp16,
                 directory,
                 recipe=recipe,
                 adjust_group_size=True,
+                trust_remote_code=False,
                 calibration=calibration,
             )
     else:
         onnx_genai.build_int4(
-            paths.source(MODEL), directory, recipe=recipe, trust_remote_code=False, calibration=calibration
+            source.checkpoint, directory, recipe=recipe, trust_remote_code=False, calibration=calibration
         )
     seconds = time.perf_counter() - started
     weights = directory / (openvino if isinstance(recipe, OpenvinoInt4) else onnx_genai).WEIGHTS
@@ -126,9 +179,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     parts = []
     params = load_params()
     for variant, rows in results.items():
-        default = params.get_variant(variant)
-        if isinstance(default, OpenvinoInt4):
-            default = default.model_copy(update={"npu": None})
+        default = _without_npu(params.get_variant(variant.partition(": ")[0]))
         best = min(rows, key=lambda name: rows[name]["kl_mean"])
         columns = list(rows[best])
         missing = [name for name in recipes()[variant] if name not in rows]
@@ -156,13 +207,16 @@ def main() -> None:
             if name in rows:
                 continue
             click.echo(f"{variant}: {name}")
+            _, _, twin = variant.partition(": ")
+            source = make_twin(TWINS[twin][0], WORK / twin.replace(" ", "-")) if twin else EMBEDDED
             with tempfile.TemporaryDirectory(prefix="phi3-bench-") as directory:
-                rows[name] = measure(name, variant, recipe, Path(directory))
+                rows[name] = measure(name, variant, recipe, Path(directory), source)
             click.echo(rows[name])
             replace_file(RESULTS, json.dumps(results, indent=2))
     versions = ", ".join(f"{k} {v}" for k, v in tool_versions("openvino", "nncf", "onnxruntime-genai").items())
     heading = f"# Quantization options on {MODEL}\n\nMade by `make bench-fidelity`; CPU, {versions}.\n"
     replace_file(RESULTS.with_suffix(".md"), heading + table(results))
+    shutil.rmtree(WORK, ignore_errors=True)
 
 
 if __name__ == "__main__":

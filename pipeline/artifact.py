@@ -11,6 +11,7 @@ from pipeline.context import limits
 from pipeline.manifest import Manifest, building, read_manifest, seal, tool_versions
 from pipeline.params import OnnxInt4, OpenvinoInt4, Params, Variant
 from pipeline.recipe import Matrix, summary
+from pipeline.rotation import can_rotate
 
 TOOLS = {
     "openvino": ("openvino", "openvino-tokenizers", "nncf", "optimum-intel", "torch", "transformers"),
@@ -28,7 +29,7 @@ def building_variant(
     `read_matrices` reads back what the built files hold.
     """
     variant, source = params.get_variant(name), paths.source(model)
-    origin = read_manifest(source)
+    origin, config = read_manifest(source), read_json(source / "config.json")
     directml = isinstance(variant, OnnxInt4) and variant.execution_provider == "dml"
     with building(paths.variant(model, name)) as build:
         yield build
@@ -40,18 +41,22 @@ def building_variant(
                 variant=name,
                 source=origin.source,
                 license=origin.license,
-                recipe={"asked": asked(variant), "achieved": summary(read_matrices(build))},
+                recipe={"asked": asked(variant, config), "achieved": summary(read_matrices(build))},
                 eos_token_ids=origin.eos_token_ids,
-                context=limits(read_json(source / "config.json"), directml=directml),
+                context=limits(config, directml=directml),
                 runtime=_runtime(variant),
                 tools=tool_versions(*TOOLS["onnx" if isinstance(variant, OnnxInt4) else "openvino"]),
             ),
         )
 
 
-def asked(variant: Variant) -> dict[str, Any]:
-    """Return the recipe of `variant` as its manifest states it: without what concerns only NPU blobs."""
-    return variant.model_dump(exclude_none=True, exclude={"npu"})
+def asked(variant: Variant, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the recipe of `variant` as its manifest states it for a model with `config`.
+
+    What concerns only NPU blobs is left out, and a rotation that the model cannot have is false.
+    """
+    recipe = variant.model_dump(exclude_none=True, exclude={"npu"})
+    return recipe | ({"rotated": can_rotate(config)} if recipe.get("rotated") else {})
 
 
 def _runtime(variant: Variant) -> dict[str, Any]:

@@ -10,8 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.checkpoint import open_weights
+from pipeline import paths
+from pipeline.checkpoint import open_weights, read_json
 from pipeline.errors import PipelineError
+from pipeline.params import OnnxInt4, OpenvinoInt4
+from pipeline.progress import say
+from pipeline.rotation import Rotation, can_rotate
 from pipeline.solver import Factor, Grid, Quantized, factorize, quantize
 from pipeline.torch_device import torch_device
 
@@ -52,17 +56,30 @@ def unfold(folded: Any) -> Any:
 class Calibration:
     """What the stage calibrate wrote to `directory`, beside the weights of the checkpoint that it was made with.
 
-    Raises PipelineError when nothing was written there.
+    With `rotated` all is of the rotated model, and `rotation` tells how it was; a model that cannot be rotated is taken
+    as it is. Raises PipelineError when nothing was written there.
     """
 
-    def __init__(self, directory: Path, checkpoint: Path) -> None:
+    def __init__(self, directory: Path, checkpoint: Path, *, rotated: bool = False) -> None:
         try:
             self.summary = Summary.model_validate(json.loads((directory / SUMMARY).read_bytes()))
         except FileNotFoundError as error:
             raise PipelineError(f"{directory / SUMMARY} is missing: run the stage calibrate first.") from error
         self._directory, self._weight = directory, open_weights(checkpoint)
+        self.rotation: Rotation | None = None
+        if rotated and can_rotate(read_json(checkpoint / "config.json")):
+            self.rotation = Rotation(checkpoint)
+            self._weight = self.rotation.weight
+        elif rotated:
+            say("not rotated, since the model's head is its embedding")
         self._device = torch_device()
         self._last: tuple[str, Factor] | None = None
+
+    def largest(self) -> dict[str, float]:
+        """Return the largest diagonal element of each H by its matrix's name."""
+        if self.rotation is None:
+            return self.summary.largest
+        return {matrix: float(self._hessian(matrix).diagonal().max()) for matrix in self.summary.largest}
 
     def quantize(self, matrix: str, grid: Grid, *, rows: slice = slice(None)) -> Quantized:
         """Return `rows` of the checkpoint's `matrix`, such as `model.layers.0.mlp.down_proj`, as `grid` stores them."""
@@ -78,4 +95,15 @@ class Calibration:
 
         layer = matrix if matrix == HEAD else matrix.rsplit(".", 2)[0]
         with safe_open(self._directory / f"{layer}.safetensors", framework="pt") as file:
-            return unfold(file.get_tensor(matrix).to(self._device))
+            hessian = unfold(file.get_tensor(matrix).to(self._device))
+        return self.rotation.hessian(matrix, hessian) if self.rotation else hessian
+
+
+def open_calibration(model: str, recipe: OpenvinoInt4 | OnnxInt4) -> Calibration | None:
+    """Return the calibration of `model` for `recipe`, or None when it is not calibrated.
+
+    Raises PipelineError when there is none yet.
+    """
+    if not recipe.calibrated:
+        return None
+    return Calibration(paths.calibration(model), paths.source(model), rotated=recipe.rotated)

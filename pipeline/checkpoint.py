@@ -129,10 +129,10 @@ def eos_token_ids(checkpoint: Path) -> list[int]:
     raise PipelineError(f"{checkpoint} names no eos_token_id: generation would never stop; add it to config.json.")
 
 
-def to_float16(checkpoint: Path, target: Path) -> None:
+def to_float16(checkpoint: Path, target: Path, *, weight: Callable[[str], Any] | None = None) -> None:
     """Write `checkpoint` to the directory `target` with all weights in float16, holding one of them in memory.
 
-    Raises PipelineError when a weight does not fit into float16.
+    `weight` gives other weights than the checkpoint's own, by their names. Raises PipelineError when a weight does not fit into float16.
     """
     import torch
     from safetensors import safe_open
@@ -143,7 +143,7 @@ def to_float16(checkpoint: Path, target: Path) -> None:
     for shard in shards(checkpoint):
         with safe_open(shard, framework="pt") as tensors:
             for name in Bar(tensors.keys(), desc=f"{shard.name} to float16"):
-                tensor = tensors.get_tensor(name)
+                tensor = weight(name) if weight else tensors.get_tensor(name)
                 half.resize_(tensor.shape).copy_(tensor)
                 if not torch.isfinite(torch.stack(torch.aminmax(half))).all():
                     raise PipelineError(f"{shard}: {name} has values beyond float16 (±65504): it has no FP16 form.")

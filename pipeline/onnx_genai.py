@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import onnx_builder
 from pipeline.calibration import Calibration
-from pipeline.checkpoint import read_json
+from pipeline.checkpoint import read_json, to_float16
 from pipeline.errors import PipelineError
 from pipeline.onnx_builder import DIRECTML, RESIDUAL_SCALE, WRITERS
 from pipeline.params import OnnxInt4
@@ -37,10 +37,24 @@ def build_int4(
 ) -> None:
     """Write the INT4 ONNX model of `checkpoint` for the recipe's execution provider into the directory `target`.
 
-    The builder runs as a process of its own. With `calibration` the solver then replaces the INT4 codes and scales.
+    The builder runs as a process of its own. With `calibration` the solver then replaces the INT4 codes and scales;
+    where that has a rotation, what is built is the rotated model.
 
     Raises PipelineError when the builder fails or leaves a file out.
     """
+    if calibration is None or calibration.rotation is None:
+        _build(checkpoint, target, recipe=recipe, trust_remote_code=trust_remote_code)
+    else:
+        with tempfile.TemporaryDirectory(prefix=".rotated-", dir=target) as directory:
+            rotated = Path(directory)
+            to_float16(checkpoint, rotated, weight=calibration.rotation.weight)
+            _build(rotated, target, recipe=recipe, trust_remote_code=trust_remote_code)
+    if calibration:
+        config = read_json(checkpoint / "config.json")
+        _solve(target, calibration, config, directml=recipe.execution_provider == DIRECTML)
+
+
+def _build(checkpoint: Path, target: Path, *, recipe: OnnxInt4, trust_remote_code: bool) -> None:
     options: dict[str, str | int] = {
         "algo_config": recipe.algorithm,
         "is_symmetric": recipe.symmetric,
@@ -87,8 +101,6 @@ def build_int4(
     missing = [name for name in REQUIRED if not (target / name).is_file()]
     if missing:
         raise PipelineError(f"the onnxruntime-genai builder wrote no {missing[0]}.")
-    if calibration:
-        _solve(target, calibration, config, directml=recipe.execution_provider == DIRECTML)
 
 
 def _solve(target: Path, calibration: Calibration, config: dict[str, Any], *, directml: bool) -> None:

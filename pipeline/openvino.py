@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,24 @@ WEIGHTS = MODEL[1]
 MIN_GROUP_SIZE = 32  # min_adjusted_group_size of nncf.AdvancedCompressionParameters
 
 
-def export_fp16(checkpoint: Path, target: Path, *, trust_remote_code: bool = False) -> None:
+def export_fp16(
+    checkpoint: Path,
+    target: Path,
+    *,
+    trust_remote_code: bool = False,
+    weight: Callable[[str], Any] | None = None,
+) -> None:
     """Write the FP16 IR of `checkpoint`, with the OpenVINO tokenizer and detokenizer, into the directory `target`.
 
     The weights are first streamed to float16, since from a float16 checkpoint the export maps them instead of
-    copying: 3 GB of anonymous memory instead of 16 for 3.8 billion parameters, with the same bytes as result.
+    copying: 3 GB of anonymous memory instead of 16 for 3.8 billion parameters, with the same bytes as result. `weight`
+    gives other weights than the checkpoint's own.
 
     Raises PipelineError when the tokenizer cannot be converted, with the reason.
     """
     with tempfile.TemporaryDirectory(prefix=".float16-", dir=target) as directory:
         half = Path(directory)
-        to_float16(checkpoint, half)
+        to_float16(checkpoint, half, weight=weight)
         say("exporting the IR")
         with writing_to(target), _optimum_messages() as messages:
             from optimum.exporters.openvino import main_export
@@ -68,6 +75,27 @@ def export_fp16(checkpoint: Path, target: Path, *, trust_remote_code: bool = Fal
             f"the tokenizer of {checkpoint} has no OpenVINO form, {missing[0]} was not written ({reason}): "
             "openvino-genai could not load the artifact."
         )
+
+
+def build_int4(
+    checkpoint: Path,
+    fp16: Path,
+    target: Path,
+    *,
+    recipe: OpenvinoInt4,
+    adjust_group_size: bool,
+    trust_remote_code: bool,
+    calibration: Calibration | None,
+) -> None:
+    """Do what `quantize_int4` does, for the FP16 IR of the rotated `checkpoint` where `calibration` has a rotation."""
+    options: dict[str, Any] = {"recipe": recipe, "adjust_group_size": adjust_group_size, "calibration": calibration}
+    if calibration is None or calibration.rotation is None:
+        quantize_int4(fp16, target, **options)
+        return
+    with tempfile.TemporaryDirectory(prefix=".rotated-", dir=target) as directory:
+        rotated = Path(directory)
+        export_fp16(checkpoint, rotated, trust_remote_code=trust_remote_code, weight=calibration.rotation.weight)
+        quantize_int4(rotated, target, **options)
 
 
 def quantize_int4(
@@ -95,7 +123,7 @@ def quantize_int4(
     mode = nncf.CompressWeightsMode.INT4_SYM if recipe.symmetric else nncf.CompressWeightsMode.INT4_ASYM
     fallback = nncf.GroupSizeFallbackMode.ADJUST if adjust_group_size else nncf.GroupSizeFallbackMode.ERROR
     model = openvino.Core().read_model(fp16 / MODEL[0])
-    int8 = _int8_layers(model, calibration.summary.largest, ratio=recipe.ratio) if calibration else []
+    int8 = _int8_layers(model, calibration.largest(), ratio=recipe.ratio) if calibration else []
     try:
         with _nncf_bars():
             model = nncf.compress_weights(

@@ -129,6 +129,14 @@ class Npu(Block):
         return self
 
 
+ROTATED = "spread outliers by a rotation of the residual stream; a model whose head is its embedding is left as it is"
+
+
+def _check_rotation(recipe: "OpenvinoInt4 | OnnxInt4") -> None:
+    if recipe.rotated and not recipe.calibrated:
+        raise ValueError("rotated: true needs calibrated: true")
+
+
 class OpenvinoInt4(Block):
     """An INT4 IR, laid out by NNCF; sensitive layers, embeddings and head are INT8."""
 
@@ -139,10 +147,12 @@ class OpenvinoInt4(Block):
     calibrated: bool = Field(
         default=False, description="choose codes and scales, and the layers that stay INT8, by the calibration answers"
     )
+    rotated: bool = Field(default=False, description=ROTATED)
     npu: Npu | None = Field(default=None, description="present on variants for the NPU")
 
     @model_validator(mode="after")
     def _npu_rules(self) -> "OpenvinoInt4":
+        _check_rotation(self)
         # https://docs.openvino.ai/2026/openvino-workflow-generative/inference-with-genai/inference-with-genai-on-npu.html
         if self.npu and not (self.symmetric and self.ratio == 1.0 and self.group_size in (-1, 128)):
             raise ValueError("the NPU takes symmetric: true, ratio: 1.0 and group_size: -1 or 128 only")
@@ -158,12 +168,14 @@ class OnnxInt4(Block):
     symmetric: bool
     block_size: Literal[16, 32, 64, 128, 256] = Field(description="weights that share a scale")
     calibrated: bool = Field(default=False, description="choose the INT4 codes and scales by the calibration answers")
+    rotated: bool = Field(default=False, description=ROTATED)
     int8: list[Literal["last_matmul", "mixed_layers"]] = Field(
         description="matrices kept in INT8: the head, and the layers that suffer most"
     )
 
     @model_validator(mode="after")
     def _builder_rules(self) -> "OnnxInt4":
+        _check_rotation(self)
         if self.algorithm == "k_quant" and self.symmetric:
             raise ValueError("k_quant always stores zero points: set symmetric: false, or choose default or rtn")
         if self.algorithm == "default" and self.int8:

@@ -20,6 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.graph import changed, read_cells
 from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Params, Variant, load_params
 from pipeline.recipe import Matrix, matrices
+from pipeline.rotation import can_rotate
 from pipeline.solver import ROWS
 
 IGNORE = "PHI3_IGNORE_PLAN"
@@ -152,13 +153,18 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
             memory += ONNX_COPIES[variant.execution_provider] * largest
         elif isinstance(variant, OpenvinoInt4):  # the result stays in memory until it is saved
             memory += max(size, OPENVINO_COPIES * largest)
+        if getattr(variant, "rotated", False) and can_rotate(config):
+            rotated = 1 if isinstance(variant, OnnxInt4) else 2  # a checkpoint, and for OpenVINO its IR
+            temporary += rotated * fp16
+            export, pace = TIME["export_openvino"]
+            seconds += export + pace * fp16 / 1e9
         if getattr(variant, "calibrated", False):
             memory += solver
             seconds += SOLVE * fp16 / 1e9
     elif stage == "calibrate":
         if not any(getattr(variant, "calibrated", False) for variant in params.variants.values()):
             return IDLE
-        size = sum(4.0 * matrix.columns**2 for matrix in source)
+        size = sum(2.0 * matrix.columns**2 for matrix in source)  # half of a float32 square
         memory += solver
     elif stage == "compile_npu":
         variant_name, _, platform = rest.removeprefix(f"{name}-").rpartition("-")

@@ -42,7 +42,7 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
     built = backend.read_matrices(directory)
     forms = [backend.expected_form(matrix, **options) for matrix in built]
     expected_size = backend.expected_size(original, **options)
-    claims = {"asked": asked(variant), "achieved": summary(built)}
+    claims = {"asked": asked(variant, config), "achieved": summary(built)}
     return [
         *(
             Failure("recipe", {k: claims[k]}, {k: manifest.recipe.get(k)})

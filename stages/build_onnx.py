@@ -2,7 +2,7 @@
 
 from pipeline import onnx_genai, paths
 from pipeline.artifact import building_variant
-from pipeline.calibration import Calibration
+from pipeline.calibration import open_calibration
 from pipeline.errors import PipelineError
 from pipeline.params import OnnxInt4, load_params
 from pipeline.process import stage_command
@@ -15,7 +15,7 @@ def main(model: str, variant: str) -> None:
     recipe = params.get_variant(variant)
     if not isinstance(recipe, OnnxInt4):
         raise PipelineError(f"variants.{variant} is made by the stage {recipe.stage}, not by this one.")
-    calibration = Calibration(paths.calibration(model), paths.source(model)) if recipe.calibrated else None
+    calibration = open_calibration(model, recipe)
     with building_variant(params, model=model, name=variant, read_matrices=onnx_genai.read_matrices) as build:
         onnx_genai.build_int4(
             paths.source(model),

@@ -2,7 +2,7 @@
 
 from pipeline import openvino, paths
 from pipeline.artifact import building_variant
-from pipeline.calibration import Calibration
+from pipeline.calibration import open_calibration
 from pipeline.errors import PipelineError
 from pipeline.params import OpenvinoInt4, load_params
 from pipeline.process import stage_command
@@ -17,13 +17,15 @@ def main(model: str, variant: str) -> None:
     recipe = params.get_variant(variant)
     if not isinstance(recipe, OpenvinoInt4):
         raise PipelineError(f"variants.{variant} is made by the stage {recipe.stage}, not by this one.")
-    calibration = Calibration(paths.calibration(model), paths.source(model)) if recipe.calibrated else None
+    calibration = open_calibration(model, recipe)
     with building_variant(params, model=model, name=variant, read_matrices=openvino.read_matrices) as build:
-        openvino.quantize_int4(
+        openvino.build_int4(
+            paths.source(model),
             paths.variant(model, FP16),
             build,
             recipe=recipe,
             adjust_group_size=params.get_model(model).group_size_fallback == "adjust",
+            trust_remote_code=params.get_model(model).source.trust_remote_code,
             calibration=calibration,
         )
 

@@ -1,0 +1,82 @@
+"""The same model with other weights: an orthogonal rotation of its residual stream, folded into the checkpoint.
+
+An RMS norm without weights does not see an orthogonal matrix Q: norm(xQ) = norm(x)Q. So each norm's weights go into the
+matrices that read it, and Q into all that write to the stream or read it. Within a head the values get a rotation of
+their own, which the output projection takes back. Outliers, which a few columns have, are spread over all of them, and
+INT4 loses less. No runtime knows of it. See QuaRot, https://arxiv.org/abs/2404.00456.
+
+The embedding has no norm before it and the head has one, so a model that shares one matrix for both cannot be rotated.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import open_weights, read_json
+
+SEED = 0
+NORMS = {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"}  # whose output a matrix reads
+
+
+def can_rotate(config: dict[str, Any]) -> bool:
+    """Return whether a model with the `config` of its checkpoint has a head of its own."""
+    return not config.get("tie_word_embeddings", False)
+
+
+class Rotation:
+    """The rotation of the model in the directory `checkpoint`, which `can_rotate`."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        import torch
+
+        config = read_json(checkpoint / "config.json")
+        heads = config["num_attention_heads"]
+        generator = torch.Generator().manual_seed(SEED)
+        self._stream = _orthogonal(config["hidden_size"], generator)
+        self._value = _orthogonal(config["hidden_size"] // heads, generator)
+        self._value_rows = config["hidden_size"] // heads * config["num_key_value_heads"]
+        self._read = open_weights(checkpoint)
+
+    def weight(self, name: str) -> Any:
+        """Return the checkpoint's tensor `name` as the rotated model has it, in float32."""
+        import torch
+
+        weight, matrix = self._read(name), name.removesuffix(".weight")
+        if name.endswith("norm.weight"):
+            return torch.ones_like(weight)
+        if matrix.endswith("embed_tokens"):
+            return weight @ self._stream
+        if matrix.endswith("o_proj"):
+            weight = (weight.unflatten(1, (-1, len(self._value))) @ self._value).flatten(1)
+        if matrix.endswith(("o_proj", "down_proj")):
+            return self._stream.T @ weight
+        weight = weight * self._norm(matrix) @ self._stream
+        if matrix.endswith("qkv_proj"):
+            values = weight[-self._value_rows :].unflatten(0, (-1, len(self._value)))
+            weight[-self._value_rows :] = (self._value.T @ values).flatten(0, 1)
+        return weight
+
+    def hessian(self, matrix: str, hessian: Any) -> Any:
+        """Return H of the inputs of `matrix` in the rotated model, given the `hessian` of the checkpoint's own."""
+        if matrix.endswith("down_proj"):
+            return hessian
+        if matrix.endswith("o_proj"):
+            for _ in range(2):  # the columns, and by symmetry the rows
+                hessian = (hessian.unflatten(1, (-1, len(self._value))) @ self._value.to(hessian)).flatten(1).T
+            return hessian
+        turn = (self._stream / self._norm(matrix)[:, None]).to(hessian)
+        return turn.T @ hessian @ turn
+
+    def _norm(self, matrix: str) -> Any:
+        # The weights of the norm whose output `matrix` reads.
+        if layer := re.fullmatch(r"(model\.layers\.\d+)\.\w+\.(qkv_proj|gate_up_proj)", matrix):
+            return self._read(f"{layer[1]}.{NORMS[layer[2]]}.weight")
+        return self._read("model.norm.weight")
+
+
+def _orthogonal(size: int, generator: Any) -> Any:
+    # A random one, evenly distributed (https://arxiv.org/abs/math-ph/0609050).
+    import torch
+
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).float()
