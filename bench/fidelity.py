@@ -133,7 +133,10 @@ def calibrated_by_nncf(variant: str) -> Iterator[None]:
 def measure(
     label: str, variant: str, recipe: OpenvinoInt4 | OnnxInt4, directory: Path, source: Source
 ) -> dict[str, float]:
-    """Build `recipe` of `source` in `directory` and return size in MB, build time in s, fidelity and decode speed on the CPU."""
+    """Build `recipe` of `source` in `directory`.
+
+    Returns its size in MB, build time in s, fidelity, and decode speed on the CPU.
+    """
     reference = read_reference(paths.reference(MODEL))
     started = time.perf_counter()
     calibration = None

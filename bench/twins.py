@@ -14,7 +14,7 @@ Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
 
 
 def write_twin(checkpoint: Path, target: Path, change: Change) -> None:
-    """Write `checkpoint` to the directory `target` after `change` of its float32 weights, by name, and of its config."""
+    """Write `checkpoint` to the directory `target` after `change` of its float32 weights and of its config."""
     read, config = open_weights(checkpoint), read_json(checkpoint / "config.json")
     weights = {name: read(name).clone() for name in tensor_shapes(checkpoint)}
     change(weights, config)

@@ -132,7 +132,9 @@ def eos_token_ids(checkpoint: Path) -> list[int]:
 def to_float16(checkpoint: Path, target: Path, *, weight: Callable[[str], Any] | None = None) -> None:
     """Write `checkpoint` to the directory `target` with all weights in float16, holding one of them in memory.
 
-    `weight` gives other weights than the checkpoint's own, by their names. Raises PipelineError when a weight does not fit into float16.
+    `weight` gives other weights than the checkpoint's own, by their names.
+
+    Raises PipelineError when a weight does not fit into float16.
     """
     import torch
     from safetensors import safe_open

@@ -1,0 +1,146 @@
+"""A rotated checkpoint computes what it did before, and what is built of it is calibrated on the rotated inputs."""
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline import onnx_genai
+from pipeline.artifact import asked
+from pipeline.calibration import Calibration
+from pipeline.checkpoint import read_json, to_float16
+from pipeline.hessians import hessians, write_calibration
+from pipeline.openvino import build_int4, export_fp16
+from pipeline.params import OnnxInt4, OpenvinoInt4
+from pipeline.rotation import Rotation
+from pipeline.runtimes import OnnxGenai, OpenvinoLogits
+from pipeline.solver import Grid
+from pipeline.source_model import Torch
+from tests.conftest import make_checkpoint
+
+IDS = list(range(20, 60))
+INT4 = OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=32, ratio=1.0, calibrated=True, rotated=True)
+
+
+def with_norms(checkpoint):
+    """Return `checkpoint` with norms that do something; those of a fresh model are all ones."""
+    weights = load_file(checkpoint / "model.safetensors")
+    torch.manual_seed(1)
+    for name in (name for name in weights if name.endswith("norm.weight")):
+        weights[name] = (torch.rand(weights[name].shape) + 0.5).to(weights[name].dtype)
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    return checkpoint
+
+
+def difference(found, expected):
+    """Return how far logits are from those expected, as a share of these: unrelated ones are 1.4 away."""
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny checkpoint with a head of its own and two queries to a key."""
+    return with_norms(make_checkpoint(tmp_path_factory.mktemp("rotation") / "checkpoint", num_key_value_heads=2))
+
+
+@pytest.fixture(scope="module")
+def calibrated(checkpoint, tmp_path_factory):
+    """Its calibration directory."""
+    target = tmp_path_factory.mktemp("rotation") / "calibration"
+    write_calibration(target, answers=[IDS, IDS[::-1]], layers=hessians(Torch(checkpoint), [IDS, IDS[::-1]]))
+    return target
+
+
+def test_the_same_function(checkpoint):
+    """In float32 the rotated weights, none of which is as before, give the logits of the checkpoint."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.inference_mode():
+        before = model(torch.tensor([IDS])).logits
+        rotation, own = Rotation(checkpoint), model.state_dict()
+        rotated = {name: rotation.weight(name) for name in own}
+        assert not any(torch.allclose(rotated[name], own[name], atol=1e-3) for name in own)
+        model.load_state_dict(rotated)
+        torch.testing.assert_close(model(torch.tensor([IDS])).logits, before, atol=1e-5, rtol=1e-4)
+    assert all((rotated[name] == 1).all() for name in own if name.endswith("norm.weight"))
+
+
+def test_statistics(checkpoint, calibrated, tmp_path):
+    """H of every matrix is that of the rotated model reading the same answers, and so are their largest elements."""
+    rotated = tmp_path / "checkpoint"
+    rotated.mkdir()
+    to_float16(checkpoint, rotated, weight=Rotation(checkpoint).weight)
+    write_calibration(tmp_path / "calibration", answers=[IDS], layers=hessians(Torch(rotated), [IDS, IDS[::-1]]))
+    expected = Calibration(tmp_path / "calibration", rotated)
+    found = Calibration(calibrated, checkpoint, rotated=True)
+    for matrix, largest in expected.largest().items():
+        torch.testing.assert_close(
+            found._hessian(matrix), expected._hessian(matrix), rtol=1e-2, atol=1e-2 * largest, msg=matrix
+        )
+    assert found.largest() == pytest.approx(expected.largest(), rel=1e-2)
+    assert found.largest() != pytest.approx(Calibration(calibrated, checkpoint).largest(), rel=1e-2)
+
+
+def test_a_model_whose_head_is_its_embedding(tmp_path, capsys):
+    """Such a model is taken as it is; this is said, and its manifest does not claim a rotation."""
+    tied = make_checkpoint(tmp_path / "checkpoint", "phi-4-mini")
+    write_calibration(tmp_path / "calibration", answers=[IDS], layers=hessians(Torch(tied), [IDS]))
+    assert Calibration(tmp_path / "calibration", tied, rotated=True).rotation is None
+    assert "not rotated, since the model's head is its embedding" in capsys.readouterr().out
+    assert asked(INT4, read_json(tied / "config.json"))["rotated"] is False
+    assert asked(INT4, {"tie_word_embeddings": False})["rotated"] is True
+
+
+@pytest.mark.slow
+def test_ir(checkpoint, calibrated, tmp_path):
+    """The rotated FP16 IR says what the checkpoint says; the INT4 one holds what was solved for the rotated weights."""
+    fp16 = tmp_path / "fp16"
+    fp16.mkdir()
+    export_fp16(checkpoint, fp16, weight=Rotation(checkpoint).weight)
+    expected = Torch(checkpoint).logits(IDS, last=40)
+    np.testing.assert_allclose(OpenvinoLogits(fp16, device="CPU").logits(IDS, last=40), expected, atol=5e-3)
+    target = tmp_path / "int4"
+    target.mkdir()
+    calibration = Calibration(calibrated, checkpoint, rotated=True)
+    build_int4(
+        checkpoint,
+        tmp_path / "not-read",
+        target,
+        recipe=INT4,
+        adjust_group_size=False,
+        trust_remote_code=False,
+        calibration=calibration,
+    )
+    assert not [path for path in target.iterdir() if path.is_dir()]
+    scales = {
+        node.get_friendly_name(): node.data
+        for node in openvino.Core().read_model(target / "openvino_model.xml").get_ops()
+        if node.get_friendly_name().endswith("/scale")
+    }
+    grid = Grid(bits=4, group_size=32, symmetric=True, scale_dtype=torch.float16)
+    for matrix in calibration.summary.largest.keys() - {"lm_head"}:
+        (stored,) = (data for name, data in scales.items() if name.startswith(f"self.{matrix}."))
+        np.testing.assert_array_equal(stored[..., 0], calibration.quantize(matrix, grid).scales.half().numpy())
+    assert difference(OpenvinoLogits(target, device="CPU").logits(IDS, last=40), expected) < 0.08
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provider", ["dml", "cpu"])
+def test_onnx(checkpoint, calibrated, tmp_path, provider):
+    """A rotated ONNX model says what the checkpoint says, to within what INT4 costs."""
+    recipe = OnnxInt4(
+        stage="build_onnx",
+        execution_provider=provider,
+        algorithm="rtn",
+        symmetric=False,
+        block_size=32,
+        calibrated=True,
+        rotated=True,
+        int8=["last_matmul"],
+    )
+    calibration = Calibration(calibrated, checkpoint, rotated=True)
+    onnx_genai.build_int4(checkpoint, tmp_path, recipe=recipe, trust_remote_code=False, calibration=calibration)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    expected = Torch(checkpoint).logits(IDS, last=40)
+    assert difference(OnnxGenai(tmp_path).logits(IDS, last=40), expected) < 0.08
