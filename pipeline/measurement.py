@@ -22,7 +22,7 @@ def load_runtime(directory: Path, *, variant: Variant, device: str = "CPU", prec
     Here NPU variants run the NPU's static pipeline on the CPU, and DirectML variants run on the CPU provider.
     """
     if isinstance(variant, OnnxInt4):
-        return OnnxGenai(directory)
+        return OnnxGenai(directory, precision=precision)
     npu = variant.npu if isinstance(variant, OpenvinoInt4) else None
     return OpenvinoGenai(directory, device=device, npu=npu, precision=precision)
 

@@ -19,6 +19,7 @@ from pipeline.checkpoint import read_json
 from pipeline.errors import PipelineError
 from pipeline.graph import changed, read_cells
 from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Params, Variant, load_params
+from pipeline.prompts import load_prompts
 from pipeline.recipe import Matrix, matrices
 from pipeline.rotation import can_rotate
 from pipeline.solver import ROWS
@@ -39,9 +40,10 @@ MEMORY = {
     "report": (0.1e9, 0.0),
 }
 # On top: of the largest matrix in float32 so many copies at once, and for the solver of the widest matrix's statistics
-# and of the rows that it solves at a time.
+# or of the rows that it solves at a time.
 OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 2.8, "cpu": 5.8}
-SQUARES, SLICES = 3, 12
+SQUARES, SLICES = 3, 6
+CHAT, STATES = 60, 3  # tokens of a calibration prompt in the chat template; copies of the hidden states at once
 PROMPT = 4096  # tokens of the longest prompt that validate reads
 GGUF = 2.7  # rewriting it takes this many times the FP16 weights
 # Seconds: a base and a part for each GB of FP16 weights.
@@ -129,7 +131,7 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     start, pace = TIME[stage]
     seconds = start + pace * fp16 / 1e9
     widest = max(matrix.columns for matrix in source)
-    solver = 4.0 * widest * (SQUARES * widest + SLICES * ROWS)
+    solver = 4.0 * widest * max(SQUARES * widest, SLICES * ROWS)
     size = temporary = 0.0
     if stage == "download":
         size = fp16 * (2 if _dtype(config) == "float32" else 1)
@@ -142,30 +144,36 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         # Keys and values take 16 bits, but in the ONNX model for CPUs.
         variant = _variant(rest, name, params)
         bytes_each = 4.0 if isinstance(variant, OnnxInt4) and variant.execution_provider == "cpu" else 2.0
+        prompt = min(PROMPT, config["max_position_embeddings"])
+        if isinstance(variant, OnnxInt4):  # it computes logits for all of the prompt
+            memory += 4.0 * config["vocab_size"] * prompt
         cache = 2 * bytes_each * config["num_hidden_layers"] * config["num_key_value_heads"] * head
         memory += _size(variant, name, source, params=params, config=config)
-        memory += cache * min(PROMPT, config["max_position_embeddings"])
+        memory += cache * prompt
     elif stage in ("quantize_openvino", "build_onnx"):
         variant = _variant(rest, name, params)
         size = _size(variant, name, source, params=params, config=config)
         if isinstance(variant, OnnxInt4):
             temporary = size  # the quantized matrices, before the file that holds all
-            memory += ONNX_COPIES[variant.execution_provider] * largest
+            builder = ONNX_COPIES[variant.execution_provider] * largest  # which ends before the solver begins
+            memory += max(builder, solver if variant.calibrated else 0.0)
         elif isinstance(variant, OpenvinoInt4):  # the result stays in memory until it is saved
-            memory += max(size, OPENVINO_COPIES * largest)
+            memory += max(size, OPENVINO_COPIES * largest) + (solver if variant.calibrated else 0.0)
         if getattr(variant, "rotated", False) and can_rotate(config):
             rotated = 1 if isinstance(variant, OnnxInt4) else 2  # a checkpoint, and for OpenVINO its IR
             temporary += rotated * fp16
             export, pace = TIME["export_openvino"]
             seconds += export + pace * fp16 / 1e9
         if getattr(variant, "calibrated", False):
-            memory += solver
             seconds += SOLVE * fp16 / 1e9
     elif stage == "calibrate":
         if not any(getattr(variant, "calibrated", False) for variant in params.variants.values()):
             return IDLE
         size = sum(2.0 * matrix.columns**2 for matrix in source)  # half of a float32 square
-        memory += solver
+        # A layer in float32, its statistics, and the hidden states of all answers, of which each step makes others.
+        layer = sum(matrix.elements for matrix in source if ".layers.0." in matrix.name)
+        tokens = len(load_prompts("calibration")) * (CHAT + params.calibrate.max_new_tokens)
+        memory += 4.0 * (layer + SQUARES * widest**2 + STATES * tokens * config["hidden_size"])
     elif stage == "compile_npu":
         variant_name, _, platform = rest.removeprefix(f"{name}-").rpartition("-")
         npu = getattr(params.get_variant(variant_name), "npu", None)

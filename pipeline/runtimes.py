@@ -177,16 +177,21 @@ def _keep_last(model: Any) -> None:
 
 
 class OnnxGenai:
-    """onnxruntime-genai on the CPU provider, whatever provider the model was built for."""
+    """onnxruntime-genai on the CPU provider, whatever provider the model was built for.
+
+    It computes in float32 with either `precision`; what judges does without the arena, which keeps a gigabyte more.
+    """
 
     name = "onnxruntime-genai"
     device = "CPUExecutionProvider"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, precision: Precision = "f32") -> None:
         import onnxruntime_genai
 
         config = onnxruntime_genai.Config(str(directory))
         config.clear_providers()
+        if precision == "f32":
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"enable_cpu_mem_arena": False}}}}))
         self._model = onnxruntime_genai.Model(config)
         self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
 

@@ -190,26 +190,43 @@ def _nearest_plane(weight: Any, factor: Factor, scales: Any, zero_points: Any, *
     # The codes of `weight`. All is transposed and in the factor's order, so that a column's numbers lie together.
     import torch
 
-    group = (factor.order // size).tolist()
-    scales, zero_points = scales.T.contiguous(), zero_points.T.contiguous()
-    weight = weight.T[factor.order]
-    target, error, codes = weight.clone(), torch.empty_like(weight), torch.empty_like(weight, dtype=torch.uint8)
+    walk = _Walk(
+        slopes=factor.slopes,
+        group=(factor.order // size).tolist(),
+        scales=scales.T.contiguous(),
+        zero_points=zero_points.T.contiguous(),
+        highest=highest,
+        weight=weight.T[factor.order],
+    )
+    walk.decide(0, len(walk.weight))
+    solved = torch.empty_like(walk.codes)
+    solved[factor.order] = walk.codes
+    return solved.T.contiguous()
 
-    def decide(start: int, end: int) -> None:
+
+class _Walk:
+    # No inner function that calls itself: it would hold its arrays, gigabytes, until Python looks for such circles.
+
+    def __init__(
+        self, *, slopes: Any, group: list[int], scales: Any, zero_points: Any, highest: int, weight: Any
+    ) -> None:
+        import torch
+
+        self.slopes, self.group, self.highest = slopes, group, highest
+        self.scales, self.zero_points, self.weight = scales, zero_points, weight
+        self.target, self.error = weight.clone(), torch.empty_like(weight)
+        self.codes = torch.empty_like(weight, dtype=torch.uint8)
+
+    def decide(self, start: int, end: int) -> None:
         if end - start > LEAF:
             middle = (start + end) // 2
-            decide(middle, end)
-            target[start:middle].addmm_(factor.slopes[start:middle, middle:end], error[middle:end])
-            decide(start, middle)
+            self.decide(middle, end)
+            self.target[start:middle].addmm_(self.slopes[start:middle, middle:end], self.error[middle:end])
+            self.decide(start, middle)
             return
         for j in reversed(range(start, end)):
-            scale, zero = scales[group[j]], zero_points[group[j]]
-            code = target[j].div(scale).add_(zero).round_().clamp_(0, highest)
-            codes[j] = code
-            error[j] = weight[j] - (code - zero) * scale
-            target[start:j].addr_(factor.slopes[start:j, j], error[j])
-
-    decide(0, len(weight))
-    solved = torch.empty_like(codes)
-    solved[factor.order] = codes
-    return solved.T.contiguous()
+            scale, zero = self.scales[self.group[j]], self.zero_points[self.group[j]]
+            code = self.target[j].div(scale).add_(zero).round_().clamp_(0, self.highest)
+            self.codes[j] = code
+            self.error[j] = self.weight[j] - (code - zero) * scale
+            self.target[start:j].addr_(self.slopes[start:j, j], self.error[j])

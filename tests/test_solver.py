@@ -1,5 +1,6 @@
 """The solver's codes and scales, beside brute force, the textbook's GPTQ and what it must not do."""
 
+import gc
 import itertools
 
 import pytest
@@ -196,6 +197,23 @@ def test_threads():
     assert torch.equal(found[0].scales, found[1].scales)
     losses = [float(loss(weight, solved, factor).sum()) for solved in found]
     assert losses[2] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_nothing_is_kept():
+    """When a matrix is solved its arrays are free at once, without Python's search for circular references."""
+    weight, factor = torch.randn(32, 64), factorize(hessian(200, 64), name="m")
+
+    def tensors() -> int:
+        return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        quantize(weight, factor, SYMMETRIC)
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 def test_pack():
