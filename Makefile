@@ -6,7 +6,7 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine directml chromium docker-registry repro models variants validations test test-fast lint audit bench bench-cluster bench-fidelity clean
+.PHONY: wine directml chromium docker-registry repro models variants validations test test-fast lint audit bench bench-cluster bench-fidelity bench-width clean
 
 repro: variants
 	dvc repro
@@ -56,6 +56,10 @@ bench-cluster: $(VENV)/.installed
 bench-fidelity: $(VENV)/.installed
 	dvc repro validate
 	python -m bench.fidelity
+
+bench-width: $(VENV)/.installed
+	dvc repro download
+	python -m bench.full_width
 
 # Most of what is installed is never imported: Python compiles what is, once, and keeps it, whatever the environment says.
 unexport PYTHONDONTWRITEBYTECODE

@@ -118,11 +118,11 @@ def _without_npu(recipe: Any) -> Any:
 
 
 @contextmanager
-def calibrated_by_nncf(variant: str) -> Iterator[None]:
-    """While it is entered, NNCF calibrates `variant` as its former default said."""
+def calibrated_by_nncf(variant: str, calibration: Calibration) -> Iterator[None]:
+    """While it is entered, NNCF calibrates `variant` as its former default said, on the answers of `calibration`."""
     compress = nncf.compress_weights
-    answers = Calibration(EMBEDDED.calibration, EMBEDDED.checkpoint).summary.answers
-    options = NNCF[variant] | {"dataset": nncf.Dataset([model_inputs(ids) for ids in answers])}
+    answers = [model_inputs(ids) for ids in calibration.summary.answers]
+    options = NNCF[variant] | {"dataset": nncf.Dataset(answers)}
     nncf.compress_weights = lambda model, **own: compress(model, **own | options)
     try:
         yield
@@ -143,7 +143,8 @@ def measure(
     if recipe.calibrated:
         calibration = Calibration(source.calibration, source.checkpoint, rotated=recipe.rotated)
     if isinstance(recipe, OpenvinoInt4):
-        with calibrated_by_nncf(variant) if label == FORMER else nullcontext():
+        former = Calibration(source.calibration, source.checkpoint)
+        with calibrated_by_nncf(variant, former) if label == FORMER else nullcontext():
             openvino.build_int4(
                 source.checkpoint,
                 source.fp16,

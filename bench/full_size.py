@@ -34,6 +34,7 @@ OPENVINO = {
 }
 ONNX = {"onnx-directml-int4": "dml", "onnx-cpu-int4": "cpu"}
 PLAIN = {  # the tutorial's recipes in params.yaml's words
+    "rotated: true": "rotated: false",
     "calibrated: true": "calibrated: false",
     "algorithm: rtn": "algorithm: default",
     "symmetric: false": "symmetric: true",

@@ -102,7 +102,8 @@ def plain(project: Path, hostile: Path, tiny_checkpoint: Path, tmp_path: Path) -
     params = project / "params.yaml"
     text = params.read_text("utf-8").replace(json.dumps(str(tiny_checkpoint)), json.dumps(str(hostile)))
     text = text.replace("max_prompt_len: 1024", "max_prompt_len: 256")  # what the tiny model can hold
-    params.write_text(text.replace("calibrated: true", "calibrated: false"), "utf-8")
+    text = text.replace("rotated: true", "rotated: false").replace("calibrated: true", "calibrated: false")
+    params.write_text(text, "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         for name, secret in SECRETS.items():
             patch.setenv(name, secret)

@@ -39,6 +39,7 @@ def test_the_project_s_file():
         group_size=-1,
         ratio=1.0,
         calibrated=True,
+        rotated=True,
         npu=Npu(max_prompt_len=1024, min_response_len=128, required=npu.npu.required),  # CI sets it
     )
 
@@ -51,7 +52,7 @@ def test_the_project_s_file():
             "ratio: 0.6",
             "ration: 0.6",
             "params.yaml: variants.openvino-int4: unknown key 'ration'; allowed here: stage, symmetric, group_size, "
-            "ratio, calibrated, npu.",
+            "ratio, calibrated, rotated, npu.",
         ),
         (
             "ratio: 0.6",
@@ -97,6 +98,11 @@ def test_the_project_s_file():
             "  onnx-gpu-int4: {kl_mean",
             "params.yaml: limits: needs a block for every variant and no other; see 'onnx-cpu-int4'.",
         ),
+        (
+            "calibrated: true\n    rotated: false",
+            "calibrated: false\n    rotated: true",
+            "params.yaml: variants.openvino-int4: rotated: true needs calibrated: true.",
+        ),
         ("license: MIT", "", "params.yaml: models.phi-3-mini-4k-instruct.license: is missing: add it."),
         (
             "revision: f39ac1d28e925b323eae81227eaba4464caced4e",
@@ -126,7 +132,8 @@ def test_the_project_s_file():
         ("build:", "build: {", "params.yaml is not valid YAML: "),
         ("validate:", "build:", "params.yaml is not valid YAML: "),
         (
-            "algorithm: rtn\n    symmetric: false\n    block_size: 32\n    calibrated: true\n    int8: []",
+            "algorithm: rtn\n    symmetric: false\n    block_size: 32\n    calibrated: true\n    rotated: false\n    "
+            "int8: []",
             "algorithm: default\n    symmetric: false\n    block_size: 32\n    int8: [last_matmul]",
             "params.yaml: variants.onnx-directml-int4: int8 needs algorithm: rtn or",
         ),

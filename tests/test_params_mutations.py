@@ -14,6 +14,7 @@ CONTENT = YAML(typ="safe").load(ROOT / "params.yaml")
 # What has a default, so that a file without it is complete.
 OPTIONAL = {
     "calibrated",
+    "rotated",
     "npu",
     "platforms",
     "weightless",
@@ -70,6 +71,8 @@ def test_each_key(load, path):
 
     def remove(block, key):
         del block[key]
+        if key == "calibrated":  # what needs it goes with it
+            block.pop("rotated", None)
 
     def misspell(block, key):
         block[key + "x"] = block.pop(key)

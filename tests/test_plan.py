@@ -51,6 +51,24 @@ def test_disk_at_full_size(cell, size):
     assert cost.disk == pytest.approx(size, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("variant", "copies"), [("npu-int4-channelwise", 2), ("openvino-int4", 2), ("onnx-cpu-int4", 1)]
+)
+def test_a_rotation(variant, copies):
+    """A rotated variant needs a checkpoint of its own for a while, and for OpenVINO its IR; a tied model does not."""
+    costs = {}
+    for rotated, tied in ((False, False), (True, False), (True, True)):
+        recipe = PARAMS.variants[variant].model_copy(update={"rotated": rotated})
+        params = PARAMS.model_copy(update={"variants": PARAMS.variants | {variant: recipe}})
+        config = PHI_3_MINI | {"tie_word_embeddings": tied}
+        cell = f"{recipe.stage}@phi-3-mini-4k-instruct-{variant}"
+        costs[rotated, tied] = plan.estimate(cell, "phi-3-mini-4k-instruct", params=params, config=config)
+    more = costs[True, False].temporary - costs[False, False].temporary
+    assert more == pytest.approx(copies * 7.64e9, rel=0.01)
+    assert costs[True, False].seconds > costs[False, False].seconds + 60
+    assert costs[True, True].temporary < more
+
+
 def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
     """A stage that needs more than there is does not start, says so with figures, and can be told to try."""
     monkeypatch.chdir(tmp_path)

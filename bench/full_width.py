@@ -1,0 +1,129 @@
+"""What calibrated quantization takes at Phi-3-mini's width, layer by layer, beside NNCF's in the same run.
+
+`make bench-width`. A checkpoint of two layers of that width with random weights is calibrated on random answers, since
+only the shapes cost. Each step is a process of its own.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import click
+
+from bench.fidelity import EMBEDDED, FORMER, NNCF, calibrated_by_nncf
+from bench.make_checkpoint import SHAPE
+from bench.measure import Cost, made_by, measure
+from pipeline import onnx_genai, openvino, plan
+from pipeline.calibration import Calibration
+from pipeline.manifest import replace_file
+from pipeline.params import OnnxInt4, OpenvinoInt4, load_params
+
+RESULTS = Path(__file__).with_suffix(".json")
+WORK = Path("bench/work")
+LAYERS, ANSWERS, LENGTH = 2, 32, 128  # 4,096 tokens
+GOALS = {"faster": 8.0, "memory_gb": 6.0}
+
+
+def calibrate(checkpoint: Path, target: Path) -> None:
+    """Write the calibration of `checkpoint` on random answers."""
+    import torch
+
+    from pipeline.hessians import hessians, write_calibration
+    from pipeline.source_model import Torch
+
+    answers = torch.randint(SHAPE.vocab_size, (ANSWERS, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    write_calibration(target, answers=answers, layers=hessians(Torch(checkpoint), answers))
+
+
+def quantize(folder: Path, variant: str, calibration: Calibration | None) -> None:
+    """Build `variant` of the checkpoint in `folder`."""
+    recipe = load_params().get_variant(variant)
+    target = folder / "built"
+    target.mkdir()
+    if isinstance(recipe, OnnxInt4):
+        onnx_genai.build_int4(
+            folder / "checkpoint", target, recipe=recipe, trust_remote_code=False, calibration=calibration
+        )
+    elif isinstance(recipe, OpenvinoInt4):
+        openvino.quantize_int4(folder / "fp16", target, recipe=recipe, adjust_group_size=False, calibration=calibration)
+
+
+def table(costs: dict[str, Cost], planned: dict[str, float]) -> str:
+    """Return the costs of the steps, what they say of a layer, and the memory planned for 32 layers, as Markdown."""
+    made = made_by("openvino", "nncf", "onnxruntime-genai", "torch")
+    lines = [f"# {LAYERS} layers of Phi-3-mini's width: the solver and NNCF's calibration", ""]
+    lines += [f"Made by `make bench-width` on {made['date']}: {made['machine']}; {made['versions']}.", ""]
+    lines += [
+        f"Calibrated on {ANSWERS * LENGTH:,} tokens. A calibrated build less the plain one is the calibration.",
+        "",
+    ]
+    columns = list(next(iter(costs.values())).figures())
+    lines += [f"| step | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    lines += [f"| {step} | {' | '.join(f'{v:g}' for v in cost.figures().values())} |" for step, cost in costs.items()]
+    lines += ["", "| variant | NNCF, s per layer | solver, s per layer | times faster | goal |", "| --- " * 5 + "|"]
+    for variant in NNCF:
+        plain = costs[f"{variant}: plain"].wall
+        former, own = ((costs[f"{variant}: {name}"].wall - plain) / LAYERS for name in (FORMER, "solver"))
+        lines += [f"| {variant} | {former:.1f} | {own:.1f} | {former / own:.1f} | {GOALS['faster']:g} |"]
+    lines += ["", f"Anonymous memory at 32 layers by `phi3 plan`; the goal is {GOALS['memory_gb']:g} GB.", ""]
+    lines += ["| step | GB |", "| --- | --- |", *(f"| {cell} | {memory:.1f} |" for cell, memory in planned.items())]
+    return "\n".join(lines)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Measure calibration and quantization at full width and write bench/full_width.md and .json."""
+    if context.invoked_subcommand:
+        return
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    command = [sys.executable, "bench/make_checkpoint.py", str(WORK / "checkpoint"), "--layers", str(LAYERS)]
+    subprocess.run([*command, "--tokenizer", str(EMBEDDED.checkpoint)], check=True)
+    (WORK / "fp16").mkdir()
+    openvino.export_fp16(WORK / "checkpoint", WORK / "fp16")
+    params = load_params()
+    variants = [name for name, variant in params.variants.items() if not name.endswith("fp16")]
+    steps = {"calibrate": ["calibrate"]}
+    for variant in variants:
+        for label in ("plain", *([FORMER] if variant in NNCF else []), "solver"):
+            steps[f"{variant}: {label}"] = ["quantize", variant, label]
+    costs: dict[str, Cost] = {}
+    for step, arguments in steps.items():
+        click.echo(step)
+        program = [sys.executable, "-m", "bench.full_width", *arguments]
+        tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the stages run
+        costs |= measure(program, step=step, cwd=Path.cwd(), log=WORK / "log", **tunables)
+        click.echo(costs[step].figures())
+    config, model = SHAPE.to_dict(), "phi-3-mini-4k-instruct"
+    cells = [f"calibrate@{model}"]
+    cells += [f"{params.get_variant(variant).stage}@{model}-{variant}" for variant in variants]
+    planned = {cell: plan.estimate(cell, model, params=params, config=config).memory / 1e9 for cell in cells}
+    text = table(costs, planned)
+    click.echo(text)
+    figures = {step: cost.figures() for step, cost in costs.items()}
+    replace_file(RESULTS, json.dumps({"steps": figures, "planned_gb": planned}, indent=2))
+    replace_file(RESULTS.with_suffix(".md"), text)
+    shutil.rmtree(WORK)
+
+
+@main.command("calibrate")
+def _calibrate() -> None:
+    calibrate(WORK / "checkpoint", WORK / "calibration")
+
+
+@main.command("quantize")
+@click.argument("variant")
+@click.argument("label")
+def _quantize(variant: str, label: str) -> None:
+    shutil.rmtree(WORK / "built", ignore_errors=True)
+    calibration = Calibration(WORK / "calibration", WORK / "checkpoint")
+    with calibrated_by_nncf(variant, calibration) if label == FORMER else nullcontext():
+        quantize(WORK, variant, calibration if label == "solver" else None)
+
+
+if __name__ == "__main__":
+    main()
