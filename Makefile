@@ -67,10 +67,10 @@ PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
 # torch first, by ordinary resolution; then exact versions without dependencies, since optimum-intel asks for torchvision,
 # whose only builds for Linux need CUDA and break a CPU build of torch.
-$(VENV)/.installed: requirements.lock pyproject.toml
+$(VENV)/.installed: requirements.lock libraries.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(0 if ok else "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	pip install $(PIP_OPTIONS) torch==2.13.0
+	pip install $(PIP_OPTIONS) $$(grep ^torch== libraries.lock)
 	pip install $(PIP_OPTIONS) --no-deps -r requirements.lock
 	pip install $(PIP_OPTIONS) --no-deps --editable .
 	touch $@

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 DVC_FILE = Path("dvc.yaml")
-LOCK = Path("requirements.lock")
+LOCK, LIBRARIES = Path("requirements.lock"), Path("libraries.lock")  # the first includes the second
 CACHE = Path(".dvc/cache")
 LEAST_FREE = 9e9  # bytes that the embedded model's build takes
 TIMEOUT = 5  # seconds
@@ -45,15 +45,15 @@ def _packages() -> Iterator[Finding]:
     yield Finding("python", python, None if supported else "use Python 3.11 to 3.13")
     if not LOCK.exists():
         return
-    lines = [line for line in LOCK.read_text("utf-8").splitlines() if line and not line.startswith("#")]
-    wanted = {requirement.name: str(requirement.specifier)[2:] for requirement in map(Requirement, lines)}
+    locked = LOCK.read_text("utf-8").splitlines() + LIBRARIES.read_text("utf-8").splitlines()
+    lines = [line for line in locked if line and not line.startswith(("#", "-"))]
     differing = []
-    for name, expected in wanted.items():
-        installed = _version(name)
-        if installed != expected:
-            differing.append(f"{name} {installed or 'missing'} instead of {expected}")
+    for wanted in map(Requirement, lines):
+        installed = _version(wanted.name)
+        if installed is None or not wanted.specifier.contains(installed, prereleases=True):
+            differing.append(f"{wanted.name} {installed or 'missing'} instead of {str(wanted.specifier)[2:]}")
     remedy = f"pip install --no-deps -r {LOCK}" if differing else None
-    yield Finding("packages", "; ".join(differing) or f"{len(wanted)} as in {LOCK}", remedy)
+    yield Finding("packages", "; ".join(differing) or f"{len(lines)} as in {LOCK}", remedy)
 
 
 def _openvino() -> Iterator[Finding]:

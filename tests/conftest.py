@@ -160,7 +160,7 @@ def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     (project / ".dvc").mkdir()
     for file in ("config", ".gitignore"):
         (project / ".dvc" / file).write_bytes((ROOT / ".dvc" / file).read_bytes())
-    for file in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
+    for file in ("dvc.yaml", "libraries.lock", "params.yaml", ".gitignore", ".dvcignore"):
         (project / file).write_bytes((ROOT / file).read_bytes())
     source = f"source: {{path: {json.dumps(str(tiny_checkpoint))}}}"
     tiny = f"  tiny:\n    {source}\n    license: MIT\n    group_size_fallback: error\n"

@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.artifact import TOOLS
+from pipeline.manifest import tool_versions
 from pipeline.params import Npu, OpenvinoInt4, json_schema, load_params
 from tests.conftest import ROOT
 
 CONTENT = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = CONTENT["stages"]
-UNWATCHED = ("pipeline.plan", "pipeline.progress")  # they refuse what cannot fit and show what goes on
+# What cannot change what a stage writes: words, places, processes, and the reading of params, whose values DVC
+# watches. A change there reruns nothing.
+UNWATCHED = tuple(f"pipeline.{name}" for name in ("errors", "params", "paths", "plan", "process", "progress"))
+LIBRARIES = "libraries.lock"
 
 
 def imported_modules(file: Path, seen: set[Path]) -> set[Path]:
@@ -38,6 +43,14 @@ def test_stage_depends_on_the_code_it_runs(stage):
     modules = imported_modules(ROOT / f"stages/{stage}.py", {ROOT / f"stages/{stage}.py"})
     listed = [dependency for dependency in STAGES[stage]["deps"] if dependency.endswith(".py")]
     assert listed == sorted(path.relative_to(ROOT).as_posix() for path in modules)
+
+
+def test_every_stage_depends_on_the_libraries():
+    """Another version of a library that writes or judges artifacts rebuilds them; all of these are locked."""
+    assert all(LIBRARIES in stage["deps"] for stage in STAGES.values())
+    names = {line.split("==")[0].lower() for line in (ROOT / LIBRARIES).read_text("utf-8").splitlines()[1:]}
+    assert names >= {tool for tools in TOOLS.values() for tool in tools} | set(tool_versions("openvino-genai"))
+    assert (ROOT / "requirements.lock").read_text("utf-8").splitlines()[1] == f"-r {LIBRARIES}"
 
 
 def test_every_stage_file_is_a_stage():
