@@ -31,6 +31,47 @@ class File(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class HubOrigin(BaseModel):
+    """A repository of the Hugging Face Hub, at a commit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hub: str
+    revision: str
+
+
+class PypiOrigin(BaseModel):
+    """A GGUF file in a wheel of a package on PyPI."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pypi: str
+    version: str
+    sha256: str
+    gguf: str
+
+
+class PathOrigin(BaseModel):
+    """A directory on the disk, by its name alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+
+
+Checkpoint = HubOrigin | PypiOrigin | PathOrigin
+
+
+class IrOrigin(BaseModel):
+    """The IR that an NPU blob was compiled from: its name, the SHA-256 of its files, and its own checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variant: str
+    files: dict[str, str]
+    checkpoint: Checkpoint
+
+
 class Manifest(BaseModel):
     """The content of manifest.json. Nothing in it depends on the time or the machine."""
 
@@ -40,7 +81,7 @@ class Manifest(BaseModel):
     name: str
     model: str
     variant: str
-    source: dict[str, Any]
+    source: Checkpoint | IrOrigin
     license: str
     recipe: dict[str, Any] = Field(
         description="'asked' as in params.yaml, 'achieved' as read back from the built files"

@@ -8,7 +8,7 @@ from typing import Any
 from pipeline import paths
 from pipeline.checkpoint import read_json
 from pipeline.context import describe
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import HubOrigin, Manifest, read_manifest
 from pipeline.paths import MANIFEST
 from pipeline.report import FIGURES, figure
 
@@ -41,7 +41,7 @@ def card(manifest: Manifest, metrics: dict[str, Any], measured: dict[str, Any], 
     from huggingface_hub import ModelCardData
 
     library = "openvino" if "openvino" in manifest.tools else "onnxruntime-genai"
-    base = manifest.source.get("repo")
+    base = manifest.source.hub if isinstance(manifest.source, HubOrigin) else None
     data = ModelCardData(
         license=manifest.license.lower(),
         base_model=base,
@@ -52,7 +52,7 @@ def card(manifest: Manifest, metrics: dict[str, Any], measured: dict[str, Any], 
     )
     formats = ", ".join(f"{share:.1%} {name}" for name, share in manifest.recipe["achieved"]["formats"].items())
     requires = " ".join(f"{package}=={number}" for package, number in manifest.runtime["requires"].items())
-    source = ", ".join(f"{key} `{value}`" for key, value in manifest.source.items())
+    source = ", ".join(f"{key} `{value}`" for key, value in manifest.source)
     return f"""---
 {data.to_yaml()}
 ---
@@ -102,7 +102,7 @@ def provenance(manifest: Manifest, *, version: str) -> dict[str, Any]:
                 },
                 "internalParameters": {"tools": manifest.tools},
                 "resolvedDependencies": [
-                    {"name": "checkpoint", "annotations": manifest.source},
+                    {"name": "checkpoint", "annotations": manifest.source.model_dump()},
                     {"name": "phi3-pipeline", "digest": {"gitCommit": commit()}},
                 ],
             },

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline.chat import load_chat
 from pipeline.checkpoint import check
 from pipeline.errors import PipelineError
-from pipeline.manifest import Manifest, building, read_manifest, seal, verify
+from pipeline.manifest import Manifest, PathOrigin, building, read_manifest, seal, verify
 from pipeline.npu.blob import ELF, MAGIC, read_blob
 from pipeline.params import load_params
 from pipeline.release import read_release
@@ -187,7 +187,7 @@ def manifest(runtime: str) -> Manifest:
         name="tiny/any",
         model="tiny",
         variant="any",
-        source={},
+        source=PathOrigin(path="x"),
         license="MIT",
         recipe={},
         eos_token_ids=[1],

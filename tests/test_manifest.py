@@ -5,13 +5,13 @@ import json
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.manifest import File, Manifest, building, read_manifest, seal, verify
+from pipeline.manifest import File, Manifest, PathOrigin, building, read_manifest, seal, verify
 
 MANIFEST = Manifest(
     name="m/v",
     model="m",
     variant="v",
-    source={"path": "x"},
+    source=PathOrigin(path="x"),
     license="MIT",
     recipe={},
     eos_token_ids=[1],

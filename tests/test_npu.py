@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from pipeline import npu
 from pipeline.errors import PipelineError
 from pipeline.ir_inputs import model_inputs
-from pipeline.manifest import Manifest, building, read_manifest, seal, verify
+from pipeline.manifest import IrOrigin, Manifest, PathOrigin, building, read_manifest, seal, verify
 from pipeline.npu.artifact import build_blob
 from pipeline.npu.blob import read_blob
 from pipeline.npu.load import Choice, choose, load_pipeline
@@ -51,7 +51,13 @@ print(json.dumps(texts))
 def manifest(**fields):
     """Return a manifest of an NPU variant's IR, with `fields` changed."""
     recipe = {"asked": {"symmetric": True, "group_size": -1}, "achieved": {"int4_ratio": 1.0}}
-    common = {"name": f"m/{VARIANT}", "model": "m", "variant": VARIANT, "source": {}, "license": "MIT"}
+    common = {
+        "name": f"m/{VARIANT}",
+        "model": "m",
+        "variant": VARIANT,
+        "source": PathOrigin(path="x"),
+        "license": "MIT",
+    }
     common |= {"recipe": recipe, "eos_token_ids": [1], "runtime": {}, "tools": {}}
     return Manifest(**common | {"context": {"max_position_embeddings": 4096}} | fields)
 
@@ -119,9 +125,10 @@ def variant(tmp_path):
         seal(build, manifest())
     sha256 = read_manifest(tmp_path / VARIANT).files["openvino_model.bin"].sha256
     recipe = {"asked": {"weightless": True}, "achieved": {"openvino": "2026.4.1"}}
+    origin = IrOrigin(variant=f"tiny/{VARIANT}", files={"openvino_model.bin": sha256}, checkpoint=PathOrigin(path="x"))
     with building(tmp_path / "blobs" / f"{VARIANT}-4000") as build:
         (build / "x.blob").write_text("blob")
-        seal(build, manifest(recipe=recipe, source={"files": {"openvino_model.bin": sha256}}))
+        seal(build, manifest(recipe=recipe, source=origin))
     return tmp_path / VARIANT
 
 
@@ -179,9 +186,7 @@ def test_the_blobs_of_the_embedded_model(embedded, name):
     assert blob.compatibility.startswith(f"compiler={blob.compiler};npu=4000;")
     assert built.recipe["achieved"] == vars(blob)
     ir = read_manifest(embedded / name)
-    assert built.source["files"] == {
-        file: ir.files[file].sha256 for file in ("openvino_model.xml", "openvino_model.bin")
-    }
+    assert built.source.files == {file: ir.files[file].sha256 for file in ("openvino_model.xml", "openvino_model.bin")}
     assert choose(embedded / name, architecture="4000", openvino="2026.4.1").options["BLOB_PATH"].endswith("p1024.blob")
     unasked = verify(embedded / "blobs" / f"{name}-3720")
     assert unasked.not_compiled == f"3720 is not in variants.{name}.npu.platforms"

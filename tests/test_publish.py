@@ -9,7 +9,7 @@ import pytest
 
 from pipeline import paths, publish
 from pipeline.errors import PipelineError
-from pipeline.manifest import building, read_manifest, seal, verify
+from pipeline.manifest import IrOrigin, PathOrigin, building, read_manifest, seal, verify
 from pipeline.npu.load import choose
 from pipeline.pull import check
 from pipeline.registry import Entry, open_registry, require_own
@@ -191,7 +191,8 @@ def make_blob(platform, *, compiled=True, ir="weights"):
     with building(paths.blob(paths.variant(MODEL, VARIANT), platform)) as build_:
         if compiled:
             (build_ / "x.blob").write_text(f"blob for {platform}")
-        source = {"files": {"openvino_model.bin": hashlib.sha256(ir.encode()).hexdigest()}}
+        hashes = {"openvino_model.bin": hashlib.sha256(ir.encode()).hexdigest()}
+        source = IrOrigin(variant="x", files=hashes, checkpoint=PathOrigin(path="x"))
         reason = None if compiled else "the NPU compiler refused"
         recipe = {"asked": {"weightless": True}, "achieved": {"openvino": "2026.4.1"}}
         seal(build_, manifest.model_copy(update={"source": source, "not_compiled": reason, "recipe": recipe}))

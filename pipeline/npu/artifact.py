@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline import npu, paths
 from pipeline.errors import PipelineError
-from pipeline.manifest import Manifest, building, read_manifest, seal, tool_versions, verify
+from pipeline.manifest import IrOrigin, Manifest, building, read_manifest, seal, tool_versions, verify
 from pipeline.npu.blob import read_blob
 from pipeline.openvino import MODEL
 from pipeline.params import Npu
@@ -50,11 +50,12 @@ def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> Manif
             (build / name).unlink(missing_ok=True)
             reason = str(error)
             say(f"not compiled: {reason}")
+        assert not isinstance(ir.source, IrOrigin)
         manifest = Manifest(
             name=f"{model}/{variant}-{platform}",
             model=model,
             variant=variant,
-            source={"variant": ir.name, "files": hashes} | {"checkpoint": ir.source},
+            source=IrOrigin(variant=ir.name, files=hashes, checkpoint=ir.source),
             license=ir.license,
             recipe={"asked": params.model_dump(exclude={"required", "platforms"}), "achieved": achieved},
             eos_token_ids=ir.eos_token_ids,

