@@ -10,8 +10,8 @@ from statistics import median
 from typing import Any
 
 from pipeline.fidelity import Distributions, compare
+from pipeline.memory import peak_memory
 from pipeline.params import OnnxInt4, OpenvinoInt4, Variant
-from pipeline.process import peak_memory
 from pipeline.reference import Reference
 from pipeline.runtimes import OnnxGenai, OpenvinoGenai, OpenvinoLogits, Precision, Runtime, Scorer
 

@@ -14,7 +14,7 @@ from pipeline.checkpoint import read_json, to_float16
 from pipeline.errors import PipelineError
 from pipeline.onnx_builder import DIRECTML, RESIDUAL_SCALE, WRITERS
 from pipeline.params import OnnxInt4
-from pipeline.process import stream_lines
+from pipeline.programs import stream_lines
 from pipeline.progress import Bar
 from pipeline.recipe import Matrix, Role
 from pipeline.solver import Grid, pack

@@ -1,30 +1,27 @@
 """How a stage runs as a process: one at a time per artifact, never outliving `dvc repro`, errors as sentences."""
 
 import contextlib
-import ctypes
 import functools
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 from filelock import FileLock, Timeout
 
 from pipeline.errors import PipelineError, full_disk, lines
+from pipeline.memory import anonymous_peak, peak_memory
 from pipeline.paths import ARTIFACTS, log
+from pipeline.programs import KILLED, end_with_parent
 from pipeline.progress import logged, say
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc's manual, "Memory Allocation Tunables"
 LOCK_TIMEOUT = 2  # seconds, in which a killed stage has ended
-KILLED = -9  # how a SIGKILL shows in a return code
 # How torch, OpenVINO, ONNX Runtime, the system and its loader word it.
 NO_MEMORY = re.compile(
     r"bad_alloc|can.t allocate memory|cannot allocate memory|out of memory|failed to map segment", re.IGNORECASE
@@ -50,7 +47,7 @@ def stage_command(function: Callable[..., None]) -> click.Command:
         _end_with_dvc()
         started = time.monotonic()
         try:
-            with _lock(cell), logged(log(cell)), _anonymous_peak() as anonymous:
+            with _lock(cell), logged(log(cell)), anonymous_peak() as anonymous:
                 say(f"{cell}: started")
                 require(cell, arguments["model"])
                 function(**arguments)
@@ -71,12 +68,6 @@ def stage_command(function: Callable[..., None]) -> click.Command:
     for name in names:
         command = click.argument(name)(command)
     return command
-
-
-def end_with_parent() -> None:
-    """Ask the kernel to end this process when its parent dies (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _use_huge_pages() -> None:
@@ -135,80 +126,6 @@ def _end_with_dvc() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def peak_memory() -> int:
-    """Return the largest resident memory of this process or of any child that has ended, in bytes."""
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    if sys.platform == "darwin":
-        return max(own, children)
-    # Linux carries ru_maxrss over from the program that started this one; VmHWM (proc_pid_status(5), kB) starts anew.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text("utf-8").splitlines())
-    return max(int(status["VmHWM"].split()[0]), children) * 1024
-
-
-@contextlib.contextmanager
-def _anonymous_peak() -> Iterator[list[int]]:
-    # What the kernel cannot drop, unlike mapped weights: resident less shared, of this process or its largest child
-    # (no sum: a library's fork shares its parent's pages).
-    import psutil
-
-    def anonymous() -> int:
-        family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        used = [process.memory_info() for process in family if process.is_running()]
-        return max(memory.rss - getattr(memory, "shared", 0) for memory in used)
-
-    samples, done = [anonymous()], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.5):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                samples.append(anonymous())
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        done.set()
-        thread.join()
-
-
-def stream_lines(arguments: list[str], **options: Any) -> Iterator[str]:
-    """Run a program, print its output, which a stage's log keeps, and yield it line by line.
-
-    Raises PipelineError with the last lines when the program fails, MemoryError when it is killed, as the kernel does
-    for lack of memory. It ends with this process.
-    """
-    tail: list[str] = []
-    with subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        preexec_fn=end_with_parent if sys.platform == "linux" else None,
-        **options,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                tail = [*tail[-4:], line.strip()]
-                yield line
-        except BaseException:
-            process.kill()
-            raise
-    if process.returncode == KILLED:
-        raise MemoryError
-    if process.returncode != 0:
-        raise PipelineError(f"{arguments[0]} failed: {' / '.join(filter(None, tail))}.")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pipeline.errors import PipelineError
 from pipeline.manifest import Manifest, digest, verify
 from pipeline.npu.load import RELEASED_BLOBS, belongs
 from pipeline.paths import MANIFEST
-from pipeline.registry import Registry
+from pipeline.registry.interface import Registry
 from pipeline.release import NAME, VERSION, Release, read_release
 from pipeline.release_documents import write_documents
 from pipeline.signing import sign

@@ -16,7 +16,7 @@ from platformdirs import user_cache_path
 from pipeline.device import Target, choose_release
 from pipeline.errors import PipelineError
 from pipeline.manifest import Manifest, compare_files, digest, is_regular, replace_file, verify
-from pipeline.registry import Registry
+from pipeline.registry.interface import Registry
 from pipeline.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 from pipeline.signing import require_signature
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pipeline.process import stream_lines
+from pipeline.programs import stream_lines
 
 
 def fetch_wheel(package: str, version: str, sha256: str, *, directory: Path, platform: str = "") -> Path:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from pipeline.process import stream_lines
+from pipeline.programs import stream_lines
 
 # The package ziglang: version, SHA-256, and that its wheel is for this machine.
 ZIG = ("0.17.1", "ea6cc5d87b033cf0aedfbc8f9549a908cae6c50ac31f1698188fa48a74524b54", "")

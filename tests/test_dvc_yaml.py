@@ -16,7 +16,9 @@ CONTENT = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = CONTENT["stages"]
 # What cannot change what a stage writes: words, places, processes, and the reading of params, whose values DVC
 # watches. A change there reruns nothing.
-UNWATCHED = tuple(f"pipeline.{name}" for name in ("errors", "params", "paths", "plan", "process", "progress"))
+UNWATCHED = tuple(
+    f"pipeline.{name}" for name in ("errors", "memory", "params", "paths", "plan", "process", "programs", "progress")
+)
 LIBRARIES = "libraries.lock"
 
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.process import stream_lines
+from pipeline.programs import stream_lines
 from tests.conftest import ROOT
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -93,7 +93,10 @@ def test_errors_are_sentences(stage, body, message):
     [
         ("raise MemoryError", "memory ran out"),
         ("raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: ...')", "memory ran out"),
-        ("from pipeline.process import stream_lines; list(stream_lines(['sh', '-c', 'kill -9 $$']))", "memory ran out"),
+        (
+            "from pipeline.programs import stream_lines; list(stream_lines(['sh', '-c', 'kill -9 $$']))",
+            "memory ran out",
+        ),
         (
             "import resource, numpy; resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9)); numpy.ones(10**9)",
             "memory ran out",
@@ -193,7 +196,7 @@ def test_one_at_a_time(stage):
 def test_ends_with_dvc(stage, tmp_path, shell):
     """When dvc is killed the stage ends too, even behind a shell that lives on, and so does the program it runs."""
     seconds = f"61.{len(shell)}"  # tests may run beside each other
-    body = "from pipeline.process import stream_lines as run; list(run(['sleep', '" + seconds + "']))"
+    body = "from pipeline.programs import stream_lines as run; list(run(['sleep', '" + seconds + "']))"
     script = tmp_path / "work.py"
     script.write_text(STAGE.format(root=str(ROOT), body=body))
     command = [*shell, sys.executable, str(script), "m", "v"]

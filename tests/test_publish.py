@@ -12,8 +12,9 @@ from pipeline.errors import PipelineError
 from pipeline.manifest import IrOrigin, PathOrigin, building, read_manifest, seal, verify
 from pipeline.npu.load import choose
 from pipeline.pull import check
-from pipeline.registry import Entry, open_registry, require_own
+from pipeline.registry import open_registry
 from pipeline.registry.directory import DirectoryRegistry
+from pipeline.registry.interface import Entry, require_own
 from tests.conftest import run
 from tests.release_project import (
     MEASURED,

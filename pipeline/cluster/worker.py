@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
 from pipeline.graph import Cell
-from pipeline.process import stream_lines
+from pipeline.programs import stream_lines
 
 TOPIC = "phi3-build"
 LOCK = Path("dvc.lock")

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from pipeline.artifact import WINDOWSML
 from pipeline.errors import PipelineError
-from pipeline.process import stream_lines
+from pipeline.programs import stream_lines
 from pipeline.progress import say
 from pipeline.wheel import fetch_wheel
 from pipeline.zig import ZIG, build_program

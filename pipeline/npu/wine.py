@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.errors import PipelineError
-from pipeline.process import stream_lines
+from pipeline.programs import stream_lines
 from pipeline.progress import say
 from pipeline.wheel import fetch_wheel
 from pipeline.zig import ZIG, build_program

@@ -1,67 +1,10 @@
 """Model registries behind one interface: a directory, the Hugging Face Hub, an OCI registry."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from pipeline.errors import PipelineError
-from pipeline.manifest import File
-from pipeline.release import Release, read_release
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A published version of `name` (`<model>/<variant>`) and the aliases that point to it."""
-
-    name: str
-    version: str
-    aliases: list[str] = field(default_factory=list)
-
-    @property
-    def order(self) -> tuple[str, list[int]]:
-        """What entries are sorted by: the name, then the version by its numbers."""
-        return self.name, [int(part) for part in self.version.split(".")]
-
-
-class Registry(Protocol):
-    """What publishing and pulling need of a registry. Nothing that it returns is trusted."""
-
-    url: str
-
-    def entries(self) -> list[Entry]:
-        """Return every published version, sorted by name and version."""
-
-    def resolve(self, name: str, reference: str) -> str | None:
-        """Return the version of `name` that `reference`, a version or an alias, stands for; None when there is none."""
-
-    def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
-        """Return release.json and its signature, if it has one, of a version; None when it is not published."""
-
-    def prepare(self, name: str) -> None:
-        """Make ready for uploads of `name`; raise PipelineError when the registry is for one artifact, and another."""
-
-    def has(self, name: str, file: File) -> bool:
-        """Return whether the content of `file` is there already, whole, from this or another version of `name`."""
-
-    def upload(self, name: str, path: str, local: Path, file: File) -> None:
-        """Store the content of the file `local`, to be `path` of a release; no reader sees it before one names it."""
-
-    def publish(self, release: Release, signature: bytes | None) -> None:
-        """Make an uploaded release visible in one step; raise FileExistsError when its version exists."""
-
-    def point(self, name: str, alias: str, version: str) -> None:
-        """Let `alias` stand for `version` of `name`."""
-
-    def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
-        """Yield the content of the file `path` of a release from byte `offset` on."""
-
-
-def require_own(release: bytes | None, name: str, *, url: str) -> None:
-    """Raise PipelineError when `release`, the release.json that a registry for one artifact has, is not of `name`."""
-    if release is not None and (other := read_release(release, origin=url).name) != name:
-        raise PipelineError(f"{url} is the registry of {other}: give {name} a repository of its own.")
+from pipeline.registry.interface import Registry
 
 
 def open_registry(url: str) -> Registry:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from pipeline.errors import PipelineError
 from pipeline.manifest import File, digest, is_regular
-from pipeline.registry import Entry
+from pipeline.registry.interface import Entry
 from pipeline.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release
 
 CHUNK = 1 << 20

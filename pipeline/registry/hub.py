@@ -25,7 +25,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from pipeline.errors import PipelineError, lines
 from pipeline.manifest import File
-from pipeline.registry import Entry, require_own
+from pipeline.registry.interface import Entry, require_own
 from pipeline.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 
 ALIASES = "aliases.json"

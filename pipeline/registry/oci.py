@@ -24,7 +24,7 @@ from urllib3.util import Retry
 
 from pipeline.errors import PipelineError, lines
 from pipeline.manifest import File, digest
-from pipeline.registry import Entry, require_own
+from pipeline.registry.interface import Entry, require_own
 from pipeline.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 
 TYPE = "application/vnd.cncf.model"

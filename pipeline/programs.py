@@ -1,0 +1,50 @@
+"""Run other programs: their output line by line, their errors as sentences, and none outlives this process."""
+
+import ctypes
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import PipelineError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+KILLED = -9  # how a SIGKILL shows in a return code
+
+
+def stream_lines(arguments: list[str], **options: Any) -> Iterator[str]:
+    """Run a program, print its output, which a stage's log keeps, and yield it line by line.
+
+    Raises PipelineError with the last lines when the program fails, MemoryError when it is killed, as the kernel does
+    for lack of memory. It ends with this process.
+    """
+    tail: list[str] = []
+    with subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        **options,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                tail = [*tail[-4:], line.strip()]
+                yield line
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode == KILLED:
+        raise MemoryError
+    if process.returncode != 0:
+        raise PipelineError(f"{arguments[0]} failed: {' / '.join(filter(None, tail))}.")
+
+
+def end_with_parent() -> None:
+    """Ask the kernel to end this process when its parent dies (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
