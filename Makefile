@@ -12,11 +12,11 @@ repro: variants
 	dvc repro
 	@dvc metrics show
 
-# Much of a build keeps one core busy, so what is not measured runs two at a time, each on one core: OpenMP's threads wait
-# for each other by spinning. `dvc repro` builds what is left, or fails.
+# Much of a build keeps only one core busy, so stages whose speed is not measured run two at a time, each on one core,
+# since OpenMP's threads wait for each other by spinning. A later `dvc repro` builds what is still missing, or fails.
 two_at_a_time = -dvc stage list --name-only $(1) | OMP_NUM_THREADS=1 xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
 
-# What others need goes first.
+# Stages that other stages need run first.
 models: $(VENV)/.installed
 	dvc repro download
 	$(call two_at_a_time,calibrate export_openvino $(beside))
@@ -25,7 +25,7 @@ models: $(VENV)/.installed
 variants: beside = reference
 variants: models wine
 
-# For CI, which has no use for speeds.
+# CI runs this target, since it does not need the measured speeds.
 validations: variants
 	$(call two_at_a_time,validate)
 
@@ -40,7 +40,7 @@ lint: $(VENV)/.installed
 	ruff format --check .
 	mypy
 
-# Known vulnerabilities of what is installed are an error; a service that cannot be reached is a remark.
+# A known vulnerability of an installed package is an error; a service that cannot be reached only prints a message.
 audit: $(VENV)/.installed
 	@pip-audit --skip-editable --progress-spinner off > $(VENV)/audit.txt 2>&1 || { ! grep -A99 "known vulnerabilit" $(VENV)/audit.txt; }
 	@echo "$$(grep -c 'could not be audited' $(VENV)/audit.txt) packages could not be audited; $$(grep -o 'No known vulner.*' $(VENV)/audit.txt || tail -n 1 $(VENV)/audit.txt)"
@@ -61,12 +61,13 @@ bench-width: $(VENV)/.installed
 	dvc repro download
 	python -m bench.full_width
 
-# Most of what is installed is never imported: Python compiles what is, once, and keeps it, whatever the environment says.
+# Most installed modules are never imported, so pip compiles none of them. Python compiles a module at its first import
+# and must keep the result, so PYTHONDONTWRITEBYTECODE is not passed on.
 unexport PYTHONDONTWRITEBYTECODE
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
-# torch first, by ordinary resolution; then exact versions without dependencies, since optimum-intel asks for torchvision,
-# whose only builds for Linux need CUDA and break a CPU build of torch.
+# torch comes first, with its dependencies; then exact versions are installed without dependencies, since optimum-intel
+# asks for torchvision, whose only builds for Linux need CUDA and break a CPU build of torch.
 $(VENV)/.installed: requirements.lock libraries.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); sys.exit(0 if ok else "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
@@ -75,7 +76,7 @@ $(VENV)/.installed: requirements.lock libraries.lock pyproject.toml
 	pip install $(PIP_OPTIONS) --no-deps --editable .
 	touch $@
 
-# What pip cannot bring. Without root the build goes on and says what it could not do.
+# Install Debian packages that pip cannot provide. Without root, print the command to run instead, and go on.
 define apt
 if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1); \
@@ -88,7 +89,8 @@ endef
 wine:
 	@[ "$$(uname -sm)" != "Linux x86_64" ] || { PATH="$$PATH:/usr/lib/wine" command -v wine64 || command -v wine; } >/dev/null || $(call apt,wine64,NPU blobs need Wine)
 
-# Then `validate` runs the DirectML model on DirectML, in software: 85 s and 1.8 GB of the user's cache, once.
+# After this, `validate` runs the DirectML model on DirectML, in software. The set-up is needed once; it takes 85 s and
+# 1.8 GB of the user's cache.
 directml: $(VENV)/.installed
 	@[ "$$(uname -sm)" != "Linux x86_64" ] || command -v debootstrap >/dev/null || $(call apt,debootstrap debian-archive-keyring,DirectML in software needs a chroot)
 	python -m pipeline.directml

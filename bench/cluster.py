@@ -1,7 +1,7 @@
-"""Builds of two models on local clusters of one, two and four workers against `dvc repro`, and a catalogue simulated.
+"""Compare builds on local clusters of one, two and four workers with `dvc repro`, and simulate larger clusters.
 
-`make bench-cluster` writes bench/cluster.json and .md. The models are the embedded one and one of Phi-3-mini's shape
-with fewer layers; recipes are the tutorials', without calibration.
+`make bench-cluster` writes bench/cluster.json and .md. The two models built are the embedded one and one of
+Phi-3-mini's shape with fewer layers; the recipes are the tutorials', without calibration.
 """
 
 import json
@@ -27,8 +27,8 @@ from pipeline.params import load_params
 
 RESULTS = Path(__file__).with_suffix(".json")
 SECOND, LAYERS = "phi-3-shaped", 2
-TARGETS = ("quantize_openvino", "build_onnx")  # what is the same in every build; NPU blobs are not always
-CATALOGUES = ((4, (1, 2, 4, 8)), (42, (1, 8, 32, 128)))  # models, and numbers of workers
+TARGETS = ("quantize_openvino", "build_onnx")  # reproducible stages; NPU blobs differ between builds at times
+CATALOGUES = ((4, (1, 2, 4, 8)), (42, (1, 8, 32, 128)))  # the number of models, and the numbers of workers
 BANDWIDTHS = {"1 Gbit/s": 0.125e9, "10 Gbit/s": 1.25e9}
 
 
@@ -45,7 +45,7 @@ def make_project(folder: Path) -> Path:
 
 
 def measure(project: Path, workers: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a build in a fresh clone took, by `workers` or, if 0, by `dvc repro`, and the stages of dvc.lock."""
+    """Build in a fresh clone with `workers`, or `dvc repro` if 0; return the figures and the stages of dvc.lock."""
     clone = project.parent / "clone"
     for left in (clone, project.parent / "store"):
         shutil.rmtree(left, ignore_errors=True)
@@ -69,16 +69,17 @@ def measure(project: Path, workers: int) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> dict[str, float]:
-    """Return the seconds that `workers` take for `models` models of Phi-3-mini's shape, and the bytes that they move.
+    """Return the seconds that `workers` take to build `models` models of Phi-3-mini's shape, and the bytes transferred.
 
-    Cells and their order are DVC's, times and sizes those of `phi3 plan`. A free worker takes the ready cell with the
-    longest way to the end; it pulls what it did not build or pull before, and pushes what it built. The remote serves
-    one after the other with its whole `bandwidth` (bytes per second). `overhead` are further seconds per cell.
+    The cells and their order are DVC's, times and sizes those of `phi3 plan`. A free worker takes the ready cell with
+    the longest chain of cells after it; it pulls the inputs that it has neither built nor pulled before, and pushes
+    what it built. The remote serves one worker at a time with its whole `bandwidth` (bytes per second). `overhead` is
+    added to each cell, in seconds.
     """
     params, config = load_params(ROOT / "params.yaml"), SHAPE.to_dict() | {"dtype": "bfloat16"}
     one = read_cells(params.build)
     costs = {name: plan.estimate(name, cell.model, params=params, config=config) for name, cell in one.items()}
-    way: dict[str, float] = {}  # to the end of the longest chain
+    way: dict[str, float] = {}  # seconds to the end of the longest chain of cells
     for name in reversed(one):
         way[name] = costs[name].seconds + max((way[after] for after in one if name in one[after].needs), default=0.0)
     waiting = {(model, name) for model in range(models) for name in one}
@@ -113,7 +114,7 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
 
 
 def simulations(overhead: float) -> list[dict[str, Any]]:
-    """Return what `simulate` says for each of CATALOGUES and BANDWIDTHS."""
+    """Return the results of `simulate` for each of CATALOGUES and BANDWIDTHS."""
     return [
         {"models": models, "workers": workers, "remote": remote} | simulate(models, workers, bandwidth, overhead)
         for models, many in CATALOGUES

@@ -1,4 +1,4 @@
-"""What each quantization option costs and loses: builds them all from the embedded model and writes bench/fidelity.md.
+"""Measure what each quantization option costs and loses on the embedded model, and write bench/fidelity.md.
 
 Run `dvc repro validate` first, for the checkpoint, the FP16 IR, the reference and the calibration data.
 """
@@ -32,8 +32,8 @@ from pipeline.source_model import Torch
 MODEL = "smol-phi3"
 RESULTS = Path(__file__).with_suffix(".json")
 WORK = Path("bench/work")
-QUESTIONS = 3  # of the speed test; the first, which warms up, is not counted
-# The former defaults, in NNCF's own words; here alone is its calibration used.
+QUESTIONS = 3  # for the speed test, after one more that warms up and is not counted
+# The former defaults as NNCF's options; only this benchmark still uses NNCF's calibration.
 NNCF: dict[str, dict[str, Any]] = {
     "openvino-int4": {
         "awq": True,
@@ -62,7 +62,7 @@ ONNX: dict[str, dict[str, Any]] = {
     "solver, asymmetric": {"calibrated": True},
     "solver, asymmetric, INT8 head and mixed layers": {"calibrated": True, "int8": INT8},
 }
-# The same function in other weights, and what is built of it beside the default recipe of each variant.
+# Models that compute the same with other weights, and the changes to each variant's default recipe to build from them.
 TWINS: dict[str, tuple[Change, dict[str, dict[str, bool]]]] = {
     "head of its own": (untie, {SOLVER: {}, ROTATED: {"rotated": True}}),
     "off the 4-bit grid": (leave_the_grid, {"plain": {"calibrated": False}, SOLVER: {}}),
@@ -71,7 +71,7 @@ TWINS: dict[str, tuple[Change, dict[str, dict[str, bool]]]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint, its FP16 IR and its calibration are."""
+    """The paths of a checkpoint, its FP16 IR and its calibration."""
 
     checkpoint: Path
     fp16: Path
@@ -82,7 +82,7 @@ EMBEDDED = Source(paths.source(MODEL), paths.variant(MODEL, "openvino-fp16"), pa
 
 
 def make_twin(change: Change, folder: Path) -> Source:
-    """Return the embedded model after `change`, with its IR and its calibration on the same answers, in `folder`."""
+    """Apply `change` to the embedded model, build its IR, calibrate it on the same answers, all in `folder`."""
     found = Source(folder / "checkpoint", folder / "fp16", folder / "calibration")
     if not found.calibration.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -119,7 +119,7 @@ def _without_npu(recipe: Any) -> Any:
 
 @contextmanager
 def calibrated_by_nncf(variant: str, calibration: Calibration) -> Iterator[None]:
-    """While it is entered, NNCF calibrates `variant` as its former default said, on the answers of `calibration`."""
+    """In this context NNCF calibrates `variant` with its former default options, on the answers of `calibration`."""
     compress = nncf.compress_weights
     answers = [model_inputs(ids) for ids in calibration.summary.answers]
     options = NNCF[variant] | {"dataset": nncf.Dataset(answers)}
@@ -202,7 +202,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 def main() -> None:
     """Measure every option on the embedded model and write bench/fidelity.json and bench/fidelity.md.
 
-    Goes on where an interrupted run ended; delete bench/fidelity.json to measure all options anew.
+    A run continues where an interrupted one ended; delete bench/fidelity.json to measure all options anew.
     """
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     for variant, options in recipes().items():

@@ -1,7 +1,7 @@
-"""Phi-3-mini's shape built by hand, as tutorials do, and by this pipeline, on the same machine: `make bench`.
+"""Build a model of Phi-3-mini's shape by hand, as tutorials do, and by this pipeline, on the same machine.
 
-A seeded random checkpoint stands for the weights, since only their shape costs. Both ways use the tutorial's recipes,
-and both results are compared, matrix by matrix.
+Run it with `make bench`. A seeded random checkpoint replaces the real weights, since the cost depends on the shapes
+only. Both ways use the tutorial's recipes, and both results are compared, matrix by matrix.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from pipeline.params import load_params
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_suffix(".json")
 MODEL = "full-size"
-FREE = 60e9  # bytes that a run may need
+FREE = 60e9  # bytes of disk that a run may need
 OPENVINO = {
     "openvino-fp16": ["--weight-format", "fp16"],
     "openvino-int4": ["--weight-format", "int4", "--sym", "--group-size", "128", "--ratio", "0.6"],
@@ -40,13 +40,13 @@ PLAIN = {  # the tutorial's recipes in params.yaml's words
     "symmetric: false": "symmetric: true",
     "int8: [last_matmul, mixed_layers]": "int8: []",
 }
-STAGES = ("quantize_openvino", "build_onnx")  # and what they need, as `make models` builds
+STAGES = ("quantize_openvino", "build_onnx")  # with the stages that they need, as `make models` builds them
 WHOLE = "make models"
 GOALS = {"wall_ratio": 0.5, "openvino_anonymous_gb": 4.0, "onnx_anonymous_gb": 6.0, "disk_ratio": 1.1}
 
 
 def by_hand(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[str, Any]]:
-    """Build each variant with the tutorial's command; return the costs and what was built. Nothing is kept."""
+    """Build each variant with the tutorial's command; return the costs and what was built. Artifacts are deleted."""
     costs, built = {}, {}
     for variant in (*OPENVINO, *ONNX):
         click.echo(f"by hand: {variant}")
@@ -66,14 +66,14 @@ def by_hand(checkpoint: Path, folder: Path) -> tuple[dict[str, Cost], dict[str, 
 def by_pipeline(checkpoint: Path, folder: Path) -> tuple[Cost, dict[str, Cost], dict[str, Any], dict[str, Any]]:
     """Build all variants with `make models` in a clone of this project.
 
-    Returns what it cost as a whole and stage by stage, what was built, and more.
+    Returns the cost of the whole build, the cost of each stage, what was built, and further figures.
     """
     project = folder / "project"
     clone_project(project, checkpoint, build=[MODEL])
     here = {"PYTHONPATH": str(project)}
     click.echo("by the pipeline")
     log = folder / "pipeline.log"
-    # What is installed here serves that clone, too.
+    # The clone uses the packages that are installed here.
     command = ["make", f"VENV={sys.prefix}", f"--old-file={sys.prefix}/.installed", "models"]
     costs = measure(command, step=WHOLE, cwd=project, log=log, **here)
     whole = costs.pop(WHOLE)
@@ -97,7 +97,7 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[Cost, dict[str, Cost], 
 
 
 def clone_project(project: Path, checkpoint: Path, *, build: list[str]) -> None:
-    """Clone this project so that it builds `build`, the last from `checkpoint`, with the tutorial's recipes."""
+    """Clone this project to build the models `build` with the tutorial's recipes, the last one from `checkpoint`."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
     params = (project / "params.yaml").read_text("utf-8")
     for default, plain in PLAIN.items():
@@ -108,7 +108,7 @@ def clone_project(project: Path, checkpoint: Path, *, build: list[str]) -> None:
 
 
 def plans(project: Path, checkpoint: Path, costs: dict[str, Cost]) -> dict[str, dict[str, float]]:
-    """Return what `phi3 plan` says of each step, memory and disk in GB, beside the memory that it took."""
+    """Return the memory and disk that `phi3 plan` predicts for each step, in GB, beside the memory that it took."""
     params, config = load_params(project / "params.yaml"), read_json(checkpoint / "config.json")
     found = {}
     for step in costs:
@@ -121,8 +121,10 @@ def plans(project: Path, checkpoint: Path, costs: dict[str, Cost]) -> dict[str, 
 
 
 def content(directory: Path, variant: str) -> dict[str, Any]:
-    """Return the format of each matrix of a built variant, and the SHA-256 of its weights: the file's, and, of an IR,
-    that of all matrices, scales and zero points, without the constants that are no weights."""
+    """Return the format of each matrix of a built variant, the SHA-256 of its weights' file, and one of its weights.
+
+    The latter is, for an IR, that of all matrices, scales and zero points, without constants that are not weights.
+    """
     backend: Any = openvino if variant in OPENVINO else onnx_genai
     formats = {matrix.name: matrix.format for matrix in backend.read_matrices(directory)}
     file = digest(directory / backend.WEIGHTS).sha256

@@ -1,7 +1,7 @@
-"""What calibrated quantization takes at Phi-3-mini's width, layer by layer, beside NNCF's in the same run.
+"""Measure what the solver and NNCF's calibration cost per layer at Phi-3-mini's width, in the same run.
 
-`make bench-width`. A checkpoint of two layers of that width with random weights is calibrated on random answers, since
-only the shapes cost. Each step is a process of its own.
+Run it with `make bench-width`. A checkpoint with two layers of that width and random weights is calibrated on random
+answers, since the cost depends on the shapes only. Each step runs in a process of its own.
 """
 
 import json
@@ -52,7 +52,7 @@ def quantize(folder: Path, variant: str, calibration: Calibration | None) -> Non
 
 
 def table(costs: dict[str, Cost], planned: dict[str, float]) -> str:
-    """Return the costs of the steps, what they say of a layer, and the memory planned for 32 layers, as Markdown."""
+    """Return the costs of the steps, the time per layer, and the memory planned for 32 layers, as Markdown."""
     made = made_by("openvino", "nncf", "onnxruntime-genai", "torch")
     lines = [f"# {LAYERS} layers of Phi-3-mini's width: the solver and NNCF's calibration", ""]
     lines += [f"Made by `make bench-width` on {made['date']}: {made['machine']}; {made['versions']}.", ""]
@@ -95,7 +95,7 @@ def main(context: click.Context) -> None:
     for step, arguments in steps.items():
         click.echo(step)
         program = [sys.executable, "-m", "bench.full_width", *arguments]
-        tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as the stages run
+        tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as in the stages
         costs |= measure(program, step=step, cwd=Path.cwd(), log=WORK / "log", **tunables)
         click.echo(costs[step].figures())
     config, model = SHAPE.to_dict(), "phi-3-mini-4k-instruct"

@@ -1,4 +1,4 @@
-"""What a program costs: wall and CPU time, memory and bytes written, as a whole and for each stage; and on what."""
+"""Measure a program, and each stage that it runs: wall time, CPU time, memory, bytes written; and name the machine."""
 
 import os
 import platform
@@ -21,13 +21,13 @@ STAGE = re.compile(r"-m stages\.(.+)$")
 
 @dataclass
 class Cost:
-    """Seconds of wall time and of all cores, and bytes at their peak."""
+    """Wall time and CPU time of all cores in seconds, peak memory and written data in bytes."""
 
     wall: float = 0.0
     cpu: float = 0.0
-    anonymous: int = 0  # what the kernel cannot drop
-    file_backed: int = 0  # mapped files, which it can
-    written: int = 0  # what was given to the disk
+    anonymous: int = 0  # memory that the kernel cannot drop
+    file_backed: int = 0  # mapped files, which the kernel can drop
+    written: int = 0  # data sent to the disk
 
     def figures(self) -> dict[str, float]:
         """Return the figures for the table: seconds and gigabytes."""
@@ -43,8 +43,8 @@ class Cost:
 def measure(command: list[str], *, step: str, cwd: Path, log: Path, **environment: str) -> dict[str, Cost]:
     """Run `command` and return what it cost: as a whole, under `step`, and each stage of the pipeline that it ran.
 
-    The output goes to the file `log`. Memory is the sum of the processes' proportional shares (PSS), so that pages
-    which two of them share count once; proc_pid_smaps_rollup(5). Stages may run side by side.
+    The output goes to the file `log`. Memory is the sum of the processes' proportional shares (PSS), so that a page
+    shared by two of them counts once; see proc_pid_smaps_rollup(5). Stages may run side by side.
 
     Raises subprocess.CalledProcessError when the command fails.
     """
@@ -87,11 +87,11 @@ def _sample(root: int, step: str, costs: dict[str, Cost], done: threading.Event)
                 written = re.search(r"^write_bytes: (\d+)", (folder / "io").read_text("utf-8"), re.MULTILINE)
                 cpu = sum(process.cpu_times()[:4])
             except (psutil.Error, OSError):
-                continue  # it has ended
+                continue  # the process has ended
             for name in {step, stage or step}:
                 now[name].anonymous += int(pages.get("Pss_Anon", 0)) * 1024
                 now[name].file_backed += int(pages.get("Pss_File", 0)) * 1024
-                # The kernel adds to a parent what its ended children used, so that nothing is counted twice.
+                # The kernel adds an ended child's use to its parent; the child is no longer listed, so it counts once.
                 now[name].written += int(written[1]) if written else 0
                 now[name].cpu += cpu
         seconds, last = time.monotonic() - last, time.monotonic()
@@ -102,7 +102,7 @@ def _sample(root: int, step: str, costs: dict[str, Cost], done: threading.Event)
 
 
 def disk_used(directory: Path) -> int:
-    """Return the bytes that the files below `directory` take on the disk, hard links counted once."""
+    """Return the bytes that the files below `directory` take on the disk; hard links count once."""
     blocks = {}
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -112,7 +112,7 @@ def disk_used(directory: Path) -> int:
 
 
 def made_by(*packages: str) -> dict[str, str]:
-    """Return the date, the machine and the versions of `packages`, which say where figures come from."""
+    """Return the date, the machine and the versions of `packages`, to record where figures come from."""
     memory = psutil.virtual_memory().total
     return {
         "date": datetime.now(UTC).date().isoformat(),

@@ -1,4 +1,7 @@
-"""Checkpoints that compute what the embedded model computes, with other weights: what do its figures owe to those?"""
+"""Make twins of the embedded model: checkpoints that compute the same function with other weights.
+
+They show how far the model's figures depend on its particular weights.
+"""
 
 import json
 from collections.abc import Callable
@@ -14,7 +17,7 @@ Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
 
 
 def write_twin(checkpoint: Path, target: Path, change: Change) -> None:
-    """Write `checkpoint` to the directory `target` after `change` of its float32 weights and of its config."""
+    """Apply `change` to the float32 weights and the config of `checkpoint`, and write the result to `target`."""
     read, config = open_weights(checkpoint), read_json(checkpoint / "config.json")
     weights = {name: read(name).clone() for name in tensor_shapes(checkpoint)}
     change(weights, config)
@@ -27,16 +30,16 @@ def write_twin(checkpoint: Path, target: Path, change: Change) -> None:
 
 
 def untie(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """Give the model a head of its own, as Phi-3 has: then it can be rotated."""
+    """Give the model a head of its own, as Phi-3 has, so that it can be rotated."""
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     config["tie_word_embeddings"] = False
 
 
 def leave_the_grid(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    """Take the layers' weights off the 4-bit grid that they were published on, by seeded random factors.
+    """Move the layers' weights off the 4-bit grid on which they were published, with seeded random factors.
 
-    The norms' weights go into the matrices that read them; values and neurons get factors that the next matrix divides
-    by again.
+    The norms' weights are multiplied into the matrices that read them. Values and neurons are multiplied by factors,
+    and the next matrix is divided by them.
     """
     generator = torch.Generator().manual_seed(0)
     head = config["hidden_size"] // config["num_attention_heads"]

@@ -1,4 +1,7 @@
-"""A variant's directory: built aside, sealed with a manifest of what was asked and what the built files hold."""
+"""Build the directory of a variant beside its final place, and seal it with a manifest.
+
+The manifest states the recipe that was asked for and what the built files hold.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +27,10 @@ WINDOWSML = "1.30.0.202609102321"  # ONNX Runtime and DirectML for Windows appli
 def building_variant(
     params: Params, *, model: str, name: str, read_matrices: Callable[[Path], list[Matrix]]
 ) -> Iterator[Path]:
-    """Yield the directory to build variant `name` of `model` in; when the block ends it gets its manifest and name.
+    """Yield a directory in which to build variant `name` of `model`, and finish it when the block ends.
 
-    `read_matrices` reads back what the built files hold.
+    Finishing writes the manifest and gives the directory its final name. `read_matrices` returns the weight matrices
+    that the built files hold.
     """
     variant, source = params.get_variant(name), paths.source(model)
     origin, config = read_manifest(source), read_json(source / "config.json")
@@ -53,7 +57,7 @@ def building_variant(
 def asked(variant: Variant, config: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe of `variant` as its manifest states it for a model with `config`.
 
-    What concerns only NPU blobs is left out, and a rotation that the model cannot have is false.
+    Settings that concern only NPU blobs are left out, and `rotated` is false when the model cannot be rotated.
     """
     recipe = variant.model_dump(exclude_none=True, exclude={"npu"})
     return recipe | ({"rotated": can_rotate(config)} if recipe.get("rotated") else {})
@@ -64,7 +68,7 @@ def _runtime(variant: Variant) -> dict[str, Any]:
         genai = tool_versions("onnxruntime-genai")
         if variant.execution_provider == "cpu":
             return {"requires": genai, "devices": ["CPU"]}
-        # Without the second package the first finds no ONNX Runtime, and does not ask for it.
+        # The first package gets ONNX Runtime from the second, but does not declare it as a dependency.
         requires = {"onnxruntime-genai-winml": genai["onnxruntime-genai"], "onnxruntime-windowsml": WINDOWSML}
         return {"requires": requires, "devices": ["GPU"]}
     npu = isinstance(variant, OpenvinoInt4) and variant.npu

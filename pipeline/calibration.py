@@ -1,7 +1,7 @@
-"""What the matrices of the source model get as inputs on its own answers: INT4 formats are calibrated by it.
+"""Calibrate INT4 formats with the inputs that the source model's matrices get while it reads its own answers.
 
-The stage calibrate leaves H = X'X of every matrix, the sum of the outer products of its inputs (pipeline/hessians.py).
-H is symmetric, and a file holds half of it.
+The stage calibrate writes H = X'X for every matrix, the sum of the outer products of its inputs (pipeline/hessians.py).
+H is symmetric, so a file holds only half of it.
 """
 
 import json
@@ -24,7 +24,7 @@ HEAD = "lm_head"
 
 
 class Summary(BaseModel):
-    """The answers' token ids, chats included, and the largest diagonal element of each H by its matrix's name."""
+    """The token ids of the chats with their answers, and the largest diagonal element of each H by matrix name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     answers: list[list[int]]
@@ -34,8 +34,8 @@ class Summary(BaseModel):
 def fold(symmetric: Any) -> Any:
     """Return the upper triangle of `symmetric`, of shape (n, n) with n even, as a matrix of shape (n / 2, n + 1).
 
-    Its first n / 2 rows lie one place further right than in `symmetric`. The lower triangle that this leaves free takes
-    the other rows, as columns.
+    The triangle's first n / 2 rows move one column to the right. Its other rows become columns and fill the places that
+    are then free at the lower left.
     """
     half = len(symmetric) // 2
     folded = symmetric.new_zeros(half, 2 * half + 1)
@@ -45,7 +45,7 @@ def fold(symmetric: Any) -> Any:
 
 
 def unfold(folded: Any) -> Any:
-    """Return the symmetric matrix of shape (n, n) of which `folded` is the form that `fold` gives it."""
+    """Return the symmetric matrix of shape (n, n) from which `fold` made `folded`."""
     half = len(folded)
     full = folded.new_zeros(2 * half, 2 * half)
     full[:half] = folded[:, 1:].triu()
@@ -54,10 +54,10 @@ def unfold(folded: Any) -> Any:
 
 
 class Calibration:
-    """What the stage calibrate wrote to `directory`, beside the weights of the checkpoint that it was made with.
+    """What the stage calibrate wrote to `directory`, with the weights of the `checkpoint` that it was made from.
 
-    With `rotated` all is of the rotated model, and `rotation` tells how it was; a model that cannot be rotated is taken
-    as it is. Raises PipelineError when nothing was written there.
+    With `rotated`, weights and H are those of the rotated model, and `rotation` is its rotation; a model that cannot be
+    rotated is used as it is. Raises PipelineError when `directory` holds no calibration.
     """
 
     def __init__(self, directory: Path, checkpoint: Path, *, rotated: bool = False) -> None:
@@ -83,7 +83,7 @@ class Calibration:
 
     def quantize(self, matrix: str, grid: Grid, *, rows: slice = slice(None)) -> Quantized:
         """Return `rows` of the checkpoint's `matrix`, such as `model.layers.0.mlp.down_proj`, as `grid` stores them."""
-        # The factor of the last matrix is kept, for the parts of a fused one.
+        # The last factor is kept because the parts of a fused matrix, which share it, come one after another.
         if self._last is None or self._last[0] != matrix:
             self._last = None
             self._last = (matrix, factorize(self._hessian(matrix), name=matrix))
@@ -100,9 +100,9 @@ class Calibration:
 
 
 def open_calibration(model: str, recipe: OpenvinoInt4 | OnnxInt4) -> Calibration | None:
-    """Return the calibration of `model` for `recipe`, or None when it is not calibrated.
+    """Return the calibration of `model` for `recipe`, or None when the recipe uses no calibration.
 
-    Raises PipelineError when there is none yet.
+    Raises PipelineError when the calibration does not exist yet.
     """
     if not recipe.calibrated:
         return None

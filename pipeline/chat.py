@@ -19,18 +19,21 @@ class Chat(Protocol):
     device: str
 
     def ask(self, question: str, *, on_text: Callable[[str], None]) -> str | None:
-        """Answer `question`, giving the text piece by piece to `on_text`.
+        """Answer `question`, passing the text piece by piece to `on_text`.
 
-        Returns a sentence when the model's context ended the answer. Raises PipelineError when it has no room for one.
+        Returns a sentence for the user when the limit of the model's context ended the answer, else None. Raises
+        PipelineError when the context has no room for an answer.
         """
 
 
 def load_chat(directory: Path, *, device: str | None = None) -> Chat:
-    """Return the artifact in `directory`, loaded by openvino-genai or onnxruntime-genai, whichever it is for.
+    """Return the artifact in `directory`, loaded by openvino-genai or onnxruntime-genai, whichever it was made for.
 
-    Without `device` an NPU artifact uses the NPU where there is one, others the CPU.
+    Without `device` an OpenVINO artifact for the NPU uses the NPU where there is one, and other OpenVINO artifacts use
+    the CPU. `device` has no effect on ONNX artifacts.
 
-    Raises PipelineError when a file of it is not what it should be, or that runtime is not installed or refuses it.
+    Raises PipelineError when one of its files is missing or changed, or when the runtime is not installed or cannot
+    load it.
     """
     verify_any(directory)
     manifest = read_manifest(directory)
@@ -49,7 +52,7 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
 
 
 class OpenvinoChat:
-    """openvino-genai."""
+    """A chat that runs on openvino-genai."""
 
     def __init__(self, directory: Path, *, device: str | None, npu: bool, context: dict[str, int]) -> None:
         import openvino_genai
@@ -87,7 +90,7 @@ class OpenvinoChat:
 
 
 class OnnxChat:
-    """onnxruntime-genai, on the provider of the artifact where the installed package has it, else on the CPU."""
+    """A chat that runs on onnxruntime-genai, with the artifact's provider if the package has it, else on the CPU."""
 
     def __init__(self, directory: Path, *, context: dict[str, int]) -> None:
         import onnxruntime_genai as og
@@ -122,7 +125,7 @@ class OnnxChat:
 
 
 def answer_limit(context: dict[str, int], prompt: int) -> tuple[int, str | None]:
-    """Return how many tokens an answer to a prompt of `prompt` tokens gets, and what to say when it uses them all.
+    """Return how many tokens the answer to `prompt` tokens may have, and what to tell the user when it uses them all.
 
     Raises PipelineError when there is no room for an answer.
     """

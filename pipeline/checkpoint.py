@@ -92,12 +92,12 @@ def tensor_shapes(checkpoint: Path) -> dict[str, tuple[str, list[int]]]:
 def open_weights(checkpoint: Path) -> Callable[[str], Any]:
     """Return a function that reads a weight of `checkpoint` by its name, in float32.
 
-    The head of a checkpoint without one, `lm_head.weight`, is its embedding.
+    For `lm_head.weight` of a checkpoint without a head of its own, it returns the embedding, which is then the head.
     """
     from safetensors import safe_open
 
     files: list[Any] = [safe_open(shard, framework="pt") for shard in shards(checkpoint)]
-    places = {name: file for file in files for name in file.keys()}  # noqa: SIM118  it is no dictionary
+    places = {name: file for file in files for name in file.keys()}  # noqa: SIM118  `file` is not a dictionary
 
     def read(name: str) -> Any:
         if name == "lm_head.weight" and name not in places:
@@ -130,9 +130,9 @@ def eos_token_ids(checkpoint: Path) -> list[int]:
 
 
 def to_float16(checkpoint: Path, target: Path, *, weight: Callable[[str], Any] | None = None) -> None:
-    """Write `checkpoint` to the directory `target` with all weights in float16, holding one of them in memory.
+    """Write `checkpoint` to the directory `target` with all weights in float16, one at a time in memory.
 
-    `weight` gives other weights than the checkpoint's own, by their names.
+    `weight`, when given, returns the weight to write for a name, in place of the checkpoint's own.
 
     Raises PipelineError when a weight does not fit into float16.
     """
@@ -141,7 +141,7 @@ def to_float16(checkpoint: Path, target: Path, *, weight: Callable[[str], Any] |
     from safetensors.torch import save_file
 
     weight_map: dict[str, str] = {}
-    half = torch.empty(0, dtype=torch.float16)  # the same memory for all: the kernel clears its pages once
+    half = torch.empty(0, dtype=torch.float16)  # reused for all weights, so the kernel clears its pages once
     for shard in shards(checkpoint):
         with safe_open(shard, framework="pt") as tensors:
             for name in Bar(tensors.keys(), desc=f"{shard.name} to float16"):

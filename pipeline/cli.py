@@ -1,4 +1,4 @@
-"""The `phi3` command; parses, prints and sets exit codes, nothing else."""
+"""The `phi3` command: this module only parses arguments, prints results and sets exit codes."""
 
 import contextlib
 import json
@@ -40,7 +40,7 @@ def main() -> None:
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--key", type=KEY, help="Public key (PEM) of whoever must have signed it; for what was pulled.")
 def verify_command(directory: Path, key: Path | None) -> None:
-    """Hash every file of the built or pulled artifact in DIRECTORY and compare it with what it should be.
+    """Hash every file of the built or pulled artifact in DIRECTORY and compare it with the recorded hash.
 
     Example: phi3 verify artifacts/smol-phi3/openvino-int4
     """
@@ -72,7 +72,7 @@ def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, .
 @main.command("list")
 @click.argument("url")
 def list_command(url: str) -> None:
-    """List what the registry at URL has.
+    """List the artifacts in the registry at URL.
 
     Example: phi3 list dir:/srv/models
     """
@@ -87,9 +87,9 @@ def list_command(url: str) -> None:
 @click.option("--to", type=click.Path(file_okay=False, path_type=Path), help="By default a directory in the cache.")
 @click.option("--key", type=KEY, help="Public key (PEM) of whoever must have signed it.")
 def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: Path | None) -> None:
-    """Pull an artifact from the registry at URL, verified, and print its directory.
+    """Pull an artifact from the registry at URL, verify it, and print its directory.
 
-    Without VARIANT the one for the device is taken, without VERSION the latest.
+    Without VARIANT the command takes the variant that suits the device, and without VERSION the latest version.
 
     \b
     Examples: phi3 pull dir:/srv/models smol-phi3/openvino-int4@1.0.0
@@ -114,7 +114,7 @@ def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: 
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--device", help="OpenVINO's name of a device, such as GPU.")
 def chat_command(directory: Path, device: str | None) -> None:
-    """Chat with the artifact in DIRECTORY; an empty line or the end of the input ends it.
+    """Chat with the artifact in DIRECTORY; an empty line or the end of the input ends the chat.
 
     Example: phi3 chat artifacts/smol-phi3/openvino-int4
     """
@@ -160,8 +160,8 @@ def params_command(file: Path, schema: bool) -> None:
 def build_command(scheduler: str, targets: tuple[str, ...]) -> None:
     """Build what `dvc repro [TARGETS]` builds, cell by cell on the workers of a Dask cluster.
 
-    They share results by the DVC remote that .dvc/config names. Whoever reaches an open scheduler can run anything on
-    it and its workers: use tls:// addresses outside this machine.
+    The workers share results through the DVC remote that .dvc/config names. Anyone who can reach an open scheduler can
+    run anything on it and its workers: use tls:// addresses outside this machine.
 
     \b
     Examples: phi3 build --scheduler local:2
@@ -177,9 +177,9 @@ def build_command(scheduler: str, targets: tuple[str, ...]) -> None:
 @main.command("plan")
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 def plan_command(models: tuple[str, ...]) -> None:
-    """Say what building each MODEL would run, and what disk, memory and time that takes here.
+    """List what building each MODEL would run, and how much disk, memory and time that takes on this machine.
 
-    Without MODEL those of params.yaml's `build` are meant. Ends with status 1 when it cannot fit.
+    Without MODEL it lists this for the models in params.yaml's `build`. Ends with status 1 when the build does not fit.
 
     Example: phi3 plan phi-3-mini-4k-instruct
     """
@@ -201,9 +201,9 @@ def plan_command(models: tuple[str, ...]) -> None:
 
 @main.command("doctor")
 def doctor_command() -> None:
-    """Examine this machine and its settings; each problem comes with its remedy.
+    """Examine this machine and its settings, and print a remedy for each problem.
 
-    Ends with status 1 when there is one.
+    Ends with status 1 when there is a problem.
 
     Example: phi3 doctor
     """

@@ -1,4 +1,7 @@
-"""Which published artifact suits this machine. No ML imports: an application may have one runtime or the other."""
+"""Choose the published artifact that suits this machine.
+
+The module imports no ML library when it is loaded, since an application may have only one of the two runtimes.
+"""
 
 import importlib.util
 import sys
@@ -14,9 +17,9 @@ TARGETS: tuple[Target, ...] = ("auto", "cpu", "gpu", "npu", "directml")
 
 
 def choose_release(releases: Iterable[Release], target: Target) -> tuple[Release, str]:
-    """Return of `releases`, all of one model, the one for `target`, and why; `auto` looks at the machine.
+    """Return the release for `target` among `releases` of one model, and the reason; `auto` looks at the machine.
 
-    Of several that suit, the smallest: all that is published has passed its limits.
+    When several suit, it is the smallest of them, because every published artifact has met its limits.
 
     Raises PipelineError when none suits.
     """

@@ -1,4 +1,4 @@
-"""What of this machine and its settings a build, a pull or an application will stumble over, each with its remedy."""
+"""Find what in this machine and its settings will make a build, a pull or an application fail, and name remedies."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from pathlib import Path
 DVC_FILE = Path("dvc.yaml")
 LOCK, LIBRARIES = Path("requirements.lock"), Path("libraries.lock")  # the first includes the second
 CACHE = Path(".dvc/cache")
-LEAST_FREE = 9e9  # bytes that the embedded model's build takes
+LEAST_FREE = 9e9  # bytes that building the embedded model takes
 TIMEOUT = 5  # seconds
 
 
@@ -26,7 +26,7 @@ class Finding:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield what is found, check by check; in a folder that is no project, only what an application needs."""
+    """Yield the findings of all checks; outside a project's folder, only of those that matter to applications."""
     yield from _packages()
     yield from _openvino()
     yield from _onnxruntime()

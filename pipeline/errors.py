@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake or a refused artifact raises, and what others say, in a sentence."""
+"""The one exception for users' mistakes and refused artifacts, and functions that put other errors in a sentence."""
 
 import errno
 import os
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FULL = 1 << 20  # bytes left of a disk on which a write failed
+FULL = 1 << 20  # bytes; a disk with less free space counts as full when a write fails
 
 
 class PipelineError(Exception):
-    """Its message is the sentence that the user reads: what failed, why, and what to do."""
+    """An error whose message is the sentence that the user reads: what failed, why, and what to do."""
 
 
 def lines(error: BaseException) -> list[str]:
@@ -20,7 +20,7 @@ def lines(error: BaseException) -> list[str]:
 
 
 def full_disk(error: Exception) -> str | None:
-    """Return the sentence for the user when `error`, of this program or a library, says that the disk is full."""
+    """Return a sentence for the user when `error`, from this program or a library, means a full disk, else None."""
     known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not known and os.strerror(errno.ENOSPC) not in str(error):
         return None
@@ -29,7 +29,7 @@ def full_disk(error: Exception) -> str | None:
 
 @contextmanager
 def writing_to(directory: Path) -> Iterator[None]:
-    """Raise OSError when the block's RuntimeError comes of a full disk: OpenVINO tells only that a stream failed."""
+    """Raise OSError when a full disk caused the block's RuntimeError: OpenVINO reports only that a stream failed."""
     try:
         yield
     except RuntimeError as error:

@@ -3,9 +3,10 @@
 The answers are the source's greedy ones, and both models read exactly the same ids before each position ("teacher
 forcing"), so every figure compares two distributions over the same vocabulary in the same context.
 
-The source's are kept as the log-probabilities of its TOP most probable tokens and of all others together. Over these
-TOP + 1 outcomes the KL divergence is never larger than over the whole vocabulary (the log sum inequality: Cover and
-Thomas, Elements of Information Theory, theorem 2.7.1) and falls short only by how the two differ *within* a tail.
+The source's distributions are kept as the log-probabilities of its TOP most probable tokens and of all others together.
+Over these TOP + 1 outcomes the KL divergence is never larger than over the whole vocabulary (the log sum inequality:
+Cover and Thomas, Elements of Information Theory, theorem 2.7.1). It is smaller only by the part that comes from
+differences *within* the tail.
 """
 
 import zipfile
@@ -23,17 +24,18 @@ from pipeline.runtimes import Scorer
 
 TOP = 512
 SMALLEST_TAIL = 1e-12
-SIGNIFICANT, DECIMALS = 5, 6  # digits of the figures: what is beyond moves with the kernels that a CPU calls for
+SIGNIFICANT, DECIMALS = 5, 6  # digits of the figures: further ones depend on the kernels that a CPU uses
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Distributions:
-    """The source's next-token distributions, one row per token of its answers, in their order; in a reference.npz those
-    at the ends of the long prompts follow (pipeline/long_context.py).
+    """The source's next-token distributions, one row per token of its answers, in their order.
 
-    `ids` (rows, TOP) are the most probable tokens, best first; `log_probs` (rows, TOP + 1) their natural
-    log-probabilities and, last, that of all other tokens together.
+    In a reference.npz the rows for the ends of the long prompts follow (pipeline/long_context.py).
+
+    `ids` (rows, TOP) holds the most probable tokens, best first. `log_probs` (rows, TOP + 1) holds their natural
+    log-probabilities and, in the last column, that of all other tokens together.
     """
 
     ids: npt.NDArray[np.int32]
@@ -42,24 +44,24 @@ class Distributions:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant beside the source at every token of the source's answers; log-probabilities in nats."""
+    """A variant compared with the source at every token of the source's answers; log-probabilities are in nats."""
 
     kl: Floats  # KL divergence from the source's distribution to the variant's, per token
     agrees: npt.NDArray[np.bool_]  # whether both find the same token most probable
     source_log_probs: Floats  # of the answers' tokens
     variant_log_probs: Floats
-    prefixes: list[int]  # per answer, how many of its tokens the variant generates, too, before it departs
-    preferred: list[int | None]  # per answer, the token that the variant departs with
+    prefixes: list[int]  # per answer, how many of its first tokens the variant generates as well
+    preferred: list[int | None]  # per answer, the first token that the variant generates differently, or None
     non_finite: int  # logits that are NaN or infinite
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures that go into the metrics file, to the digits on which CPUs agree.
+        """Return the figures for the metrics file, rounded to the digits on which CPUs agree.
 
         `kl_mean`, `kl_p99` and `kl_max`: KL divergence D(source || variant) = sum of p (log p - log q), in nats
         (Kullback and Leibler, 1951). `top1_agreement`: share of tokens at which both prefer the same one.
         `perplexity` and `perplexity_source`: exp of minus the mean log-probability of the answers' tokens under
         variant and source (Jelinek et al., 1977); `perplexity_ratio` is the first divided by the second.
-        `common_prefix_tokens`: mean length in tokens of the greedy answer's beginning that both have in common.
+        `common_prefix_tokens`: mean number of tokens for which both greedy answers are the same from their beginning.
         """
         perplexity, source = (
             float(np.exp(-log_probs.mean())) for log_probs in (self.variant_log_probs, self.source_log_probs)
@@ -78,7 +80,7 @@ class Comparison:
 
 
 def distributions(logits: Any) -> Distributions:
-    """Return what is kept of the source's `logits`, shape (rows, vocabulary)."""
+    """Return the distributions to keep from the source's `logits`, shape (rows, vocabulary)."""
     import torch
 
     top = torch.topk(torch.from_numpy(logits), min(TOP, logits.shape[1] - 1)).indices.numpy().astype(np.int32)
@@ -86,7 +88,7 @@ def distributions(logits: Any) -> Distributions:
 
 
 def divergence(logits: Any, source: Distributions) -> Floats:
-    """Return the KL divergence in nats from each row of `source` to that of `logits`, shape (rows, vocabulary)."""
+    """Return the KL divergence in nats from each row of `source` to the same row of `logits` (rows, vocabulary)."""
     p = source.log_probs.astype(np.float64)
     kl: Floats = (np.exp(p) * (p - _with_tail(_log_probs(logits, source.ids)))).sum(axis=1)
     return kl
@@ -100,10 +102,10 @@ def concatenate(parts: Sequence[Distributions]) -> Distributions:
 
 
 def compare(variant: Scorer, answers: Sequence[Answer], source: Distributions) -> Comparison:
-    """Return `variant` beside the source at each token of `answers`, whose distributions in the source are `source`.
+    """Return how `variant` compares with the source, whose distributions are `source`, at each token of `answers`.
 
-    Greedy decoding takes the most probable token, so the variant's own greedy answer has with the source's in common
-    just the tokens before the first at which teacher forcing shows another one on top.
+    Greedy decoding takes the most probable token, so the variant's own greedy answer is the same as the source's up to
+    the first position at which, under teacher forcing, the variant finds another token most probable.
     """
     kl, agrees, source_log_probs, variant_log_probs = [], [], [], []
     prefixes: list[int] = []
@@ -136,7 +138,7 @@ def compare(variant: Scorer, answers: Sequence[Answer], source: Distributions) -
 
 
 def write_distributions(path: Path, distributions: Distributions) -> None:
-    """Write `distributions` to `path` in NumPy's npz format, whose own writer would add the time."""
+    """Write `distributions` to `path` in NumPy's npz format, with time stamps that never change."""
     temporary = path.with_name(f".{path.name}.partial")
     with zipfile.ZipFile(temporary, "w") as archive:
         for name, values in vars(distributions).items():
@@ -167,6 +169,6 @@ def _log_probs(logits: Any, ids: npt.NDArray[np.integer[Any]]) -> Floats:
 
 
 def _with_tail(log_probs: Floats) -> Floats:
-    # A last column for all other outcomes together; a tail that float64 cannot tell from 0 is SMALLEST_TAIL.
+    # Append a column for all other outcomes together; SMALLEST_TAIL replaces a tail that float64 cannot tell from 0.
     tail = np.log(np.maximum(1 - np.exp(log_probs).sum(axis=1, keepdims=True), SMALLEST_TAIL))
     return np.concatenate([log_probs, tail], axis=1)

@@ -1,4 +1,4 @@
-"""The cells of dvc.yaml and what each of them needs, as DVC has it."""
+"""The cells of dvc.yaml and the cells that each of them needs, as DVC reads them."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ class Cell:
 
 
 def read_cells(models: Sequence[str], targets: Sequence[str] = ()) -> dict[str, Cell]:
-    """Return by name the cells of `models` that `dvc repro TARGETS` (by default all) looks at, in its order.
+    """Return the cells of `models` that `dvc repro TARGETS` (by default all) considers, by name and in DVC's order.
 
     Raises PipelineError when DVC knows no such target.
     """
@@ -54,14 +54,17 @@ def read_cells(models: Sequence[str], targets: Sequence[str] = ()) -> dict[str, 
 
 
 def model_of(cell: str, models: Sequence[str]) -> str:
-    """Return the one of `models` to which `cell` belongs: a name may begin with another's."""
+    """Return the one of `models` to which `cell` belongs: the longest that fits, as one name may begin with another."""
     item = cell.partition("@")[2]
     return max((name for name in models if f"{item}-".startswith(f"{name}-")), key=len)
 
 
 def changed(cells: dict[str, Cell], *, remote: bool = False) -> set[str]:
-    """Return the names of those of `cells` that have to run: they, or cells that they need, are not as in dvc.lock, or
-    what they made is gone. With `remote`, what is on the DVC remote is not gone."""
+    """Return the names of those of `cells` that have to run.
+
+    A cell has to run when it differs from dvc.lock, when its outputs are missing, or when a cell that it needs has to
+    run. With `remote`, outputs that are on the DVC remote do not count as missing.
+    """
     gone = _gone(remote=remote)
     found: set[str] = set()
     for cell in cells.values():
@@ -82,7 +85,7 @@ def _gone(*, remote: bool) -> frozenset[str]:
 
 @functools.cache
 def _dry_run() -> frozenset[str]:
-    # It stops at outputs that are not there yet, but not before it named what makes them.
+    # DVC stops at outputs that do not exist yet, but only after it has named the stages that make them.
     command = ["dvc", "repro", "--dry", "--allow-missing", "--keep-going"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     return frozenset(re.findall(r"Running stage '([^']+)'", listed))

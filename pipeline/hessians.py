@@ -1,7 +1,7 @@
-"""Read the source model's own answers layer by layer, and leave H = X'X of every matrix for all INT4 formats.
+"""Read the source model's own answers layer by layer, and write H = X'X of every matrix for all INT4 formats.
 
-No data set is needed: the source answers prompts that nothing is measured on. Only one layer computes at a time: its
-float32 weights and the hidden states of all answers are what is in memory.
+No data set is needed: the source answers prompts that no measurement uses. Only one layer computes at a time, so memory
+holds the float32 weights of that layer and the hidden states of all answers.
 """
 
 import copy
@@ -16,11 +16,11 @@ from pipeline.progress import Bar, say
 from pipeline.prompts import Prompt
 from pipeline.source_model import Torch
 
-ENOUGH = 2  # tokens for each column of the widest matrix; below one H has no full rank
+ENOUGH = 2  # tokens wanted for each column of the widest matrix; with fewer than one, H does not have full rank
 
 
 def make_calibration(source: Torch, prompts: list[Prompt], *, max_new_tokens: int) -> list[list[int]]:
-    """Return for each of `prompts` the token ids of the rendered chat with the model's greedy answer."""
+    """Return, for each of `prompts`, the token ids of the rendered chat followed by the model's greedy answer."""
     rendered = [source.encode(source.render_chat(prompt.messages)) for prompt in prompts]
     answers = source.answer(rendered, max_new_tokens=max_new_tokens)
     return [prompt + answer for prompt, answer in zip(rendered, answers, strict=True)]
@@ -31,7 +31,7 @@ def write_calibration(target: Path, *, answers: list[list[int]], layers: Iterabl
     from safetensors.torch import save_file
 
     target.mkdir(parents=True, exist_ok=True)
-    (target / SUMMARY).unlink(missing_ok=True)  # written last: without it nothing is there
+    (target / SUMMARY).unlink(missing_ok=True)  # written last: without it there is no calibration
     largest: dict[str, float] = {}
     widest = 0
     for name, found in layers:
@@ -48,7 +48,7 @@ def write_calibration(target: Path, *, answers: list[list[int]], layers: Iterabl
 
 
 def hessians(source: Torch, answers: list[list[int]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield, for each decoder layer and then for the head, its name and H of each of its matrices by the matrix's name.
+    """Yield the name of each decoder layer, then of the head, each with H of its matrices by the matrix's name.
 
     H is float32 of shape (columns, columns). `answers` are the token ids of chats, which `source` reads.
     """
@@ -97,7 +97,7 @@ def _layer_inputs(model: Any, answers: list[list[int]]) -> tuple[list[Any], list
 
 @contextmanager
 def _collecting(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    # H of the inputs of every linear layer among `modules`, which grows with each call.
+    # Yield H of the inputs of every linear layer among `modules`; each call of such a layer adds its inputs to H.
     import torch
 
     found: dict[str, Any] = {}

@@ -4,9 +4,9 @@ from typing import Any
 
 
 def model_inputs(ids: list[int], *, start: int = 0) -> dict[str, Any]:
-    """Return the inputs for one sequence from the position `start` on, up to which the model's state knows it.
+    """Return the inputs for one sequence from position `start` on; the model's state holds the part before it.
 
-    Arrays of shape (1, len(ids) - start), but for `attention_mask`, (1, len(ids)), and `beam_idx`, (1,).
+    The arrays have shape (1, len(ids) - start), except `attention_mask`, (1, len(ids)), and `beam_idx`, (1,).
     """
     import numpy as np
 

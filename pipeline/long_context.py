@@ -1,8 +1,8 @@
-"""Whether a variant is right at every length that it claims: prompts beyond each limit, compared with the source.
+"""Check a variant at every length that it claims: compare it with the source on prompts beyond each limit.
 
-Each prompt is the beginning of one text, made of the reference prompts. The application's pipeline first
-answers its first half and then the whole, as a chat's second turn does; what it says then must be what the variant's
-own logits prefer, and these must be near the source's at the prompt's last tokens.
+Each prompt is the beginning of one text, made of the reference prompts. The application's pipeline first answers the
+prompt's first half and then the whole prompt, as in the second turn of a chat. The tokens that it then generates must
+be those that the variant's own logits prefer, and these logits must be near the source's at the prompt's last tokens.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from pipeline.source_model import Torch
 
 PROBED_TO_THE_END = 4096  # a longer context is probed at the largest of LADDER, and where its attention changes
 LADDER = (256, 512, 1024, 2048)
-BEYOND = 64  # tokens after a limit
+BEYOND = 64  # tokens by which a prompt exceeds a limit
 ROWS, ANSWER = 8, 8  # tokens compared at a prompt's end; tokens generated after it
 
 
@@ -28,11 +28,11 @@ Said = dict[int, list[int] | str]  # by the prompt's length: the ids generated, 
 
 @dataclass(frozen=True)
 class Found:
-    """What a variant did with one prompt; `error` is the runtime's own sentence when it could not."""
+    """What a variant did with one prompt; `error` is the runtime's message when it failed."""
 
     length: int  # of the prompt, in tokens
-    kl_mean: float = 0.0  # to the source, over the last ROWS tokens
-    departure: float = 0.0  # the most, in nats, by which its logits prefer another token to one that it generated
+    kl_mean: float = 0.0  # from the source's distributions, over the last ROWS tokens
+    departure: float = 0.0  # largest lead, in nats, of another token's logit over that of the one it generated
     error: str = ""
 
 
@@ -60,7 +60,7 @@ def record(source: Torch, limits: dict[str, int]) -> tuple[LongContext, Distribu
 def choose(prompts: LongContext, limits: dict[str, int], *, most: int) -> list[int]:
     """Return the lengths at which a variant that takes prompts of at most `most` tokens is probed, ascending.
 
-    They are the longest, and those just beyond a limit.
+    They are the longest that it takes, and those just beyond a limit.
     """
     fitting = [length for length in prompts.lengths if length <= most]
     return [length for length in fitting if length in {*fitting[-1:], *_beyond(limits)}]
@@ -72,7 +72,7 @@ def _beyond(limits: dict[str, int]) -> set[int]:
 
 
 def answer(runtime: Runtime, prompts: LongContext, chosen: Sequence[int]) -> Said:
-    """Return what `runtime` says to the prompts of the `chosen` lengths, each after its first half, or its error."""
+    """Return what `runtime` answers to each prompt of the `chosen` lengths, after its first half, or its error."""
     said: Said = {}
     for length in Bar(chosen, desc="answering long prompts"):
         try:
@@ -84,9 +84,9 @@ def answer(runtime: Runtime, prompts: LongContext, chosen: Sequence[int]) -> Sai
 
 
 def compare(scorer: Scorer, prompts: LongContext, said: Said, source: Distributions) -> list[Found]:
-    """Return how `scorer`, the variant's logits, stands to the `source` and to what was `said`, prompt by prompt.
+    """Return, for each prompt, how far the logits of `scorer`, the variant, are from `source` and from what was `said`.
 
-    The last rows of `source` are those of `record`.
+    The last rows of `source` are the distributions that `record` returned.
     """
     found = []
     for length, ids in Bar(said.items(), desc="comparing long prompts"):

@@ -52,7 +52,7 @@ class PypiOrigin(BaseModel):
 
 
 class PathOrigin(BaseModel):
-    """A directory on the disk, by its name alone."""
+    """A directory on the disk, recorded by its name alone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -98,8 +98,8 @@ class Manifest(BaseModel):
 def building(target: Path, *, resume: bool = False) -> Iterator[Path]:
     """Yield a hidden sibling of `target` to build in; it becomes `target` when the block ends and `seal` was called.
 
-    What an earlier, killed build left there is removed, or kept when `resume` is true. After an error nothing
-    stays, except with `resume`.
+    Files that an earlier, killed build left there are removed, unless `resume` is true. After an error the sibling is
+    removed, unless `resume` is true.
     """
     build = target.with_name(f".{target.name}.partial")
     if not resume:
@@ -126,12 +126,12 @@ def seal(directory: Path, manifest: Manifest) -> None:
     with ThreadPoolExecutor() as pool:  # the disk writes while the processor hashes
         flushed = pool.map(lambda path: _fsync(directory / path), paths)
         files = dict(zip(paths, pool.map(lambda path: digest(directory / path), paths), strict=True))
-        list(flushed)  # raises what one of them raised
+        list(flushed)  # raises the error when a flush failed
     replace_file(directory / MANIFEST, manifest.model_copy(update={"files": files}).model_dump_json(indent=2))
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write `text` and a newline to `path` so that a reader sees the old content or the new, never a part."""
+    """Write `text` and a newline to `path` so that a reader sees the old or the new content, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text + "\n", "utf-8")
@@ -174,9 +174,9 @@ def verify(directory: Path) -> Manifest:
 
 
 def compare_files(directory: Path, files: dict[str, File], *, besides: set[str]) -> list[str]:
-    """Return what in `directory` differs from `files`, sorted; the paths `besides` are not looked at.
+    """Return a sentence for each difference between `directory` and `files`, sorted; the paths `besides` are ignored.
 
-    Every file is hashed; a link, a device or a directory in the place of a file has changed.
+    Every file is hashed. A link or a device in the place of a file counts as a change, a directory as a missing file.
     """
     present = set(_paths(directory)) - besides
     faults = [f"{path} is missing" for path in files.keys() - present]
@@ -192,7 +192,7 @@ def compare_files(directory: Path, files: dict[str, File], *, besides: set[str])
 
 
 def is_regular(path: Path) -> bool:
-    """Return whether `path` is a file itself, not a link to one nor a device."""
+    """Return whether `path` is a regular file, not a link to one and not a device."""
     return path.is_file() and not path.is_symlink()
 
 
@@ -215,7 +215,7 @@ def _paths(directory: Path) -> list[str]:
 
 def _fsync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
-        return  # Windows has no handle to a directory's entries
+        return  # Windows cannot open a directory to flush its entries
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,7 @@
-"""What an application will see of an artifact on this machine, with its runtime's defaults; none of it judges."""
+"""Measure what an application will see of an artifact on this machine, with its runtime's defaults.
+
+The measured figures do not decide whether the artifact passes validation.
+"""
 
 import os
 import platform
@@ -28,7 +31,7 @@ def load_runtime(directory: Path, *, variant: Variant, device: str = "CPU", prec
 
 
 def load_scorer(directory: Path, *, variant: Variant, device: str = "CPU", precision: Precision = "f32") -> Scorer:
-    """Return what gives the artifact's logits; NPU variants run as a plain IR."""
+    """Return a scorer that computes the artifact's logits; NPU variants run as a plain IR."""
     if isinstance(variant, OnnxInt4):
         return OnnxGenai(directory)
     return OpenvinoLogits(directory, device=device, precision=precision)
@@ -37,7 +40,8 @@ def load_scorer(directory: Path, *, variant: Variant, device: str = "CPU", preci
 def measure(directory: Path, *, variant: Variant, device: str, reference: Reference) -> dict[str, Any]:
     """Return times in seconds and peak memory in bytes of loading the artifact and answering the reference's questions.
 
-    Memory is resident, so mapped weights count, and the peak is the process's: measure before anything larger is done.
+    Memory is resident memory, so mapped weights count. The peak is that of the whole process, so measure before the
+    process does anything larger.
 
     Raises RuntimeError when the runtime cannot load the artifact.
     """
@@ -62,7 +66,7 @@ def measure_default_precision(
 ) -> dict[str, float]:
     """Return the mean KL divergence from the source when the artifact runs in the precision of this machine's defaults.
 
-    onnxruntime-genai computes in that of the model itself: for its variants there is nothing to measure.
+    onnxruntime-genai always computes in the model's own precision, so there is nothing to measure for its variants.
     """
     if isinstance(variant, OnnxInt4):
         return {}

@@ -25,10 +25,10 @@ def peak_memory() -> int:
 
 @contextlib.contextmanager
 def anonymous_peak() -> Iterator[list[int]]:
-    """While it is entered, add to the list that it yields how many bytes the kernel cannot drop, twice a second.
+    """Yield a list, and twice a second add to it how many bytes of memory the kernel cannot drop.
 
-    Mapped weights do not count: it is resident less shared memory, of this process or its largest child. It is no sum,
-    since a library's fork shares its parent's pages.
+    Mapped weights do not count: each figure is resident less shared memory, of this process or a child, whichever has
+    more. The figures of processes are not added up, since a library's fork shares its parent's pages.
     """
     import psutil
 

@@ -1,11 +1,13 @@
 """onnxruntime-genai's builder with less memory: `python -m pipeline.onnx_builder`, with the builder's own arguments.
 
-The builder copies all weights into one message before it quantizes the first, 12 to 22 GB at 3.8 billion parameters.
-Here each matrix goes through the builder's own quantization alone, straight from the mapped checkpoint to a file in the
-builder's cache folder, so that no two are in memory; the bytes that come out are the same.
+The builder copies all weights into one protobuf message before it quantizes the first, which takes 12 to 22 GB at 3.8
+billion parameters. This module passes each matrix by itself through the builder's own quantization, from the mapped
+checkpoint to a file in the builder's cache folder. So only one matrix is in memory at a time, and the resulting bytes
+are the same.
 
-For DirectML the residual stream is divided by RESIDUAL_SCALE. Its float16 RMS norms overflow where mean(x²) is beyond
-65,504; they do not see a factor of the stream, and a power of two is exact in float16 until it falls below 6e-5.
+For DirectML the residual stream is divided by RESIDUAL_SCALE, because DirectML's float16 RMS norms overflow where
+mean(x²) exceeds 65,504. The division does not change the results of the norms, and dividing by a power of two is exact
+in float16 until values fall below 6e-5.
 """
 
 import copy
@@ -17,15 +19,15 @@ from typing import Any
 
 BUILDER = "onnxruntime_genai.models.builder"
 DIRECTML = "dml"
-# smol-phi3's stream peaks at 3.9 times the limit; a larger factor would cost small activations their precision.
+# smol-phi3's stream peaks at 4.1 times the limit; a larger factor would cost small activations their precision.
 RESIDUAL_SCALE = 8
-WRITERS = ("o_proj", "down_proj")  # what adds to the residual stream
+WRITERS = ("o_proj", "down_proj")  # the matrices whose outputs are added to the residual stream
 
 
 def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a method of the builder's Model that does what `quantize`, its to_nbits, does, node by node.
+    """Return a method for the builder's Model that does node by node what `quantize`, its own to_nbits, does at once.
 
-    Its result, an onnx_ir.Model, has the same nodes and initializers in another order.
+    The method returns an onnx_ir.Model with the same nodes and initializers in another order.
     """
     import numpy as np
     import onnx
@@ -65,7 +67,7 @@ def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
                         and any(f".{w}." in tensor.name for w in WRITERS)
                     ):
                         tensor.raw_data = (np.frombuffer(tensor.raw_data, np.float16) / RESIDUAL_SCALE).tobytes()
-                    # A message of its own: the data stay in memory as long as any part of theirs does.
+                    # A new message, since data stay in memory as long as any part of their message does.
                     stored = onnx.TensorProto(
                         name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=b""
                     )
@@ -82,7 +84,7 @@ def one_by_one(quantize: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _only(node: Any, weights: dict[str, Any], model: Any) -> Any:
-    # A model of a copy of `node` alone, with its weights; types of its other inputs and outputs do not matter.
+    # A model with only a copy of `node` and its weights; the types of its other inputs and outputs do not matter.
     import onnx_ir
 
     values = [value and onnx_ir.Value(name=value.name, const_value=weights.get(value.name)) for value in node.inputs]
@@ -102,7 +104,7 @@ def _only(node: Any, weights: dict[str, Any], model: Any) -> Any:
 
 
 def joined(q: Any, k: Any, v: Any) -> Any:
-    """Return Phi-3's own matrix of which the weights `q`, `k` and `v` are views, or None when they are not."""
+    """Return Phi-3's own fused matrix when the weights `q`, `k` and `v` are its consecutive parts, else None."""
     places = [weight.data_ptr() - q.data_ptr() for weight in (q, k, v)]
     storages = {weight.untyped_storage().data_ptr() for weight in (q, k, v)}
     if len(storages) != 1 or places != [0, q.nbytes, q.nbytes + k.nbytes]:
@@ -111,11 +113,11 @@ def joined(q: Any, k: Any, v: Any) -> Any:
 
 
 def with_layer_types(config: Any) -> Any:
-    """Return the checkpoint's `config` as the builder understands it: with what each layer attends to.
+    """Return the checkpoint's `config` with the attention type of each layer, as the builder needs it.
 
-    Phi-3's config gives a window and no `layer_types`; then the builder gives the window to the cache and not to the
-    attention, which attends to everything until it fails where the cache ends. A window that the context never
-    reaches, as in the models for 128k, is none.
+    Phi-3's config has a window but no `layer_types`. The builder would then apply the window to the cache and not to
+    the attention, which attends to everything until it fails where the cache ends. A window that the context never
+    reaches, as in the models for 128k, is removed.
     """
     if config.sliding_window and config.sliding_window >= config.max_position_embeddings:
         config.sliding_window = None
@@ -136,7 +138,7 @@ def main() -> None:
         made(self, with_layer_types(config), *arguments)
 
     Model.__init__ = init
-    # The builder makes layers, which start with random weights, only to give them others.
+    # Skip the random initialization of layers, since the builder replaces their weights anyway.
     torch.nn.Linear.reset_parameters = lambda layer: None
     copied = Model.make_packed_matmul_float_class
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI models: build them with onnxruntime-genai's builder, and read back what they really hold."""
+"""ONNX Runtime GenAI models: build them with onnxruntime-genai's builder, and read back what the files hold."""
 
 import os
 import re
@@ -37,8 +37,8 @@ def build_int4(
 ) -> None:
     """Write the INT4 ONNX model of `checkpoint` for the recipe's execution provider into the directory `target`.
 
-    The builder runs as a process of its own. With `calibration` the solver then replaces the INT4 codes and scales;
-    where that has a rotation, what is built is the rotated model.
+    The builder runs as a process of its own. With `calibration` the solver then replaces the INT4 codes and scales. If
+    the calibration has a rotation, the rotated model is built.
 
     Raises PipelineError when the builder fails or leaves a file out.
     """
@@ -61,10 +61,11 @@ def _build(checkpoint: Path, target: Path, *, recipe: OnnxInt4, trust_remote_cod
         "block_size": recipe.block_size,
         "hf_remote": trust_remote_code,
         "hf_token": False,
-        # The builder's default for CPUs. DirectML ignores it; at the default for DirectML, 0, ONNX Runtime's CPU kernel
-        # unpacks 8-bit weights at every call: 1 to 5 tokens/s instead of 35 to 114, for 0.001 of mean KL.
+        # 4 is the builder's default for CPUs, and DirectML ignores it. With the builder's default for DirectML, 0, ONNX
+        # Runtime's CPU kernel unpacks 8-bit weights at every call: 1 to 5 tokens/s instead of 35 to 114. The setting 4
+        # costs 0.001 of mean KL divergence.
         "accuracy_level": 4,
-        # A cache no longer than the window fails wherever an application's max_length is shorter than that.
+        # A cache of only the window's length fails when an application's max_length is shorter than the window.
         "windowed_kv_cache": False,
     }
     config = read_json(checkpoint / "config.json")
@@ -89,7 +90,8 @@ def _build(checkpoint: Path, target: Path, *, recipe: OnnxInt4, trust_remote_cod
             recipe.execution_provider,
         ]
         command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
-        # Without a repository to look at, the model names the builder's commit as its producer, not this project's.
+        # GIT_DIR hides this project's git repository from the builder; otherwise the model would name this project's
+        # commit as its producer instead of the builder's.
         layers = config["num_hidden_layers"]
         with Bar(desc="reading layers", total=layers) as reading, Bar(desc="quantizing matrices") as quantizing:
             for line in stream_lines(command, env=os.environ | {"GIT_DIR": os.devnull}):
@@ -104,8 +106,8 @@ def _build(checkpoint: Path, target: Path, *, recipe: OnnxInt4, trust_remote_cod
 
 
 def _solve(target: Path, calibration: Calibration, config: dict[str, Any], *, directml: bool) -> None:
-    # Replace codes, scales and zero points of all INT4 matrices where they lie in the file of the weights. How they are
-    # packed: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (MatMulNBits).
+    # Replace the codes, scales and zero points of all INT4 matrices in place in the weights file. They are packed as in
+    # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (MatMulNBits).
     import numpy as np
     import onnx
     import torch
@@ -138,7 +140,7 @@ def _solve(target: Path, calibration: Calibration, config: dict[str, Any], *, di
                 scale_divisor=RESIDUAL_SCALE if directml and matrix.endswith(WRITERS) else 1,
             )
             solved = calibration.quantize(matrix, grid, rows=rows)
-            missing = -solved.codes.shape[1] % grid.group_size  # the last block is filled with zero points
+            missing = -solved.codes.shape[1] % grid.group_size  # the last block is padded with the middle code
             write(codes, pack(np.pad(solved.codes.numpy(), ((0, 0), (0, missing)), constant_values=grid.middle)))
             write(scales, (solved.scales / grid.scale_divisor).to(grid.scale_dtype).numpy())
             if not grid.symmetric:
@@ -147,7 +149,7 @@ def _solve(target: Path, calibration: Calibration, config: dict[str, Any], *, di
 
 
 def _origin(name: str, config: dict[str, Any]) -> tuple[str, slice]:
-    # The checkpoint's matrix that the builder's matrix `name` is made of, and its rows.
+    # The checkpoint's matrix that contains the builder's matrix `name`, and the rows that it takes there.
     if part := re.search(r"\.([qkv])_proj$", name):
         sizes = _qkv_rows(config)
         start = sum(sizes[other] for other in "qkv"[: "qkv".index(part[1])])
@@ -213,7 +215,7 @@ def read_matrices(directory: Path) -> list[Matrix]:
 
 
 def residual_scale(directory: Path, *, config: dict[str, Any]) -> float:
-    """Return by what the residual stream of the model in `directory` is divided, by the epsilon of its RMS norms."""
+    """Return the divisor of the residual stream of the model in `directory`, from the epsilon of its RMS norms."""
     import onnx
 
     model = onnx.load(directory / MODEL[0], load_external_data=False)
@@ -231,7 +233,7 @@ def expected_form(matrix: Matrix, *, recipe: OnnxInt4, config: dict[str, Any], a
 
 
 def expected_size(source: list[Matrix], *, recipe: OnnxInt4, config: dict[str, Any], adjust_group_size: bool) -> float:
-    """Return the bytes of weights that the builder's `recipe` leads to for a checkpoint with `source` and `config`."""
+    """Return the bytes of weights that `recipe` should give for a checkpoint with matrices `source` and `config`."""
     directml = recipe.execution_provider == DIRECTML
     scale_bytes = 2 if directml else 4
     parts = [part for matrix in source for part in (_split_qkv(matrix, config) if directml else [matrix])]
@@ -243,14 +245,15 @@ def expected_size(source: list[Matrix], *, recipe: OnnxInt4, config: dict[str, A
 
 
 def _shares_float16(config: dict[str, Any], recipe: OnnxInt4) -> bool:
-    # DirectML has no GatherBlockQuantized, by which embedding and head share a quantized table. One table in float16 is
-    # smaller than one for the embedding and another in INT8 for the head: 126 MB against 157 for smol-phi3.
+    # DirectML has no GatherBlockQuantized, the operator that lets embedding and head share a quantized table. One table
+    # in float16 for both is smaller than one for the embedding and another in INT8 for the head: the model has 126 MB
+    # against 157 for smol-phi3.
     return recipe.execution_provider == DIRECTML and bool(config.get("tie_word_embeddings", False))
 
 
 def _is_int8(matrix: Matrix, config: dict[str, Any], recipe: OnnxInt4) -> bool:
     # mixed_layers is llama.cpp's choice: the value and down projections of the first and the last eighth of the layers
-    # and of every third between; all of qkv where the CPU model keeps it fused.
+    # and of every third layer between. Where the CPU model keeps qkv fused, all of qkv is INT8.
     if matrix.role == "head" or (matrix.role == "embedding" and config.get("tie_word_embeddings", False)):
         return "last_matmul" in recipe.int8
     layer = re.search(r"layers\.(\d+)\.", matrix.name)
@@ -269,15 +272,15 @@ def _split_qkv(matrix: Matrix, config: dict[str, Any]) -> list[Matrix]:
 
 
 def _qkv_rows(config: dict[str, Any]) -> dict[str, int]:
-    # How many rows of the fused matrix are the queries', the keys' and the values', in its order.
+    # How many rows of the fused matrix belong to queries, keys and values, in the matrix's order.
     head = _head_size(config)
     rows = {"q": config["num_attention_heads"] * head}
     return rows | dict.fromkeys("kv", config["num_key_value_heads"] * head)
 
 
 def _rotary_caches(config: dict[str, Any], *, directml: bool) -> float:
-    # Elements of the cosine and sine tables beside the weights: one pair, or with LongRoPE one for short and one for
-    # long contexts, which the CPU model keeps in the branches of its graph instead.
+    # The number of elements in the cosine and sine tables beside the weights: one pair of tables, or with LongRoPE one
+    # pair for short and one for long contexts. The CPU model keeps the LongRoPE tables in the branches of its graph.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     factor = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     short, long = config["original_max_position_embeddings"], config["max_position_embeddings"]

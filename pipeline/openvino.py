@@ -27,7 +27,8 @@ TOKENIZER = (
     "openvino_detokenizer.xml",
     "openvino_detokenizer.bin",
 )
-# A weight's name in the IR: optimum renames those that it maps from a float16 checkpoint, NNCF the compressed ones.
+# A weight's name in the IR: optimum renames the weights that it maps from a float16 checkpoint, NNCF those that it
+# compresses.
 WEIGHT_CONSTANT = re.compile(r"self\.(.+)\.(?:weight|_openvino_orig_weight)(?:_compressed)?")
 REQUIRED = (*MODEL, *TOKENIZER, "config.json", "generation_config.json", "tokenizer.json")
 WEIGHTS = MODEL[1]
@@ -43,9 +44,9 @@ def export_fp16(
 ) -> None:
     """Write the FP16 IR of `checkpoint`, with the OpenVINO tokenizer and detokenizer, into the directory `target`.
 
-    The weights are first streamed to float16, since from a float16 checkpoint the export maps them instead of
-    copying: 3 GB of anonymous memory instead of 16 for 3.8 billion parameters, with the same bytes as result. `weight`
-    gives other weights than the checkpoint's own.
+    The weights are first streamed into a float16 checkpoint, because the export maps float16 weights into memory
+    instead of copying them. For 3.8 billion parameters it then takes 3 GB of anonymous memory instead of 16, and the
+    resulting bytes are the same. `weight` returns a tensor by its name, in place of the checkpoint's own.
 
     Raises PipelineError when the tokenizer cannot be converted, with the reason.
     """
@@ -62,12 +63,12 @@ def export_fp16(
                 target,
                 task="text-generation-with-past",
                 library_name="transformers",
-                ov_config=OVConfig(),  # as loaded: with dtype "fp16" the rotary frequencies lose precision, too
+                ov_config=OVConfig(),  # keeps all dtypes; "fp16" would round the rotary frequencies, too
                 convert_tokenizer=True,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
             )
-    # A failed tokenizer conversion is no error to optimum-intel, only a debug message.
+    # When the tokenizer conversion fails, optimum-intel raises no error and only logs a debug message.
     missing = [name for name in TOKENIZER if not (target / name).is_file()]
     if missing:
         reason = next((text for text in messages if "Tokenizer export" in text), "optimum-intel gave no reason")
@@ -87,7 +88,7 @@ def build_int4(
     trust_remote_code: bool,
     calibration: Calibration | None,
 ) -> None:
-    """Do what `quantize_int4` does, for the FP16 IR of the rotated `checkpoint` where `calibration` has a rotation."""
+    """Do what `quantize_int4` does; if `calibration` has a rotation, quantize the rotated `checkpoint` instead."""
     options: dict[str, Any] = {"recipe": recipe, "adjust_group_size": adjust_group_size, "calibration": calibration}
     if calibration is None or calibration.rotation is None:
         quantize_int4(fp16, target, **options)
@@ -106,9 +107,9 @@ def quantize_int4(
     adjust_group_size: bool,
     calibration: Calibration | None,
 ) -> None:
-    """Write the INT4 form of the FP16 IR in `fp16` into the directory `target`, with the other files beside it.
+    """Quantize the FP16 IR in `fp16` to INT4, and write it and the other files into the directory `target`.
 
-    NNCF decides how the IR stores its weights. With `calibration` the layers' inputs decide which of them stay INT8,
+    NNCF decides how the IR stores its weights. With `calibration` the layers' inputs decide which layers stay INT8,
     and the solver replaces NNCF's codes and scales.
 
     Raises PipelineError when the group size does not divide a layer's width and `adjust_group_size` is false.
@@ -152,7 +153,7 @@ def quantize_int4(
 
 
 def _weights(model: Any) -> dict[str, Any]:
-    # The weight constants of an IR by their matrix's name, such as `model.layers.0.mlp.down_proj`.
+    # Return the weight constants of an IR by the name of their matrix, such as `model.layers.0.mlp.down_proj`.
     return {
         match[1]: operation
         for operation in model.get_ops()
@@ -163,9 +164,10 @@ def _weights(model: Any) -> dict[str, Any]:
 
 
 def _int8_layers(model: Any, largest: dict[str, float], *, ratio: float) -> list[str]:
-    # The names of the MatMul nodes whose weights stay INT8, so many that no more than `ratio` of the weights are INT4:
-    # those with the largest inputs, by the column where they are largest. On smol-phi3 this lost less than the solver's
-    # own loss per weight (mean KL 0.0466 against 0.0496), and than that loss relative to the output (0.0658).
+    # Return the names of the MatMul nodes whose weights stay INT8: just enough that at most `ratio` of the weights are
+    # INT4. Layers with the largest inputs come first, where a layer counts by its column with the largest inputs. On
+    # smol-phi3 this choice lost less (mean KL 0.0466) than a choice by the solver's own loss per weight (0.0496) or by
+    # that loss relative to the output (0.0658).
     constants = {name: node for name, node in _weights(model).items() if _role(name) == "layer"}
     left = (1 - ratio) * sum(math.prod(node.get_output_shape(0)) for node in constants.values())
     chosen = []
@@ -178,7 +180,7 @@ def _int8_layers(model: Any, largest: dict[str, float], *, ratio: float) -> list
 
 
 def _consumer(node: Any, kind: str) -> Any:
-    # The node of type `kind` that `node` leads to.
+    # Return the next node of type `kind` on the path from the output of `node`.
     while node.get_type_name() != kind:
         (port,) = node.output(0).get_target_inputs()
         node = port.get_node()
@@ -186,7 +188,8 @@ def _consumer(node: Any, kind: str) -> Any:
 
 
 def _solve(model: Any, calibration: Calibration) -> None:
-    # Replace codes, scales and zero points of all layers of `model`. NNCF names the latter after the weight.
+    # Replace the codes, scales and zero points of all layers of `model`. NNCF names scales and zero points after their
+    # weight.
     import torch
 
     nodes = {node.get_friendly_name(): node for node in model.get_ops()}
@@ -210,7 +213,7 @@ def _solve(model: Any, calibration: Calibration) -> None:
 
 
 def _replace(constant: Any, values: Any) -> None:
-    # By a constant of the same type, shape and name that holds `values`.
+    # Replace `constant` by one of the same type, shape and name that holds `values`.
     from openvino import Tensor, op
 
     kind, shape = constant.get_output_element_type(0), constant.get_output_shape(0)
@@ -228,13 +231,13 @@ def _replace(constant: Any, values: Any) -> None:
 def read_matrices(directory: Path) -> list[Matrix]:
     """Return every weight matrix of the IR in `directory` as it is stored: bits, group size, symmetry.
 
-    A compressed weight is a low-bit constant, minus a zero point if asymmetric, times a scale; grouped ones have
-    the shape (rows, groups, group size).
+    A compressed weight is a low-bit constant, minus a zero point if asymmetric, times a scale. The constant of a
+    grouped weight has the shape (rows, groups, group size).
     """
     import openvino
 
     built = []
-    model = openvino.Core().read_model(directory / MODEL[0])  # without it a constant forgets who uses it
+    model = openvino.Core().read_model(directory / MODEL[0])  # a constant knows its users only while this exists
     for matrix, operation in _weights(model).items():
         name, shape = f"{matrix}.weight", list(operation.get_output_shape(0))
         element = operation.get_output_element_type(0)
@@ -256,7 +259,7 @@ def read_matrices(directory: Path) -> list[Matrix]:
 def expected_form(
     matrix: Matrix, *, recipe: OpenvinoFp16 | OpenvinoInt4, config: dict[str, Any], adjust_group_size: bool
 ) -> Matrix:
-    """Return `matrix` as `recipe` stores it, given its bits: NNCF chooses which layers are INT4 and which INT8."""
+    """Return `matrix` as `recipe` stores it, with its bits as given, since NNCF chooses the INT4 and INT8 layers."""
     if isinstance(recipe, OpenvinoFp16):
         return replace(matrix, bits=16, group_size=CHANNEL_WISE, symmetric=True)
     if matrix.role != "layer" or matrix.bits != 4:
@@ -270,7 +273,7 @@ def expected_form(
 def expected_size(
     source: list[Matrix], *, recipe: OpenvinoFp16 | OpenvinoInt4, config: dict[str, Any], adjust_group_size: bool
 ) -> float:
-    """Return the bytes of weights that `recipe` leads to for a checkpoint with the matrices `source`."""
+    """Return how many bytes of weights `recipe` makes of a checkpoint with the matrices `source`."""
 
     def size(bits: int) -> float:
         forms = (
@@ -303,7 +306,7 @@ def _has_zero_point(constant: Any) -> bool:
 
 @contextlib.contextmanager
 def _nncf_bars() -> Iterator[None]:
-    # NNCF's own bars are of use in a terminal only, and go to the log.
+    # Replace NNCF's progress bars by Bar: its own work in a terminal only, and would go to the log.
     from nncf.common.logging.track_progress import track
 
     def bar(self: Any) -> Iterator[Any]:

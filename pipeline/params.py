@@ -1,4 +1,4 @@
-"""The typed, closed form of params.yaml: the only module that reads the file."""
+"""The typed schema of params.yaml, which refuses unknown keys; no other module reads the file."""
 
 import json
 import re
@@ -257,7 +257,7 @@ def _get(blocks: dict[str, T], name: str, key: str) -> T:
 def load_params(path: Path = PARAMS_FILE) -> Params:
     """Return the checked content of `path`.
 
-    Raises PipelineError with one sentence per mistake: file, key, what stands there and what is allowed.
+    Raises PipelineError with one sentence per mistake: file, key, the value found and what is allowed.
     """
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -271,7 +271,7 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
 
 
 def _sentence(path: Path, detail: Any) -> str:
-    # Pydantic puts the branch of a union and the role of a mapping's key into the location.
+    # Pydantic's location also has the name of a union's branch, and "[key]" for a mapping's key; both are left out.
     tags = {"export_openvino", "quantize_openvino", "build_onnx", "[key]"}
     key = ".".join(str(part) for part in detail["loc"] if part not in tags)
     message = detail["msg"].removeprefix("Value error, ")

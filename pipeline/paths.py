@@ -1,4 +1,4 @@
-"""The only spelling of the project's paths; all are relative to the folder of dvc.yaml."""
+"""All paths of the project, spelled here only; they are relative to the folder of dvc.yaml."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def source(model: str) -> Path:
 
 
 def reference(model: str) -> Path:
-    """Return the file with what the source model says."""
+    """Return the file with the source model's token ids, rendered chats and answers."""
     return ARTIFACTS / model / "reference.json"
 
 
@@ -26,12 +26,12 @@ def distributions(model: str) -> Path:
 
 
 def calibration(model: str) -> Path:
-    """Return the directory of what calibrates the quantization: answers, and statistics of all matrices' inputs."""
+    """Return the directory of the calibration data: answers, and statistics of the inputs of all matrices."""
     return ARTIFACTS / model / "calibration"
 
 
 def variant(model: str, name: str) -> Path:
-    """Return the directory that an application loads."""
+    """Return the directory of a variant, which an application loads."""
     return ARTIFACTS / model / name
 
 
@@ -51,12 +51,12 @@ def report(model: str) -> Path:
 
 
 def metrics(model: str, name: str) -> Path:
-    """Return the file with a variant's figures, which are the same on every machine."""
+    """Return the file with a variant's metrics, which are the same on every machine."""
     return ARTIFACTS / model / "metrics" / f"{name}.json"
 
 
 def measured(model: str, name: str) -> Path:
-    """Return the file with what was measured of a variant on this machine; neither git nor DVC know it."""
+    """Return the file with a variant's measurements on this machine; neither git nor DVC tracks it."""
     return ARTIFACTS / model / "measured" / f"{name}.json"
 
 
@@ -66,5 +66,5 @@ def validation(model: str, name: str) -> Path:
 
 
 def log(cell: str) -> Path:
-    """Return the file that keeps what a cell of dvc.yaml and its tools printed."""
+    """Return the log file of a cell of dvc.yaml, with what the cell and its tools printed."""
     return ARTIFACTS / "logs" / f"{cell}.log"

@@ -1,8 +1,8 @@
-"""What a build will cost, from the model's config alone: disk, memory and time of each cell of dvc.yaml.
+"""Estimate from the model's config alone what a build costs: disk, memory and time of each cell of dvc.yaml.
 
-Sizes follow from the recipes. Memory and time are lines between the embedded model and Phi-3-mini's shape on 2 cores,
-where `make bench` checks them. At that shape `reference` was not measured; the memory of `validate` was with 6 of its
-layers, calibration and the solver with 2.
+Sizes follow from the recipes. Memory and time are straight lines through measurements of the embedded model and of
+Phi-3-mini's shape on 2 cores; `make bench` checks them at that shape. At that shape `reference` was not measured, the
+memory of `validate` was measured with 6 of its layers, and calibration and the solver with 2.
 """
 
 import os
@@ -27,7 +27,7 @@ from pipeline.solver import ROWS
 IGNORE = "PHI3_IGNORE_PLAN"
 CONFIG = "config.json"
 OTHER_FILES = 20e6  # tokenizers, configs, manifests
-# Anonymous memory, in bytes: a base and a part of the FP16 weights' size.
+# Anonymous memory in bytes: a constant, and a factor of the FP16 weights' size.
 MEMORY = {
     "download": (0.05e9, 0.0),
     "reference": (1.5e9, 0.02),
@@ -39,14 +39,15 @@ MEMORY = {
     "validate": (0.5e9, 0.0),
     "report": (0.1e9, 0.0),
 }
-# On top: of the largest matrix in float32 so many copies at once, and for the solver of the widest matrix's statistics
-# or of the rows that it solves at a time.
+# Memory on top of that. The first two are the numbers of copies of the largest matrix, in float32, that are in memory
+# at the same time. The solver holds SQUARES copies of the widest matrix's statistics, or SLICES copies of the rows that
+# it solves at a time.
 OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 2.8, "cpu": 5.8}
 SQUARES, SLICES = 3, 6
-CHAT, STATES = 60, 3  # tokens of a calibration prompt in the chat template; copies of the hidden states at once
+CHAT, STATES = 60, 3  # tokens of a calibration prompt with its chat template; copies of the hidden states in memory
 PROMPT = 4096  # tokens of the longest prompt that validate reads
-GGUF = 2.7  # rewriting it takes this many times the FP16 weights
-# Seconds: a base and a part for each GB of FP16 weights.
+GGUF = 2.7  # rewriting a GGUF file takes this many times the memory of the FP16 weights
+# Seconds: a constant, and seconds per GB of FP16 weights.
 TIME = {
     "download": (5.0, 2.5),
     "reference": (60.0, 400.0),
@@ -58,12 +59,12 @@ TIME = {
     "validate": (45.0, 100.0),
     "report": (5.0, 0.0),
 }
-SOLVE = 60.0  # seconds on top for each GB of FP16 weights
+SOLVE = 60.0  # further seconds per GB of FP16 weights for a calibrated variant
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a cell needs: bytes that it leaves on the disk, further bytes while it runs, bytes of memory, seconds."""
+    """What a cell needs: bytes of disk for its outputs, more of it while it runs, bytes of memory, and seconds."""
 
     disk: float
     temporary: float
@@ -71,12 +72,12 @@ class Cost:
     seconds: float
 
 
-IDLE = Cost(disk=0.0, temporary=0.0, memory=0.02e9, seconds=1.0)  # of a cell that finds nothing to do
+IDLE = Cost(disk=0.0, temporary=0.0, memory=0.02e9, seconds=1.0)  # a cell that has nothing to do
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell by name, whether what is there can be reused, and what it costs."""
+    """The name of a cell, whether its present outputs can be reused, and what it costs."""
 
     name: str
     reused: bool
@@ -96,13 +97,13 @@ class Need:
         return f"{self.disk / 1e9:.1f} GB of disk, {self.memory / 1e9:.1f} GB of memory{time}"
 
     def beyond(self, free: "Need") -> str:
-        """Return what of this is more than `free`, in words; nothing when it fits."""
+        """Return in words by how much this exceeds `free`; the text is empty when it does not."""
         lacking = {"disk": self.disk - free.disk, "memory": self.memory - free.memory}
         return " and ".join(f"{size / 1e9:.1f} GB of {what}" for what, size in lacking.items() if size > 0)
 
 
 def tensors(config: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype and shape of every weight matrix of a Phi-3 checkpoint with this config, as its headers would."""
+    """Return dtype and shape of every weight matrix of a Phi-3 checkpoint with this config, as in its headers."""
     hidden, width, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head = hidden // config["num_attention_heads"]
     attention, values = config["num_attention_heads"] * head, 2 * config["num_key_value_heads"] * head
@@ -137,15 +138,16 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         size = fp16 * (2 if _dtype(config) == "float32" else 1)
         memory += GGUF * fp16 if params.get_model(name).source.pypi else 0.0
     elif stage == "export_openvino":
-        size = temporary = fp16  # for a while a float16 copy of the checkpoint, too
+        size = temporary = fp16  # the second is a float16 copy of the checkpoint
     elif stage == "validate":
-        # One loaded copy at a time, its weights rearranged for the processor, and the cache of the longest prompt.
+        # Memory holds one loaded model at a time, with its weights rearranged for the processor, and the KV cache of
+        # the longest prompt.
         head = config["hidden_size"] // config["num_attention_heads"]
-        # Keys and values take 16 bits, but in the ONNX model for CPUs.
+        # Keys and values take 16 bits each, except in the ONNX model for CPUs, where they take 32.
         variant = _variant(rest, name, params)
         bytes_each = 4.0 if isinstance(variant, OnnxInt4) and variant.execution_provider == "cpu" else 2.0
         prompt = min(PROMPT, config["max_position_embeddings"])
-        if isinstance(variant, OnnxInt4):  # it computes logits for all of the prompt
+        if isinstance(variant, OnnxInt4):  # it computes logits at all positions of the prompt
             memory += 4.0 * config["vocab_size"] * prompt
         cache = 2 * bytes_each * config["num_hidden_layers"] * config["num_key_value_heads"] * head
         memory += _size(variant, name, source, params=params, config=config)
@@ -154,13 +156,13 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         variant = _variant(rest, name, params)
         size = _size(variant, name, source, params=params, config=config)
         if isinstance(variant, OnnxInt4):
-            temporary = size  # the quantized matrices, before the file that holds all
-            builder = ONNX_COPIES[variant.execution_provider] * largest  # which ends before the solver begins
+            temporary = size  # the quantized matrices, before they are put into one file
+            builder = ONNX_COPIES[variant.execution_provider] * largest  # freed before the solver begins
             memory += max(builder, solver if variant.calibrated else 0.0)
         elif isinstance(variant, OpenvinoInt4):  # the result stays in memory until it is saved
             memory += max(size, OPENVINO_COPIES * largest) + (solver if variant.calibrated else 0.0)
         if getattr(variant, "rotated", False) and can_rotate(config):
-            rotated = 1 if isinstance(variant, OnnxInt4) else 2  # a checkpoint, and for OpenVINO its IR
+            rotated = 1 if isinstance(variant, OnnxInt4) else 2  # a rotated checkpoint, and for OpenVINO also its IR
             temporary += rotated * fp16
             export, pace = TIME["export_openvino"]
             seconds += export + pace * fp16 / 1e9
@@ -169,8 +171,8 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     elif stage == "calibrate":
         if not any(getattr(variant, "calibrated", False) for variant in params.variants.values()):
             return IDLE
-        size = sum(2.0 * matrix.columns**2 for matrix in source)  # half of a float32 square
-        # A layer in float32, its statistics, and the hidden states of all answers, of which each step makes others.
+        size = sum(2.0 * matrix.columns**2 for matrix in source)  # half of a symmetric float32 matrix
+        # Memory holds a layer in float32, its statistics, and STATES copies of the hidden states of all answers.
         layer = sum(matrix.elements for matrix in source if ".layers.0." in matrix.name)
         tokens = len(load_prompts("calibration")) * (CHAT + params.calibrate.max_new_tokens)
         memory += 4.0 * (layer + SQUARES * widest**2 + STATES * tokens * config["hidden_size"])
@@ -183,7 +185,7 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
 
 
 def _variant(rest: str, name: str, params: Params) -> Variant:
-    # The variant of a cell of the model `name`; `rest` is the cell's name behind its stage.
+    # Return the variant of a cell of the model `name`; `rest` is the part of the cell's name after `@`.
     return params.get_variant(rest.removeprefix(f"{name}-"))
 
 
@@ -197,7 +199,7 @@ def _size(variant: Variant, name: str, source: list[Matrix], *, params: Params, 
 def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[Planned]:
     """Return the cells that build the model `name`, in their order, each with its cost and whether it can be reused.
 
-    Raises PipelineError when the model is not in the catalogue or its config cannot be had.
+    Raises PipelineError when the model is not in the catalogue or its config is not available.
     """
     config = read_config(name, params.get_model(name), progress=progress)
     reused = _reused(name, params)
@@ -205,7 +207,7 @@ def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[
 
 
 def read_config(name: str, model: Model, *, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Return the config of a model: of its downloaded checkpoint, of the local one, or from the Hub, that file alone.
+    """Return the config of a model: from its downloaded or local checkpoint, or from the Hub without the weights.
 
     Raises PipelineError when it is neither here nor on the Hub.
     """
@@ -224,7 +226,7 @@ def read_config(name: str, model: Model, *, progress: Callable[[str], None]) -> 
 
 
 def _dtype(config: dict[str, Any]) -> str:
-    # Transformers 5 writes `dtype`, earlier ones `torch_dtype`.
+    # Transformers 5 writes `dtype`, earlier versions write `torch_dtype`.
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
@@ -236,7 +238,7 @@ def _reused(name: str, params: Params) -> dict[str, bool]:
 
 
 def total(cells: list[Planned]) -> Need:
-    """Return what building those of `cells` that cannot be reused needs, one after the other."""
+    """Return what is needed to build, one after the other, those of `cells` that cannot be reused."""
     costs = [cell.cost for cell in cells if not cell.reused]
     return Need(
         disk=sum(cost.disk for cost in costs) + max((cost.temporary for cost in costs), default=0.0),
@@ -246,7 +248,7 @@ def total(cells: list[Planned]) -> Need:
 
 
 def needed(cell: str, name: str) -> Need | None:
-    """Return what `cell` of the model `name` needs, or None when its checkpoint is not here yet."""
+    """Return what `cell` of the model `name` needs, or None when its checkpoint is not downloaded yet."""
     config = paths.source(name) / CONFIG
     if not config.exists():
         return None
@@ -255,8 +257,11 @@ def needed(cell: str, name: str) -> Need | None:
 
 
 def require(cell: str, name: str) -> None:
-    """Raise PipelineError when `cell` of the model `name` cannot fit on this machine; IGNORE in the environment
-    overrides. The download is not looked at: how large it is the source tells."""
+    """Raise PipelineError when `cell` of the model `name` cannot fit on this machine.
+
+    The environment variable that IGNORE names turns this check off. The download is not checked here, since only its
+    source knows how large it is.
+    """
     need, free = needed(cell, name), available()
     if need and need.beyond(free) and not os.environ.get(IGNORE):
         raise PipelineError(f"needs {need}; free are {free}: make room, or set {IGNORE}=1 to try all the same.")

@@ -1,4 +1,4 @@
-"""How a stage runs as a process: one at a time per artifact, never outliving `dvc repro`, errors as sentences."""
+"""Run a stage as a process: one at a time per artifact, ended together with `dvc repro`, with errors as sentences."""
 
 import contextlib
 import functools
@@ -21,25 +21,25 @@ from pipeline.programs import KILLED, end_with_parent
 from pipeline.progress import logged, say
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc's manual, "Memory Allocation Tunables"
-LOCK_TIMEOUT = 2  # seconds, in which a killed stage has ended
-# How torch, OpenVINO, ONNX Runtime, the system and its loader word it.
+LOCK_TIMEOUT = 2  # seconds, enough for a killed stage to end
+# How torch, OpenVINO, ONNX Runtime, the system and its loader report a lack of memory.
 NO_MEMORY = re.compile(
     r"bad_alloc|can.t allocate memory|cannot allocate memory|out of memory|failed to map segment", re.IGNORECASE
 )
 
 
 def stage_command(function: Callable[..., None]) -> click.Command:
-    """Return the command line of a stage: `function`'s parameters as arguments, its name as the stage's.
+    """Return the command of a stage: it has the name of `function`'s module, and its parameters as arguments.
 
-    A PipelineError, a full disk, lack of memory or an error in a library ends with one sentence and status 1, Ctrl-C
-    with status 130. What libraries print is in the cell's log, and so is the traceback of their errors.
+    A PipelineError, a full disk, lack of memory or an error in a library ends the command with one sentence and status
+    1, Ctrl-C with status 130. What libraries print and the traceback of their errors are in the cell's log.
     """
     stage = function.__module__.rsplit(".", 1)[-1] if function.__module__ != "__main__" else Path(sys.argv[0]).stem
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
 
     @functools.wraps(function)
     def run(**arguments: str) -> None:
-        from pipeline.plan import require  # which runs programs, too
+        from pipeline.plan import require  # loaded only when a stage runs
 
         cell = "@".join([stage, "-".join(arguments[name] for name in names)])
         _use_huge_pages()
@@ -71,8 +71,8 @@ def stage_command(function: Callable[..., None]) -> click.Command:
 
 
 def _use_huge_pages() -> None:
-    # What takes large matrices and gives them back spends half its time on the kernel's clearing of small pages. glibc
-    # reads this once, when a program starts.
+    # A program that allocates and frees large matrices spends half its time while the kernel clears small pages. glibc
+    # reads this setting only when a program starts, so Python is started again with it.
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, HUGE_PAGES]))
@@ -80,7 +80,7 @@ def _use_huge_pages() -> None:
 
 
 def _go_on_in_a_child(cell: str, model: str) -> None:
-    # The kernel ends without a word what takes too much memory: then a parent is left to say so.
+    # The kernel kills a process that takes too much memory without a message; its parent is left to report it.
     if sys.platform == "win32":
         return
     parent, child = os.getpid(), os.fork()
@@ -107,8 +107,8 @@ def _lack_of_memory(what: str, cell: str, model: str) -> str:
 
 
 def _end_with_dvc() -> None:
-    # No stage outlives a killed `dvc repro`. The parent may be a shell that does live on (dash does), so this watches
-    # dvc itself: the first ancestor without the variable that dvc gives to its stages.
+    # End this stage when `dvc repro` is killed. The parent may be a shell that survives (dash does), so this watches
+    # dvc itself, which is the first ancestor without the variable that dvc sets for its stages.
     import psutil
 
     if "DVC_STAGE" not in os.environ:
@@ -141,7 +141,7 @@ def _lock(cell: str) -> Iterator[None]:
 
 def _fail(message: str, *, status: int = 1) -> None:
     click.echo(f"error: {message}" if status == 1 else message, err=True)
-    # A library's thread or atexit hook must not turn a clear end into a hang.
+    # The message must appear even if a library's thread or atexit hook hangs afterwards.
     sys.stdout.flush()
     sys.stderr.flush()
     raise SystemExit(status)

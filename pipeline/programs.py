@@ -1,4 +1,4 @@
-"""Run other programs: their output line by line, their errors as sentences, and none outlives this process."""
+"""Run other programs: yield their output line by line, report errors as sentences, and end them with this process."""
 
 import ctypes
 import signal
@@ -10,14 +10,14 @@ from typing import Any
 from pipeline.errors import PipelineError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-KILLED = -9  # how a SIGKILL shows in a return code
+KILLED = -9  # the return code of a process that SIGKILL ended
 
 
 def stream_lines(arguments: list[str], **options: Any) -> Iterator[str]:
-    """Run a program, print its output, which a stage's log keeps, and yield it line by line.
+    """Run a program, print its output, which goes to the stage's log, and yield it line by line.
 
-    Raises PipelineError with the last lines when the program fails, MemoryError when it is killed, as the kernel does
-    for lack of memory. It ends with this process.
+    Raises PipelineError with the last lines of the output when the program fails, and MemoryError when it is killed,
+    as the kernel does for lack of memory. The program ends with this process.
     """
     tail: list[str] = []
     with subprocess.Popen(

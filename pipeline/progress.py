@@ -1,4 +1,4 @@
-"""What a stage shows: lines, how far it is and the time left. Everything else that is printed goes to its log file."""
+"""What a stage shows: messages, its progress and the time left. All other output goes to its log file."""
 
 import io
 import os
@@ -18,9 +18,9 @@ _screen: TextIO | None = None
 
 @contextmanager
 def logged(log: Path) -> Iterator[None]:
-    """Send to the file `log` what this process and the programs that it starts print, except for `say` and Bar.
+    """Redirect what this process and the programs that it starts print to the file `log`; only `say` and Bar are shown.
 
-    The traceback of an error that ends the block stands there, too.
+    The traceback of an error that ends the block is written to the log, too.
     """
     global _screen
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def logged(log: Path) -> Iterator[None]:
             traceback.print_exc()
             raise
         finally:
-            with suppress(OSError):  # a full disk, which the block has met, too
+            with suppress(OSError):  # the disk is full, and the block has failed for that already
                 _flush()
             os.dup2(screen.fileno(), 1)
             os.dup2(errors.fileno(), 2)
@@ -57,9 +57,9 @@ def say(line: str) -> None:
 
 
 class Bar(tqdm):  # type: ignore[type-arg]
-    """How far a loop is and the time left: a bar in a terminal, elsewhere a plain line every LINE_EVERY seconds."""
+    """The progress of a loop and the time left: a bar in a terminal, elsewhere a line every LINE_EVERY seconds."""
 
-    monitor_interval = 0  # no thread
+    monitor_interval = 0  # starts no thread
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         screen = _screen or sys.stdout
@@ -70,7 +70,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
         super().__init__(*arguments, **options | {"file": screen, "dynamic_ncols": True})
 
     def display(self, *arguments: Any, **options: Any) -> None:
-        """Show the bar, or a line once there is something new to tell."""
+        """Show the bar, or outside a terminal a line if the loop has advanced."""
         if not self._plain:
             super().display(*arguments, **options)
         elif self.n != self._told:

@@ -29,11 +29,13 @@ def publish(
 ) -> Release:
     """Publish the artifact `variant` of `model` as `version`, then let `aliases` point to it; return the release.
 
-    The blobs of an NPU variant come along. With the private key in the file `key` the release is signed.
+    The release of an NPU variant includes its blobs. If `key`, a file with a private key, is given, the release is
+    signed.
 
-    The same bytes published again change nothing but the aliases. What an interrupted publication uploaded is used.
+    Publishing the same bytes again changes only the aliases. Files that an interrupted publication uploaded are reused.
 
-    Raises PipelineError when the artifact has not passed validation as it is, or when the version has other bytes.
+    Raises PipelineError when the artifact in its present state has not passed validation, or when the version is
+    already published with other bytes.
     """
     if not re.fullmatch(VERSION, version):
         raise PipelineError(f"'{version}' is no version: give three numbers, such as 1.0.0.")
@@ -68,7 +70,7 @@ def publish(
             try:
                 registry.publish(release, signature)
             except FileExistsError:
-                # Another publisher was faster: with the same bytes all is well.
+                # Another publisher was faster, which is fine if it published the same bytes.
                 if not _is_published(release, registry, signed=key is not None):
                     raise PipelineError(
                         f"another publisher is at work on {registry.url}: run again when it has ended."
@@ -108,7 +110,7 @@ def _require_validation(model: str, variant: str) -> None:
 
 
 def _blobs(ir: Manifest, *, progress: Callable[[str], None]) -> dict[str, Path]:
-    # The files of the compiled blobs by their paths in the release; what the compiler refused is told.
+    # Return the files of the compiled blobs by their paths in the release, and report blobs that were not compiled.
     contents: dict[str, Path] = {}
     for directory in sorted(paths.blobs(ir.model).glob(f"{ir.variant}-[0-9]*")):
         blob, platform = verify(directory), directory.name.rsplit("-", 1)[1]

@@ -1,4 +1,4 @@
-"""Pull a published artifact: every byte is hashed before a file appears under its final name. No ML imports."""
+"""Pull a published artifact and check each file's hash before it gets its final name. Imports no ML library."""
 
 import hashlib
 import logging
@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]  # bytes so far, bytes in all, file
 
 
 def cache() -> Path:
-    """Return the directory of the cache: PHI3_CACHE, or the user's cache directory of the system."""
+    """Return the directory of the cache: PHI3_CACHE, or the system's cache directory for this user."""
     return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("phi3-pipeline"))
 
 
@@ -41,13 +41,13 @@ def pull(
 ) -> Path:
     """Return the directory of the release `reference` (a version or an alias) of `name`, complete and verified.
 
-    Without `to` it is in the cache. Contents are kept in the cache by their hash, so what is there is not fetched
-    again, and files of the same content share the disk where the file system has hard links. When the registry cannot
-    be asked what an alias stands for, it is what it was when it last could.
+    Without `to` the directory is in the cache. The cache stores contents by their hash, so none is fetched twice, and
+    files with the same content share disk space where the file system has hard links. When the registry cannot be
+    reached to resolve an alias, the version that the alias last stood for is taken.
 
-    With the public key in the file `key` only what its owner signed is taken.
+    If `key`, a file with a public key, is given, only a release that the owner of the key signed is accepted.
 
-    Raises PipelineError, with nothing installed, when anything is missing or other than release.json says.
+    Raises PipelineError, and installs nothing, when anything is missing or differs from release.json.
     """
     model, _, variant = name.partition("/")
     if not (re.fullmatch(NAME, model) and re.fullmatch(NAME, variant)):
@@ -78,7 +78,7 @@ def pull(
 def suggest(registry: Registry, model: str, *, reference: str, target: Target, say: Callable[[str], None]) -> str:
     """Return the name of the release of `model` in `registry` that suits `target`, and say why.
 
-    Without `model` the registry must hold one only. Raises PipelineError when the choice is not clear.
+    Without `model` the registry must hold only one model. Raises PipelineError when the choice is not clear.
     """
     releases = []
     for name in sorted(
@@ -98,8 +98,11 @@ def suggest(registry: Registry, model: str, *, reference: str, target: Target, s
 
 
 def verify_any(directory: Path, *, key: Path | None = None) -> Release | Manifest:
-    """Return what describes the pulled or built artifact in `directory`, after hashing every file, as `check` or
-    `pipeline.manifest.verify` does; only what was pulled can be signed."""
+    """Return the release of the pulled, or the manifest of the built artifact in `directory`, after hashing every file.
+
+    A pulled artifact is verified by `check`, a built one by `pipeline.manifest.verify`. With `key` it is always
+    `check`, since only pulled artifacts can be signed.
+    """
     return check(directory, key=key) if key or (directory / RELEASE).exists() else verify(directory)
 
 
@@ -145,7 +148,8 @@ def _report(progress: Progress, before: int, total: int, path: str, size: int) -
 
 
 def _fetch(registry: Registry, release: Release, path: str, *, progress: Callable[[int], None]) -> Path:
-    # The content in the cache: what is there is hashed before it is used, what was fetched before it gets its name.
+    # Return the cached file with the content. It is hashed before it is used, and after a download before it gets its
+    # final name.
     file = release.files[path]
     blob = cache() / "blobs" / file.sha256[:2] / file.sha256
     blob.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +202,7 @@ def _unknown(registry: Registry, name: str, reference: str) -> PipelineError:
 
 
 def _home(registry: Registry, name: str) -> Path:
-    # Per registry: another one's release of the same name and version may be another.
+    # Each registry has its own directory, since releases of the same name and version may differ between registries.
     return cache() / "releases" / hashlib.sha256(registry.url.encode()).hexdigest()[:16] / name
 
 

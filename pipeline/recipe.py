@@ -11,9 +11,9 @@ Role = Literal["embedding", "head", "layer"]
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight matrix of shape (rows, columns); a row's weights meet one input vector.
+    """One weight matrix of shape (rows, columns); each row is multiplied with the input vector.
 
-    `bits` is 16 or 32 for an uncompressed one, `group_size` the number of weights along a row that share a scale.
+    `bits` is 16 or 32 for an uncompressed matrix, `group_size` is the number of weights along a row that share a scale.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Matrix:
 def matrices(tensors: dict[str, tuple[str, list[int]]]) -> list[Matrix]:
     """Return the weight matrices of a Phi-3 checkpoint from `tensors` (dtype and shape by name).
 
-    Without an own head the embedding is the head, too; it is then listed once.
+    In a checkpoint without a head of its own the embedding is the head, too; it is then listed once.
     """
     roles: dict[str, Role] = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
     return [
@@ -65,7 +65,7 @@ def int4_ratio(built: Iterable[Matrix]) -> float:
 
 
 def summary(built: list[Matrix]) -> dict[str, Any]:
-    """Return the manifest's account of a built file: share of all weights by format, and each matrix's format."""
+    """Return what the manifest states of a built file: share of all weights by format, and each matrix's format."""
     weights = Counter[str]()
     for matrix in built:
         weights[matrix.format] += matrix.elements

@@ -1,4 +1,4 @@
-"""What the source model says: the ids, the rendered chats and the greedy answers that every variant is held to."""
+"""The source model's token ids, rendered chats and greedy answers, with which every variant is compared."""
 
 import json
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from pipeline.prompts import load_prompts
 from pipeline.runtimes import Message, Runtime
 from pipeline.source_model import Torch
 
-# Where the source's first token is less than this much more probable than its second, in nats, a rounding may choose.
+# In nats: where the log probabilities of the source's best two tokens differ by less, a rounding may decide.
 MIN_MARGIN = 0.2
-# What tokenizer conversions are known to get wrong.
+# Texts that tokenizer conversions are known to get wrong.
 TEXTS = (
     "Hello, world!",
     "  two leading spaces",
@@ -61,7 +61,7 @@ class Chat(BaseModel):
 
 
 class Answer(BaseModel):
-    """The greedy answer to one question, with the rendered prompt's ids and the answer's."""
+    """The greedy answer to one question, with the token ids of the rendered prompt and of the answer."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     question: str
@@ -72,13 +72,13 @@ class Answer(BaseModel):
 
 
 class Continuation(Answer):
-    """The answer to one of the shipped reference prompts, at whose tokens variants are compared with the source."""
+    """The answer to a shipped reference prompt; variants are compared with the source at each of its tokens."""
 
     category: str
 
 
 class LongContext(BaseModel):
-    """The long prompts: the first `lengths` tokens of `ids`."""
+    """The long prompts: for each of `lengths`, that many of the first tokens of `ids`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     ids: list[int]
@@ -93,7 +93,7 @@ class Reference(BaseModel):
     chats: list[Chat]
     eos_token_ids: list[int]
     answers: list[Answer]
-    near_ties: list[str]  # a sentence for each question of validate.prompts that proves nothing
+    near_ties: list[str]  # for each question of validate.prompts that was left out, a sentence with the reason
     continuations: list[Continuation]
     residual_peak: float = Field(description="largest magnitude of the residual stream on the reference prompts")
     long_context: LongContext
@@ -130,9 +130,9 @@ def near_tie(source: Torch, answer: Answer) -> str | None:
 
 
 def answer_questions(source: Torch, *, params: Params) -> tuple[list[Answer], list[str]]:
-    """Return what `source`, the source model, answers to validate.prompts, and why questions were left out.
+    """Return the answers of `source`, the source model, to validate.prompts, and why questions were left out.
 
-    Those on which it nearly ties between two tokens are left out. Raises PipelineError when no question is left.
+    Questions on which it nearly ties between two tokens are left out. Raises PipelineError when no question is left.
     """
     answers, near_ties = [], []
     for question in params.validate_.prompts:
@@ -160,9 +160,10 @@ def make_reference(
     long_context: LongContext,
     on_logits: Callable[[int, Any], None],
 ) -> Reference:
-    """Return what `source`, the source model, says to every probe and to the reference prompts, beside what is given.
+    """Return the reference: the given parts, and the output of `source` for every probe and reference prompt.
 
-    `on_logits` is given the index and the logits of each answer to the reference prompts; see `Torch.answer`.
+    `source` is the source model. `on_logits` is called with the index and the logits of each answer to the reference
+    prompts; see `Torch.answer`.
     """
     rendered = [Chat(messages=messages, rendered=source.render_chat(messages)) for messages in CHATS]
     texts = [*TEXTS, *(chat.rendered for chat in rendered)]  # the rendered chats hold the special tokens

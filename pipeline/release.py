@@ -14,7 +14,7 @@ SIGNATURE = "release.sig"
 NAME = r"^[a-z0-9][a-z0-9-]{0,99}$"
 VERSION = r"^(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})$"
 MAX_FILES, MAX_BYTES, MAX_RELEASE = 1000, 10**12, 10**6
-# Names that Windows gives to devices, whatever the ending.
+# Names that Windows reserves for devices, with any file extension.
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
@@ -49,16 +49,16 @@ class Release(BaseModel):
 
     @property
     def name(self) -> str:
-        """`<model>/<variant>`."""
+        """The name `<model>/<variant>`."""
         return f"{self.model}/{self.variant}"
 
     @property
     def size(self) -> int:
-        """The bytes of all files."""
+        """The size of all files together, in bytes."""
         return sum(file.size for file in self.files.values())
 
     def content(self) -> bytes:
-        """The bytes of release.json: the same for the same release."""
+        """Return the bytes of release.json; the same release always gives the same bytes."""
         return (self.model_dump_json(indent=2) + "\n").encode()
 
 
@@ -78,7 +78,7 @@ def read_release(content: bytes, *, origin: str) -> Release:
 
 
 def unsafe(path: str) -> str | None:
-    """Return why a file of this path must not be written below a directory on any system, or None when it may."""
+    """Return why it is unsafe, on some system, to write a file of this path below a directory; None when it is safe."""
     parts = path.split("/")
     if not path or len(path) > 200 or PurePosixPath(path).is_absolute():
         return "is empty, long or absolute"

@@ -1,4 +1,4 @@
-"""What a release says of itself beside the artifact: model card, metrics, provenance and bill of materials."""
+"""The documents that a release has beside the artifact: model card, metrics, provenance and bill of materials."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ CARD, METRICS, PROVENANCE, SBOM = "README.md", "metrics.json", "provenance.json"
 def write_documents(directory: Path, *, model: str, variant: str, version: str) -> None:
     """Write the documents of a release into `directory`.
 
-    The same artifact and commit, measured once, give the same bytes; what was measured on another machine is not here.
+    The same artifact, commit and measurements give the same bytes. Measurements of other machines are not included.
     """
     manifest = read_manifest(paths.variant(model, variant))
     metrics, measured = read_json(paths.metrics(model, variant)), paths.measured(model, variant)
@@ -34,7 +34,7 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
 
 
 def card(manifest: Manifest, metrics: dict[str, Any], measured: dict[str, Any], *, version: str) -> str:
-    """Return the model card: the Hub's metadata, the figures that judge it, and those of the machine it was built on.
+    """Return the model card: the Hub's metadata, the metrics of the variant, and the measurements of one machine.
 
     Metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata
     """

@@ -33,7 +33,7 @@ FIGURES: dict[str, tuple[str, str, float, int]] = {  # heading, unit, factor and
 def collect(params: Params, *, model: str) -> dict[str, Any]:
     """Return what the page shows of `model`; a variant that was not validated yet has neither metrics nor evidence.
 
-    What was measured on another machine is not here: such a variant has no measurements.
+    Measurements stay on the machine that made them: a variant that was measured elsewhere has none here.
     """
     source, reference = read_manifest(paths.source(model)), read_reference(paths.reference(model))
     variants: list[dict[str, Any]] = []
@@ -66,7 +66,7 @@ def collect(params: Params, *, model: str) -> dict[str, Any]:
 
 
 def render(content: dict[str, Any]) -> str:
-    """Return the page, self-contained, for what `collect` returned."""
+    """Return the self-contained page for `content`, which `collect` returned."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = Path(__file__).parent
@@ -103,7 +103,7 @@ def plot_rows(content: dict[str, Any], *names: str) -> str:
 
 
 def bits_per_layer(matrices: dict[str, str]) -> dict[str, dict[int, str]]:
-    """Return for each kind of matrix (such as `qkv_proj`) the format in each layer; -1 stands for those outside."""
+    """Return for each kind of matrix (such as `qkv_proj`) the format in each layer; -1 stands for no layer."""
     found: dict[str, dict[int, str]] = {}
     for name, form in matrices.items():
         name = name.removeprefix("model.").removesuffix(".weight")
@@ -140,7 +140,7 @@ def scatter(variants: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _ticks(highest: float) -> list[float]:
-    # From 0 to beyond `highest` in some five steps of 1, 2 or 5 times a power of ten.
+    # Return ticks from 0 to beyond `highest`, in about five steps of 1, 2 or 5 times a power of ten.
     rough = highest / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)

@@ -1,9 +1,10 @@
-"""The same model with other weights: an orthogonal rotation of its residual stream, folded into the checkpoint.
+"""Rotate the residual stream of a model by an orthogonal matrix that is folded into its weights.
 
-An RMS norm without weights does not see an orthogonal matrix Q: norm(xQ) = norm(x)Q. So each norm's weights go into the
-matrices that read it, and Q into all that write to the stream or read it. Within a head the values get a rotation of
-their own, which the output projection takes back. Outliers, which a few columns have, are spread over all of them, and
-INT4 loses less. No runtime knows of it. See QuaRot, https://arxiv.org/abs/2404.00456.
+The model computes the same. An RMS norm without weights commutes with an orthogonal matrix Q: norm(xQ) = norm(x)Q. So
+each norm's weights are multiplied into the matrices that read its output, and Q into all matrices that write to the
+stream or read from it. Within each attention head the values get a rotation of their own, which the output projection
+undoes. The outliers of a few columns are thereby spread over all columns, and INT4 loses less. Runtimes need no support
+for it. See QuaRot, https://arxiv.org/abs/2404.00456.
 
 The embedding has no norm before it and the head has one, so a model that shares one matrix for both cannot be rotated.
 """
@@ -15,7 +16,7 @@ from typing import Any
 from pipeline.checkpoint import open_weights, read_json
 
 SEED = 0
-NORMS = {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"}  # whose output a matrix reads
+NORMS = {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"}  # the norm that a matrix reads
 
 
 def can_rotate(config: dict[str, Any]) -> bool:
@@ -24,7 +25,7 @@ def can_rotate(config: dict[str, Any]) -> bool:
 
 
 class Rotation:
-    """The rotation of the model in the directory `checkpoint`, which `can_rotate`."""
+    """A rotation of the model in the directory `checkpoint`; `can_rotate` has to be true of it."""
 
     def __init__(self, checkpoint: Path) -> None:
         import torch
@@ -57,25 +58,25 @@ class Rotation:
         return weight
 
     def hessian(self, matrix: str, hessian: Any) -> Any:
-        """Return H of the inputs of `matrix` in the rotated model, given the `hessian` of the checkpoint's own."""
+        """Return H of the inputs of `matrix` in the rotated model, given `hessian`, the H of the original model."""
         if matrix.endswith("down_proj"):
             return hessian
         if matrix.endswith("o_proj"):
-            for _ in range(2):  # the columns, and by symmetry the rows
+            for _ in range(2):  # first the columns, then by symmetry the rows
                 hessian = (hessian.unflatten(1, (-1, len(self._value))) @ self._value.to(hessian)).flatten(1).T
             return hessian
         turn = (self._stream / self._norm(matrix)[:, None]).to(hessian)
         return turn.T @ hessian @ turn
 
     def _norm(self, matrix: str) -> Any:
-        # The weights of the norm whose output `matrix` reads.
+        # Return the weights of the norm whose output `matrix` reads.
         if layer := re.fullmatch(r"(model\.layers\.\d+)\.\w+\.(qkv_proj|gate_up_proj)", matrix):
             return self._read(f"{layer[1]}.{NORMS[layer[2]]}.weight")
         return self._read("model.norm.weight")
 
 
 def _orthogonal(size: int, generator: Any) -> Any:
-    # A random one, evenly distributed (https://arxiv.org/abs/math-ph/0609050).
+    # Return a random orthogonal matrix, uniformly distributed (https://arxiv.org/abs/math-ph/0609050).
     import torch
 
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))

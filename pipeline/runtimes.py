@@ -1,7 +1,7 @@
-"""Two protocols over what loads an artifact, and over the source model in torch: one generates, one gives logits.
+"""The runtimes that load an artifact or the source model, behind two protocols: one generates, one gives logits.
 
-What judges an artifact computes in float32 on the CPU, whatever the runtime's defaults are: then the verdict is the
-same on every machine. What an application will see is measured with those defaults.
+An artifact is judged in float32 on the CPU, whatever the runtime's defaults are, so that the verdict is the same on
+every machine. What an application will see is measured with the runtime's defaults.
 """
 
 import json
@@ -18,13 +18,13 @@ from pipeline.params import Npu
 Message = dict[str, str]
 Precision = Literal["f32", "default"]
 # By default OpenVINO's CPU plugin computes in bfloat16 where the CPU has it, keeps the KV cache in 8 bits, and
-# quantizes the activations that meet compressed weights. In 16 bits the cache costs the FP16 IR nothing measurable.
+# quantizes the activations that meet compressed weights. A 16-bit cache costs the FP16 IR no measurable accuracy.
 # https://docs.openvino.ai/2026/openvino-workflow/running-inference/inference-devices-and-modes/cpu-device.html
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 # The settings of the usual OpenVINO tutorial for a single user on a laptop.
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
 
-PIECE = 256  # tokens that an IR reads at a time, at most: what a layer computes for all of them is in memory at once
+PIECE = 256  # most tokens that an IR reads at a time, since a layer's results for all of them are in memory at once
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Runtime(Protocol):
         """Return the token ids of `text`, with no special tokens added."""
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of `ids`, special tokens left out."""
+        """Return the text of `ids` without special tokens."""
 
     def render_chat(self, messages: list[Message]) -> str:
         """Return `messages` in the chat template, ready for the assistant's turn."""
@@ -67,7 +67,7 @@ class Scorer(Protocol):
 
 
 class OpenvinoGenai:
-    """openvino-genai on a device; with `npu` the NPU's static-shape pipeline, compiled for the CPU."""
+    """openvino-genai on a device; with `npu` it runs the NPU's static-shape pipeline, compiled for the CPU."""
 
     name = "openvino-genai"
 
@@ -123,7 +123,7 @@ class OpenvinoGenai:
 
 
 class OpenvinoLogits:
-    """The logits of an IR, which openvino-genai keeps to itself; its static NPU pipeline has the same (test_npu.py)."""
+    """The logits of an IR, which openvino-genai does not return; its NPU pipeline computes the same (test_npu.py)."""
 
     def __init__(self, directory: Path, *, device: str, precision: Precision = "f32") -> None:
         import openvino
@@ -133,7 +133,7 @@ class OpenvinoLogits:
         _keep_last(model)
         options = F32 if precision == "f32" else {}
         self._request = core.compile_model(model, device, options).create_infer_request()
-        # With LongRoPE the keys of a piece depend on how long the text is up to it.
+        # With LongRoPE the keys of a piece depend on the length of the text so far, so all of it is read at once.
         self._at_once = is_longrope(read_json(directory / "config.json"))
 
     def logits(self, ids: list[int], *, last: int) -> Any:
@@ -148,10 +148,11 @@ class OpenvinoLogits:
 
 
 def piece_size(tokens: int) -> int:
-    """Return how many of `tokens` an IR should read at a time: PIECE at most, and so that no memory is left over.
+    """Return how many of `tokens` an IR should read at a time: at most PIECE, and so that its cache wastes no memory.
 
-    When its cache of keys and values is full, OpenVINO's CPU plugin makes one of twice the length: with pieces of equal
-    size for 2, 6, 14, 30... of them. With one of these numbers of pieces the last cache is just as long as the text.
+    When its cache of keys and values is full, OpenVINO's CPU plugin makes one of twice the length. With pieces of equal
+    size the caches have room for 2, 6, 14, 30... pieces. With one of these numbers of pieces the last cache is just as
+    long as the text.
     """
     pieces = 1
     while -(-tokens // pieces) > PIECE:
@@ -160,8 +161,8 @@ def piece_size(tokens: int) -> int:
 
 
 def _keep_last(model: Any) -> None:
-    # The head gets the hidden states of the last positions alone, from the new input `last` (minus their number) on:
-    # the logits of a prompt of thousands of tokens take gigabytes.
+    # Give the head the hidden states of the last positions only, since the logits of a prompt of thousands of tokens
+    # take gigabytes. The new input `last` is minus the number of these positions.
     import numpy as np
     from openvino import Type, opset15
 
@@ -179,7 +180,8 @@ def _keep_last(model: Any) -> None:
 class OnnxGenai:
     """onnxruntime-genai on the CPU provider, whatever provider the model was built for.
 
-    It computes in float32 with either `precision`; what judges does without the arena, which keeps a gigabyte more.
+    It computes in float32 with either `precision`. With "f32", which is for judging, it has no memory arena, since that
+    keeps a gigabyte more.
     """
 
     name = "onnxruntime-genai"

@@ -1,7 +1,7 @@
 """Sign release.json with a key, and verify it offline: all that a consumer needs is the public key.
 
-The signature is a Sigstore bundle of OpenSSF model signing over a directory that holds release.json alone; model,
-variant, version and the hash of every file are in there.
+The signature is a Sigstore bundle of OpenSSF model signing over a directory that holds only release.json. That file
+states model, variant, version and the hash of every file.
 """
 
 import tempfile
@@ -46,7 +46,7 @@ def require_signature(release: bytes, signature: bytes | None, key: Path, *, ori
             raise PipelineError(f"{key} holds no public EC key in PEM form.") from error
         try:
             verifier.verify(directory, file)
-        except Exception as error:  # whatever is wrong with a hostile signature, it is not this one
+        except Exception as error:  # a hostile signature may raise any error; it is not valid
             raise PipelineError(f"{origin} is not signed by the owner of {key}: it is refused.") from error
 
 

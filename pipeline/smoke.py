@@ -1,4 +1,4 @@
-"""The checks that catch what silently goes wrong in a conversion; each has a name and tells expected and actual."""
+"""Checks that catch silent errors of a conversion; each has a name and reports what was expected and found."""
 
 import json
 import re
@@ -34,9 +34,9 @@ CHECKS = (
     "directml",
 )
 FLOAT16_MAX = 65504.0
-LOOP_REPEATS, LOOP_TOKENS = 4, 24  # a loop: so many repeats at the end, and at least so many tokens in all
+LOOP_REPEATS, LOOP_TOKENS = 4, 24  # a loop ends in this many repeats, which have at least this many tokens
 
-NEAR_TIE = 0.25  # logits, in nats, between which the order of a runtime's additions may decide
+NEAR_TIE = 0.25  # in nats: between logits that differ by less, the order of a runtime's additions may decide
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def check_recipe(
     if found != elements:
         yield Failure("recipe", {"weights": elements}, {"weights": found})
     elif isinstance(recipe, OpenvinoInt4):
-        # NNCF fills up to the ratio with whole matrices.
+        # NNCF chooses whole matrices, so the share may be below the ratio by up to the largest of them.
         step = max(m.elements for m in source if m.role == "layer") / elements["layer"]
         if not recipe.ratio - step <= int4_ratio(built) <= recipe.ratio + 1e-6:
             yield Failure("recipe", f"INT4 ratio {recipe.ratio} (-{step:.3f})", round(int4_ratio(built), 4))
@@ -95,7 +95,7 @@ def check_float16_range(
 
 
 def check_tokenizer(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
-    """Compare ids and round trip of many scripts, digits, spaces and special tokens with the source's."""
+    """Compare token ids and decoded texts, of many scripts, digits, spaces and special tokens, with the source's."""
     for probe in reference.texts:
         ids = runtime.encode(probe.text)
         if ids != probe.ids:
@@ -122,7 +122,7 @@ def check_eos(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
 
 
 def check_fidelity(comparison: Comparison, *, limits: Limits) -> Iterator[Failure]:
-    """Look for NaN and infinity in the logits, then hold the comparison with the source against the limits."""
+    """Look for NaN and infinity in the logits, then check the comparison with the source against the limits."""
     if comparison.non_finite:
         yield Failure("finite", "finite logits", f"{comparison.non_finite} logits that are not")
         return
@@ -134,7 +134,7 @@ def check_fidelity(comparison: Comparison, *, limits: Limits) -> Iterator[Failur
 
 
 def check_long_context(found: Sequence[Found], *, limits: Limits) -> Iterator[Failure]:
-    """Hold what a variant did with the long prompts against the source, and its answers against its own logits."""
+    """Compare a variant's logits after the long prompts with the source's, and its answers with its own logits."""
     for prompt in found:
         name = f"after {prompt.length:,} tokens"
         if prompt.error:
@@ -147,9 +147,9 @@ def check_long_context(found: Sequence[Found], *, limits: Limits) -> Iterator[Fa
 
 
 def check_answers(answers: Sequence[Answer], reference: Reference, *, params: Validate) -> Iterator[Failure]:
-    """Compare the answers with the source's: none is empty, a loop or endless, and together they say the same.
+    """Compare the answers with the source's: none may be empty, a loop or endless, and together they must say the same.
 
-    A quantized model may slip on one of several questions; how far it is from the source is for `check_fidelity`.
+    A quantized model may slip on one of several questions; `check_fidelity` judges how far it is from the source.
     """
     pairs = list(zip(answers, reference.answers, strict=True))
     failures = [failure for pair in pairs for failure in _check_form(*pair, params=params)]
@@ -183,9 +183,10 @@ def is_loop(ids: list[int]) -> bool:
 
 
 def recall(answer: Answer, source: Answer) -> float:
-    """Return the share of the words that `source` adds to its question in its first sentence which `answer` has too.
+    """Return the share of the source's new words that `answer` has, too.
 
-    "The capital of France is Paris." adds "paris" to "What is the capital of France?".
+    New are the words in the first sentence of `source` that are not in its question: "The capital of France is Paris."
+    adds "paris" to "What is the capital of France?".
     """
     sentence = re.split(r"(?<=[.!?])\s|\n", source.text.strip(), maxsplit=1)[0]
     added = _words(sentence) - _words(source.question)

@@ -1,16 +1,17 @@
 """Codes, scales and zero points of one quantized weight matrix, chosen for the inputs that it really gets.
 
-A matrix W (rows, columns) meets input vectors x. Quantized to Q, it makes the squared error sum ||(W - Q) x||² over
-all inputs, which is trace((W - Q) H (W - Q)') with H = X'X, the sum of the inputs' outer products. With the damped
-H = R'R (Cholesky, R upper triangular) the error of a row is ||R (w - q)||², and the best codes are the nearest point
-of a lattice. `quantize` walks its columns from the last to the first, and rounds each after it has made up for the
-errors of those that are decided (Babai's nearest plane, https://doi.org/10.1007/BF02579403):
+A matrix W (rows, columns) is multiplied with input vectors x. Quantized to Q, it makes the squared error
+sum ||(W - Q) x||² over all inputs, which is trace((W - Q) H (W - Q)') with H = X'X, the sum of the inputs' outer
+products. With the damped H = R'R (Cholesky, R upper triangular) the error of a row is ||R (w - q)||², and the best
+codes are the nearest point of a lattice. `quantize` goes through the columns from the last to the first. Before it
+rounds a column, it corrects the column for the errors of those that are already rounded (Babai's nearest plane,
+https://doi.org/10.1007/BF02579403):
 
     q_j = round(t_j / scale) * scale    with    t_j = w_j + sum over k > j of R_jk / R_jj (w_k - q_k)
 
-This gives the codes of GPTQ (https://arxiv.org/abs/2210.17323), which walks the other way with the inverse of H.
-Columns are put in ascending order of H's diagonal, so that those with the largest inputs are decided first. A column
-keeps the scale of the group that it was in before.
+This gives the codes of GPTQ (https://arxiv.org/abs/2210.17323), which goes the other way and uses the inverse of H.
+Columns are first sorted in ascending order of H's diagonal, so that those with the largest inputs are rounded first. A
+column keeps the scale of the group that it was in before sorting.
 """
 
 from dataclasses import dataclass
@@ -19,17 +20,17 @@ from typing import Any
 from pipeline.errors import PipelineError
 from pipeline.recipe import CHANNEL_WISE
 
-# Of the mean of H's diagonal, added to the diagonal.
+# This share of the mean of H's diagonal is added to the diagonal.
 DAMPING = 0.02
 # Scales tried per group: the one that covers the whole range, and smaller ones down to half of it.
 SHRINK = [1 - step / 64 for step in range(33)]
-LEAF = 16  # columns that are rounded one by one; all that leads from one leaf to another are matrix products
-ROWS = 4096  # of a matrix that are solved at a time: what a row needs is in memory a dozen times
+LEAF = 16  # columns that are rounded one by one; between leaves, errors are passed on by matrix products
+ROWS = 4096  # rows of a matrix that are solved at a time, since memory holds each a dozen times
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What the stored format admits: bits of a code, weights per scale, zero points or none, the scales' precision.
+    """A storage format: the bits of a code, the weights per scale, whether it has zero points, the scales' precision.
 
     `scale_dtype` is the torch type that scales are stored in, after a division by `scale_divisor`.
     """
@@ -51,7 +52,7 @@ class Grid:
         return int(2 ** (self.bits - 1))
 
     def stored(self, scales: Any) -> Any:
-        """Return float32 `scales` as they come back from the file; none is zero."""
+        """Return float32 `scales` as they are read back from the file; none is zero."""
         import torch
 
         least = torch.finfo(self.scale_dtype).tiny * self.scale_divisor
@@ -88,11 +89,11 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Factor:
-    """The damped H of one matrix as H = R'R, its columns in the order in which they lie in R.
+    """The damped H of one matrix, factored as H = R'R, with the columns in the order that they have in R.
 
-    Column `order[j]` of the matrix is column j here; `slopes` is R with each row divided by its diagonal element, and
-    `importance` the diagonal's squares: the squared error of a unit's deviation in one column once all others have made
-    up for it as well as they can.
+    Column `order[j]` of the matrix is column j here. `slopes` is R with each row divided by its diagonal element.
+    `importance` is the square of the diagonal: the squared error of a deviation by 1 in one column, after the columns
+    before it, which are rounded later, have made up for it as well as they can.
     """
 
     order: Any
@@ -115,7 +116,7 @@ def factorize(hessian: Any, *, name: str) -> Factor:
     diagonal = hessian.diagonal()
     order = diagonal.argsort(stable=True)
     damped = hessian[order][:, order]
-    damped.diagonal().add_(DAMPING * float(diagonal.mean()) or 1.0)  # without any input all columns count the same
+    damped.diagonal().add_(DAMPING * float(diagonal.mean()) or 1.0)  # if all inputs are 0, all columns count the same
     triangle, failed = torch.linalg.cholesky_ex(damped, upper=True)
     if failed:
         raise PipelineError(
@@ -142,7 +143,7 @@ def quantize(weight: Any, factor: Factor, grid: Grid) -> Quantized:
 
 
 def pack(nibbles: Any) -> Any:
-    """Return the whole numbers of an array, of which the lowest 4 bits count, two to a byte: the first lies low."""
+    """Return the lowest 4 bits of each integer in `nibbles`, two to a byte; the first is in the lower half."""
     import numpy as np
 
     flat = nibbles.reshape(-1).astype(np.uint8) & 0xF
@@ -151,8 +152,8 @@ def pack(nibbles: Any) -> Any:
 
 
 def _search_scales(weight: Any, factor: Factor, *, size: int, grid: Grid) -> tuple[Any, Any]:
-    # The scale and zero point of each group, shape (rows, groups), with which rounding every weight to the nearest code
-    # costs least: the squared error of a weight counts by its column's importance.
+    # Return the scale and zero point of each group, shape (rows, groups), with which rounding every weight to the
+    # nearest code gives the least squared error, weighted by the importance of the columns.
     import torch
 
     importance = torch.empty_like(factor.importance)
@@ -174,7 +175,7 @@ def _search_scales(weight: Any, factor: Factor, *, size: int, grid: Grid) -> tup
 
 
 def _range(groups: Any, grid: Grid) -> tuple[Any, Any]:
-    # The scale that covers all weights of each of `groups` (rows, groups, size), and its zero point.
+    # Return the scale that covers all weights of each of `groups` (rows, groups, size), and its zero point.
     import torch
 
     low, high = torch.aminmax(groups, dim=2)
@@ -187,7 +188,7 @@ def _range(groups: Any, grid: Grid) -> tuple[Any, Any]:
 
 
 def _nearest_plane(weight: Any, factor: Factor, scales: Any, zero_points: Any, *, size: int, highest: int) -> Any:
-    # The codes of `weight`. All is transposed and in the factor's order, so that a column's numbers lie together.
+    # Return the codes of `weight`. All arrays are transposed and in the factor's order, so a column is contiguous.
     import torch
 
     walk = _Walk(
@@ -205,7 +206,8 @@ def _nearest_plane(weight: Any, factor: Factor, scales: Any, zero_points: Any, *
 
 
 class _Walk:
-    # No inner function that calls itself: it would hold its arrays, gigabytes, until Python looks for such circles.
+    # This is a class because an inner function that calls itself is a reference cycle, and would keep gigabytes of
+    # arrays in memory until Python's garbage collector runs.
 
     def __init__(
         self, *, slopes: Any, group: list[int], scales: Any, zero_points: Any, highest: int, weight: Any

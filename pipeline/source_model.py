@@ -10,14 +10,15 @@ from pipeline.progress import Bar
 from pipeline.runtimes import Transformers
 from pipeline.torch_device import torch_device
 
-BATCH, BATCH_TOKENS = 32, 4096  # prompts answered at a time, and their tokens with padding
+BATCH, BATCH_TOKENS = 32, 4096  # most prompts answered at a time, and most tokens of these with padding
 
 
 class Torch(Transformers):
     """The source checkpoint, computed in float32 whatever precision its weights are stored in.
 
-    The weights stay mapped as they are and each layer widens its own while it computes, so a checkpoint of 3.8 billion
-    bfloat16 weights takes neither 15 GB nor a rounding of its activations that would count as its variants' error.
+    The weights stay memory-mapped as they are stored, and each layer converts its own to float32 while it computes. So
+    a checkpoint of 3.8 billion bfloat16 weights does not take 15 GB, and its activations are not rounded, which would
+    count as an error of its variants.
     """
 
     name = "transformers"
@@ -48,10 +49,10 @@ class Torch(Transformers):
         max_new_tokens: int,
         on_logits: Callable[[int, Any], None] | None = None,
     ) -> list[list[int]]:
-        """Return the ids that continue each of `prompts` greedily, to the eos token that ends them or to the limit.
+        """Return the ids that continue each of `prompts` greedily, up to and including the eos token or to the limit.
 
-        Prompts of similar length are answered together, padded on the left. `on_logits` is given each prompt's index
-        and the float32 logits that led to its answer, shape (len(answer), vocabulary).
+        Prompts of similar length are answered together, padded on the left. `on_logits` is called with each prompt's
+        index and the float32 logits that led to its answer, shape (len(answer), vocabulary).
         """
         import torch
 
@@ -87,8 +88,8 @@ class Torch(Transformers):
 
     @contextmanager
     def _residual_peaks(self, mask: Any) -> Iterator[list[list[float]]]:
-        # For each pass through the model, the largest magnitude per row that reaches an RMS norm; the first pass reads
-        # the prompts, of which `mask` (rows, width) has the padding.
+        # Yield a list that gets, for each pass through the model, the largest magnitude per row that reaches an RMS
+        # norm. The first pass reads the prompts; `mask` (rows, width) is 0 at their padding.
         norms = [module for module in self.model.modules() if type(module).__name__.endswith("RMSNorm")]
         peaks: list[list[float]] = []
 

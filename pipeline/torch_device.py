@@ -1,4 +1,4 @@
-"""Which device torch computes on in the stages calibrate, reference and the solver's."""
+"""The device on which torch computes in the stages calibrate and reference and in those that run the solver."""
 
 import os
 from typing import Any

@@ -1,6 +1,6 @@
 """Prove one variant: run every check through the runtime that an application would use, in float32 on the CPU.
 
-What the machine's defaults make of it is measured beside that. No two of the runtimes are loaded at a time.
+It is also measured with this machine's defaults. No two of the runtimes are loaded at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -62,7 +62,7 @@ def _check_operators(directory: Path, *, variant: Variant) -> Iterator[Failure]:
 
 
 def check_range(directory: Path, *, variant: Variant, source: Path, reference: Reference) -> list[Failure]:
-    """Return whether the source's residual stream, as the variant holds it, is beyond float16 on its devices."""
+    """Return the failure that the residual stream, as the variant scales it, exceeds float16 on its devices, if any."""
     config = read_json(source / "config.json")
     return list(
         smoke.check_float16_range(
@@ -81,7 +81,7 @@ def is_directml(variant: Variant) -> bool:
 
 
 def check_runtime(runtime: Runtime, reference: Reference, *, params: Validate) -> tuple[list[Failure], list[Answer]]:
-    """Return what is wrong with a loaded variant, and its answers; there are none when it cannot be asked rightly."""
+    """Return what is wrong with a loaded variant, and its answers; with a wrong tokenizer or template it has none."""
     failures = [
         *smoke.check_tokenizer(runtime, reference),
         *smoke.check_chat_template(runtime, reference),
@@ -109,8 +109,9 @@ def validate(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return metrics, evidence and measurements of the variant in `directory`; the evidence lists what failed, if any.
 
-    Metrics are the same on every machine: sizes in bytes and those of `Comparison.metrics`. They end where a failure
-    makes going on pointless. Measurements are of this machine; see pipeline/measurement.py.
+    Metrics are the same on every machine: sizes in bytes and those of `Comparison.metrics`. When a failure makes
+    further checks pointless, the remaining metrics are missing. Measurements are of this machine; see
+    pipeline/measurement.py.
     """
     metrics: dict[str, Any] = {"passed": False}
     evidence: dict[str, Any] = {"checks": list(smoke.CHECKS)}
@@ -125,7 +126,7 @@ def validate(
     if failures := check_range(directory, variant=variant, source=source, reference=reference):
         return result(failures)
     manifest = read_manifest(directory)
-    # Whoever publishes the artifact can tell by the manifest's hash that these very files are what was validated.
+    # The manifest's hash proves, when the artifact is published, that these very files were validated.
     evidence |= {"manifest_sha256": digest(directory / MANIFEST).sha256, "recipe": manifest.recipe}
     evidence |= {"runs_on": manifest.runtime, "tools": manifest.tools}
     metrics["size_bytes"] = sum(path.stat().st_size for path in directory.iterdir())
@@ -214,9 +215,9 @@ def longest_prompt(context: dict[str, int], variant: Variant) -> int:
 
 
 def departure(ids: list[int], source: list[int], decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """Return the text of `ids` in three parts: as the source's ids begin, the first token that differs, the rest.
+    """Return the text of `ids` in three parts: what it shares with `source`, the first token that differs, the rest.
 
-    `common_tokens` is the number of tokens in the first part; `departs` is false when all of the source's are in it.
+    `common_tokens` is the number of tokens in the first part; `departs` is false when `ids` and `source` are equal.
     """
     common = next((i for i, (a, b) in enumerate(zip(ids, source, strict=False)) if a != b), min(len(ids), len(source)))
     text, same, until = decode(ids), decode(ids[:common]), decode(ids[: common + 1])

@@ -1,4 +1,4 @@
-"""A wheel from PyPI, fetched alone with pip and refused when its SHA-256 differs."""
+"""Fetch a wheel from PyPI with pip, without its dependencies, and refuse it when its SHA-256 differs."""
 
 import sys
 from pathlib import Path
@@ -7,9 +7,9 @@ from pipeline.programs import stream_lines
 
 
 def fetch_wheel(package: str, version: str, sha256: str, *, directory: Path, platform: str = "") -> Path:
-    """Return the path of the wheel, downloaded into `directory` from wherever pip is set up to look.
+    """Return the path of the wheel, downloaded into `directory` from the index that pip is configured for.
 
-    `platform` is the wheel's own tag, such as win_amd64, when it is not for this machine; its Python is then 3.11.
+    `platform` is the wheel's platform tag, such as win_amd64, if it is not for this machine; its Python is then 3.11.
 
     Raises PipelineError with pip's last lines when there is no such wheel or its hash differs.
     """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.programs import stream_lines
 
-# The package ziglang: version, SHA-256, and that its wheel is for this machine.
+# The package ziglang: version, SHA-256, and platform tag, which is empty because the wheel is for this machine.
 ZIG = ("0.17.1", "ea6cc5d87b033cf0aedfbc8f9549a908cae6c50ac31f1698188fa48a74524b54", "")
 
 
@@ -18,10 +18,10 @@ def build_program(
     include: tuple[Path, ...] = (),
     libraries: tuple[Path, ...] = (),
 ) -> None:
-    """Build the x86-64 program `target` from `source`, whose entry is `start`, with `zig`, Zig's compiler.
+    """Build the x86-64 program `target` from `source`, whose entry point is `start`, with the Zig compiler `zig`.
 
-    `imports` are the functions that it takes from each DLL; building MinGW's runtime instead takes Zig two minutes.
-    Intermediate files are left beside `target`.
+    `imports` lists the functions that the program takes from each DLL; to build MinGW's runtime instead would take Zig
+    two minutes. Intermediate files are left beside `target`.
 
     Raises PipelineError with the compiler's last lines when that fails.
     """

@@ -11,9 +11,9 @@ from pipeline.source_model import Torch
 
 @stage_command
 def main(model: str) -> None:
-    """Let the source checkpoint of MODEL answer the calibration prompts, and record what its matrices get to see.
+    """Let the source checkpoint of MODEL answer the calibration prompts, and record H = X'X of its matrices.
 
-    When no variant is calibrated the model is not asked.
+    When no variant uses calibration, the model is not asked.
     """
     params, target = load_params(), paths.calibration(model)
     if not any(getattr(variant, "calibrated", False) for variant in params.variants.values()):

@@ -10,7 +10,7 @@ from pipeline.source import fetch_checkpoint
 
 @stage_command
 def main(model: str) -> None:
-    """Fetch the source checkpoint of MODEL, checked."""
+    """Fetch the source checkpoint of MODEL and check it."""
     entry = load_params().get_model(model)
     with building(paths.source(model), resume=True) as build:
         origin = fetch_checkpoint(entry.source, build)

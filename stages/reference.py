@@ -19,7 +19,7 @@ from pipeline.source_model import Torch
 
 @stage_command
 def main(model: str) -> None:
-    """Record what the source checkpoint of MODEL says, and how probable it finds the alternatives."""
+    """Record the answers of the source checkpoint of MODEL, and its probabilities for the alternatives."""
     params = load_params()
     kept: dict[int, Distributions] = {}
 

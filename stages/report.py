@@ -9,7 +9,7 @@ from pipeline.progress import say
 
 @stage_command
 def main(model: str) -> None:
-    """Write the report on all variants of MODEL, with those that failed or were not validated."""
+    """Write the report on all variants of MODEL, including those that failed or were not validated."""
     content = report.collect(load_params(), model=model)
     directory = paths.report(model)
     replace_file(directory / "index.html", report.render(content))

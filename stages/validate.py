@@ -14,7 +14,7 @@ from pipeline.validation import validate
 
 @stage_command
 def main(model: str, variant: str) -> None:
-    """Prove VARIANT of MODEL: load it, let it answer, and compare it with the source model."""
+    """Validate VARIANT of MODEL: load it, let it answer, and compare it with the source model."""
     params = load_params()
     metrics, evidence, measured = validate(
         paths.variant(model, variant),

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
-# A shell ignores Ctrl-C in what it starts in the background, and so would all that the tests start.
+# A shell makes background programs ignore Ctrl-C, and the programs that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -50,7 +50,7 @@ LONGEST = ("test_killed_at_any_time_then_two_at_once", "test_build_then_nothing_
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest tests first, so that no process is left with one at the end."""
+    """Start the longest tests first, so that they do not run alone at the end."""
     items.sort(key=lambda item: item.name not in LONGEST)
 
 
@@ -81,14 +81,14 @@ def make_tokenizer(text: str = "the capital of France is Paris and water is wet 
 def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = False, **changes: Any) -> Path:
     """Write a tiny random bf16 checkpoint in the style of a Phi model (see STYLES) to `target`.
 
-    `changes` are keys of its config. With `on_grid` every matrix lies on a grid that INT4 stores without loss, in any
-    format, so that each variant is the same model; its weights are larger, and its distributions far from even.
+    `changes` are keys of its config. With `on_grid` INT4 stores every matrix without loss, in any format, so that all
+    variants are the same model; its weights are larger, and its distributions far from uniform.
     """
     import torch
     from transformers import Phi3Config, Phi3ForCausalLM
 
     shape = {
-        "vocab_size": 320,  # unlike any layer: the ONNX builder knows the head by its shape
+        "vocab_size": 320,  # differs from all layers' widths: the ONNX builder recognizes the head by its shape
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 2,
@@ -103,12 +103,12 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = Fa
     torch.manual_seed(0)
     model = Phi3ForCausalLM(Phi3Config(**shape | STYLES[style] | changes))
     if on_grid:
-        # What is attended to decides what is said.
+        # With these scales the next token depends strongly on the tokens attended to.
         scales = {"embed_tokens": 8, "lm_head": 16, "qkv_proj": 32, "o_proj": 16, "gate_up_proj": 64, "down_proj": 64}
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
                 codes = torch.randint(-7, 8, parameter.shape)
-                groups = codes.view(-1, 32)  # in every one the ends of the range, which make its scale
+                groups = codes.view(-1, 32)  # each has both ends of the range, which determine its scale
                 groups.scatter_(1, groups.argmin(1, keepdim=True), -8).scatter_(1, groups.argmax(1, keepdim=True), 7)
                 parameter.data.copy_(codes / scales[name.split(".")[-2]])
     model.generation_config.eos_token_id = [0, 1]
@@ -116,7 +116,7 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = Fa
     model.to(torch.bfloat16).save_pretrained(target)
     make_tokenizer().save_pretrained(target)
     config = json.loads((target / "config.json").read_text("utf-8"))
-    rope = config.pop("rope_parameters")  # the Hub's configs are of an older form
+    rope = config.pop("rope_parameters")  # the Hub's configs have an older form
     config |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)}
     if rope["rope_type"] == "longrope":
         config["rope_scaling"] = {"type": "longrope"} | {key: rope[key] for key in ("long_factor", "short_factor")}
@@ -125,7 +125,7 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = Fa
 
 
 def run(*arguments: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the environment that runs the tests, and return it with its output."""
+    """Run a program of the tests' environment, and return the result with its output."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return subprocess.run(
         list(map(str, arguments)),
@@ -145,7 +145,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifacts of the embedded model, built by `dvc repro` unless they are there."""
+    """The artifacts of the embedded model, built by `dvc repro` if they are not there."""
     with FileLock(tmp_path_factory.getbasetemp().parent / "embedded.lock"):  # `make test` runs two processes
         run("dvc", "repro", cwd=ROOT)
     return ROOT / "artifacts/smol-phi3"

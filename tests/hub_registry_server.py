@@ -14,7 +14,7 @@ LFS_FROM = 1000  # bytes; smaller files are kept in git
 class HubRegistryServer:
     """Repositories by name, each a list of commits (sha, files by path) and tags; `lfs` holds contents by SHA-256.
 
-    `log` has method and path of every request; `fail` maps a part of a path to a status that is answered instead.
+    `log` has method and path of every request; `fail` maps a part of a path to a status to answer with instead.
     """
 
     def __init__(self):
@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
-        """Keep the terminal clean."""
+        """Print nothing."""
 
     def _answer(self, status, body=b"", **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()

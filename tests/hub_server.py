@@ -33,16 +33,16 @@ class HubServer:
     ) -> None:
         self.files, self.repo, self.commit, self.branch, self.lfs = dict(files), repo, commit, branch, lfs
         self.log: list[Request] = []
-        self.authorizations: list[tuple[str, str | None]] = []  # host that was asked, Authorization header
-        self.listed_commit = commit  # what the listing answers
-        self.listed_names: list[str] = []  # more names in the listing
+        self.authorizations: list[tuple[str, str | None]] = []  # requested host, Authorization header
+        self.listed_commit = commit  # the commit that the listing names
+        self.listed_names: list[str] = []  # additional names in the listing
         self.listed_sizes: dict[str, int] = {}  # wrong sizes in the listing
         self.errors: dict[str, tuple[int, str]] = {}  # "listing", "files" or a name: HTTP status, X-Error-Code
-        self.pages: dict[str, bytes] = {}  # "listing" or a name: a body that is sent in its place
-        self.cuts: dict[str, list[int]] = {}  # name: offsets where to end the connection, one per answer
+        self.pages: dict[str, bytes] = {}  # "listing" or a name: a body to send in its place
+        self.cuts: dict[str, list[int]] = {}  # name: offsets at which to end the connection, one per answer
         self.resets = False  # cuts are resets (RST) instead of orderly ends (FIN)
-        self.holds: dict[str, int] = {}  # name: offset where to stop sending until the context is closed
-        self.held = threading.Event()  # set when an answer has come to its hold
+        self.holds: dict[str, int] = {}  # name: offset at which to stop sending until the context is closed
+        self.held = threading.Event()  # set when an answer has reached its hold
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -145,4 +145,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet: the tests read `HubServer.log`."""
+        """Print nothing, since the tests read `HubServer.log`."""

@@ -53,7 +53,7 @@ class Registry:
                 time.sleep(0.1)
 
     def login(self, secret):
-        """Write what `docker login` would."""
+        """Write the credentials that `docker login` would write."""
         (self.home / ".docker").mkdir(exist_ok=True)
         auths = {self.host: {"auth": base64.b64encode(f"user:{secret}".encode()).decode()}}
         (self.home / ".docker/config.json").write_text(json.dumps({"auths": auths}))

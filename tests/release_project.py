@@ -1,4 +1,4 @@
-"""A folder with one small validated artifact, to publish to a directory and to pull from there."""
+"""A folder with one small validated artifact, for tests of publishing and pulling."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ MEASURED = dict.fromkeys(LOCAL, 0.3) | {"device": "GPU", "machine": "a laptop, 4
 
 
 def quiet(*arguments):
-    """Take progress."""
+    """Ignore progress."""
 
 
 def build(weights=b"weights"):
@@ -50,7 +50,7 @@ def build(weights=b"weights"):
 
 
 def validate(failures=()):
-    """Write what the stage validate would."""
+    """Write the files that the stage validate would write."""
     manifest = (paths.variant(MODEL, VARIANT) / "manifest.json").read_bytes()
     evidence = {"manifest_sha256": hashlib.sha256(manifest).hexdigest(), "failures": list(failures)}
     for path, content in (
@@ -81,7 +81,7 @@ def pull_latest(to=None, reference="latest", key=None):
 
 
 def exit_codes(function, *arguments, processes):
-    """Return how so many processes end that call `function` at the same time."""
+    """Call `function` in several processes at the same time, and return their exit codes."""
     started = [multiprocessing.get_context("fork").Process(target=function, args=arguments) for _ in range(processes)]
     for process in started:
         process.start()

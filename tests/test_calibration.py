@@ -1,4 +1,4 @@
-"""Calibration data are the model's own answers and what they say of each matrix's inputs; quantization uses them."""
+"""Calibration data are the model's own answers and statistics of each matrix's inputs; quantization uses them."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_chat_and_answer(tiny_checkpoint):
 
 @pytest.mark.parametrize("style", STYLES)
 def test_statistics(tmp_path, style, capsys):
-    """H of every matrix is X'X over all answers, as the whole model computes its inputs; too few tokens are said."""
+    """Every matrix's H is X'X over its inputs in the whole model, for all answers; too few tokens are reported."""
     source = Torch(make_checkpoint(tmp_path / "checkpoint", style))
     write_calibration(tmp_path / "calibration", answers=ANSWERS, layers=hessians(source, ANSWERS))
     inputs: dict[str, list[torch.Tensor]] = {}
@@ -75,7 +75,7 @@ def test_statistics(tmp_path, style, capsys):
 
 @pytest.mark.parametrize("size", [2, 6, 8])
 def test_half_of_a_symmetric_matrix(size):
-    """A folded matrix holds each number of the upper triangle once, and comes back as it was."""
+    """A folded matrix holds each number of the upper triangle once, and unfolding restores it exactly."""
     numbers = torch.rand(size, size)
     symmetric = numbers.triu() + numbers.triu(1).T
     folded = fold(symmetric)
@@ -84,7 +84,7 @@ def test_half_of_a_symmetric_matrix(size):
 
 
 def test_without_calibration(tmp_path):
-    """A calibrated recipe without calibration data names the stage that makes them; an interrupted one left none."""
+    """Without calibration data the error names the stage that makes them; an interrupted calibration leaves none."""
     with pytest.raises(PipelineError, match=r"summary\.json is missing: run the stage calibrate first"):
         Calibration(tmp_path, tmp_path)
     write_calibration(tmp_path, answers=[], layers=())
@@ -119,7 +119,7 @@ def unpacked(data, *, signed=False):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [-1, 32])
 def test_openvino_stores_what_was_solved(tiny_checkpoint, calibrated, tmp_path, symmetric, group_size):
-    """In an IR codes, scales and zero points of the layers are the solver's, and all else is as NNCF left it."""
+    """In an IR the layers' codes, scales and zero points are the solver's, and everything else is NNCF's."""
     (tmp_path / "fp16").mkdir()
     export_fp16(tiny_checkpoint, tmp_path / "fp16")
     calibration = Calibration(calibrated, tiny_checkpoint)
@@ -152,7 +152,7 @@ def test_openvino_stores_what_was_solved(tiny_checkpoint, calibrated, tmp_path, 
 
 @pytest.mark.slow
 def test_the_layers_with_the_largest_inputs_stay_int8(tiny_checkpoint, calibrated, tmp_path):
-    """With a ratio the layers of largest inputs are INT8, as many as it takes, and better than by NNCF's choice."""
+    """With a ratio below 1 the matrices with the largest inputs are INT8, as many as the ratio requires."""
     (tmp_path / "fp16").mkdir()
     export_fp16(tiny_checkpoint, tmp_path / "fp16")
     calibration = Calibration(calibrated, tiny_checkpoint)
@@ -182,8 +182,8 @@ def test_the_layers_with_the_largest_inputs_stay_int8(tiny_checkpoint, calibrate
     ],
 )
 def test_onnx_stores_what_was_solved(tmp_path, style, provider, options):
-    """In an ONNX model codes, scales and zero points of the INT4 matrices are the solver's, divided for DirectML where
-    they write to the residual stream, and all else is as the builder left it."""
+    """In an ONNX model the INT4 matrices' codes, scales and zero points are the solver's; for DirectML, scales of those
+    that write to the residual stream are divided; everything else is the builder's."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", style)
     write_calibration(tmp_path / "calibration", answers=ANSWERS, layers=hessians(Torch(checkpoint), ANSWERS))
     calibration = Calibration(tmp_path / "calibration", checkpoint)
@@ -223,7 +223,7 @@ def test_onnx_stores_what_was_solved(tmp_path, style, provider, options):
         )
         expected = calibration.quantize(matrix, grid, rows=rows).weights().numpy()
         np.testing.assert_array_equal(values * divisor, expected)
-        # The rows are the right ones of the fused matrix.
+        # These are the right rows of the fused matrix.
         own = weights(f"{matrix}.weight")[rows].numpy()
         assert np.corrcoef(values.ravel(), own.ravel())[0, 1] > 0.95
         assert attributes["N"] == len(own)

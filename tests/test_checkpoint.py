@@ -1,4 +1,4 @@
-"""Checkpoints are read without trust in their files."""
+"""Checkpoints are read without trusting their files."""
 
 import json
 import struct
@@ -13,7 +13,7 @@ from pipeline.recipe import Matrix, matrices
 
 
 def test_shapes_of_a_real_checkpoint(tiny_checkpoint):
-    """The shards' headers give every tensor's dtype and shape, and from them the weight matrices with their roles."""
+    """The shards' headers give every tensor's dtype and shape, and from these the weight matrices and their roles."""
     tensors = checkpoint.tensor_shapes(tiny_checkpoint)
     assert tensors["model.layers.1.mlp.gate_up_proj.weight"] == ("BF16", [512, 128])
     assert matrices(tensors)[0] == Matrix("lm_head.weight", "head", 320, 128)
@@ -22,7 +22,7 @@ def test_shapes_of_a_real_checkpoint(tiny_checkpoint):
 
 
 def test_to_float16_streams_every_tensor(tiny_checkpoint, tmp_path):
-    """The float16 copy has all tensors, and says so in its config."""
+    """The float16 copy has all tensors, and its config names float16."""
     checkpoint.to_float16(tiny_checkpoint, tmp_path)
     written = {name: tensor for shard in checkpoint.shards(tmp_path) for name, tensor in load_file(shard).items()}
     source = load_file(tiny_checkpoint / "model.safetensors")
@@ -65,7 +65,7 @@ def test_a_damaged_shard(tmp_path, content):
 
 
 def test_pickle_weights_are_no_weights(tmp_path):
-    """A checkpoint with pickle weights only is refused, and an index cannot lead out of the folder."""
+    """A checkpoint with only pickle weights is refused, and so is an index that leads out of the folder."""
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(PipelineError, match=r"lacks model\.safetensors: .* pickle weights \(\.bin, \.pt\) are refused"):
         checkpoint.shards(tmp_path)
@@ -86,7 +86,7 @@ def test_another_architecture(tiny_checkpoint, tmp_path):
     [([32007, 32000], 2, [32000, 32007]), (7, 2, [7]), (None, 2, [2])],
 )
 def test_eos_token_ids(tmp_path, generation, config, ids):
-    """All eos ids of generation_config.json count, else that of config.json."""
+    """All eos ids of generation_config.json count; without them the one of config.json does."""
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))

@@ -11,7 +11,7 @@ from tests.test_manifest import artifact  # noqa: F401
 
 
 def test_verify(artifact):  # noqa: F811
-    """`phi3 verify` says what it hashed, and ends with 1 and the fault when a byte differs."""
+    """`phi3 verify` says what it hashed; when a byte differs it names the fault and exits with status 1."""
     result = CliRunner().invoke(main, ["verify", str(artifact)])
     assert (result.exit_code, result.output) == (0, "m/v: 2 files, 0.0 MB, all as in the manifest\n")
     (artifact / "a.bin").write_text("hellO")
@@ -23,7 +23,7 @@ def test_verify(artifact):  # noqa: F811
 
 
 def test_params():
-    """`phi3 params` checks the file and says what it builds, or prints the schema."""
+    """`phi3 params` checks params.yaml and says what it builds, or prints the schema."""
     result = CliRunner().invoke(main, ["params", str(ROOT / "params.yaml")])
     assert (result.exit_code, result.output) == (
         0,

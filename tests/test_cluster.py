@@ -1,4 +1,4 @@
-"""`phi3 build` on Dask clusters of this machine: results, killed workers and schedulers, failures, the remote, TLS."""
+"""`phi3 build` on Dask clusters on this machine: results, killed workers and schedulers, failures, the remote, TLS."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ from tests.conftest import run
 pytestmark = pytest.mark.slow
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
 MODEL = "phi-3-mini-4k-instruct"
-# Stands for a stage: writes its name and what it reads. Each start is a line of the file `ran`, beside the project.
+# This program replaces a stage: it writes its name and its inputs' content, and adds a line to the file `ran`.
 CELL = """
 import os, pathlib, signal, sys, time
 import psutil
@@ -97,18 +97,18 @@ def commit(project: Path) -> None:
 
 
 def build(project: Path, scheduler: str, *targets: str, check: bool = True, **environment: str):
-    """Run `phi3 build` without looking at what the cells need."""
+    """Run `phi3 build` without the check of what the cells need."""
     command = ("phi3", "build", "--scheduler", scheduler, *targets)
     return run(*command, cwd=project, check=check, PHI3_IGNORE_PLAN="1", **environment)
 
 
 def ran(project: Path) -> list[str]:
-    """Return what has run so far, sorted."""
+    """Return the cells that have run so far, sorted."""
     return sorted((project.parent / "ran").read_text().splitlines())
 
 
 def lock(project: Path) -> dict[str, Any]:
-    """Return the content of dvc.lock, where the order of the cells is chance."""
+    """Return the content of dvc.lock as a dict, since the order of its cells is random."""
     return YAML(typ="safe").load(project / "dvc.lock")
 
 
@@ -118,9 +118,11 @@ def built(output: str) -> list[str]:
 
 
 def test_a_killed_worker(quick):
-    """A cell whose worker is killed goes to another one and ends with it; the result and dvc.lock are those of `dvc
-    repro`, everything else ran once, a second build runs nothing, and an edit, elsewhere, what depends on it. What
-    dvc.lock names and nobody has is built."""
+    """A cell whose worker is killed is finished by another, and the result and dvc.lock are those of `dvc repro`.
+
+    Every other cell runs once, and a second build runs nothing. After an edit in another clone only the cells that
+    depend on it run. Outputs that dvc.lock names but that are nowhere to be found are built again.
+    """
     first = build(quick, "local:2", KILLS_ITS_WORKER="openvino-int4").stdout
     assert built(first) == CELLS
     assert f"validate@{MODEL}-openvino-int4| validate-openvino-int4 wrote metrics/openvino-int4.json" in first
@@ -135,7 +137,7 @@ def test_a_killed_worker(quick):
 
     before = ran(quick)
     assert "cells to build" not in build(quick, "local:2").stdout
-    commit(quick)  # metrics and dvc.lock; the rest is on the remote alone
+    commit(quick)  # metrics and dvc.lock; the other outputs are only on the remote
     clone = quick.parent / "clone"
     run("git", "clone", "-q", quick, clone, cwd=quick)
     dvc = clone / "dvc.yaml"
@@ -154,8 +156,8 @@ def test_a_killed_worker(quick):
 
 
 def test_a_failing_cell(quick):
-    """What depends on a cell that fails is skipped, all else is built; status and summary say so, and the next build
-    goes on from there."""
+    """Cells that depend on a failed cell are skipped and all others are built; status and summary say so, and the next
+    build continues from there."""
     failed = build(quick, "local:2", check=False, FAILS="openvino-int4")
     assert failed.returncode == 1
     assert built(failed.stdout) == [CELLS[0], CELLS[1], CELLS[4]]
@@ -175,7 +177,7 @@ def test_a_failing_cell(quick):
 def dask(
     folder: Path, protocol: str, *workers: str, **environment: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Run `dask scheduler`, and `dask worker` with each of the resources `workers`; yield the first and its address."""
+    """Run `dask scheduler`, and a `dask worker` for each item of `workers`; yield the scheduler and its address."""
     environment = os.environ | environment | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -198,7 +200,7 @@ def dask(
 
 
 def publish(project: Path) -> None:
-    """Give `project` a git remote `origin` that has its commit."""
+    """Give `project` a git remote `origin` that contains its commit."""
     origin = project.parent / "origin.git"
     run("git", "clone", "-q", "--bare", project, origin, cwd=project)
     run("git", "remote", "add", "origin", origin, cwd=project)
@@ -206,8 +208,8 @@ def publish(project: Path) -> None:
 
 
 def test_a_killed_scheduler(quick, tmp_path):
-    """Dask's dashboard is where the build says; when the scheduler dies the build says so, and the next one, on another
-    cluster, does not run what was pushed."""
+    """The build prints the address of Dask's dashboard; when the scheduler dies the build says so, and the next one, on
+    another cluster, does not repeat cells whose results were pushed."""
     publish(quick)
     with dask(tmp_path, "tcp", "", "") as (scheduler, address):
         command = ["phi3", "build", "--scheduler", address]
@@ -233,8 +235,8 @@ def test_a_killed_scheduler(quick, tmp_path):
 
 
 def test_tls_and_what_a_cell_needs(quick, tmp_path):
-    """With certificates in Dask's configuration all talk is encrypted and a stranger gets no answer; a cell that needs
-    Windows waits for a worker that offers it, and goes there."""
+    """With certificates in Dask's configuration all traffic is encrypted and a client without them gets no answer; a
+    cell that needs Windows goes to a worker that offers it."""
     dvc = quick / "dvc.yaml"
     report = "    cmd: python cell.py report"
     dvc.write_text(dvc.read_text().replace(report, "    meta: {needs: [windows]}\n" + report))
@@ -254,12 +256,12 @@ def test_tls_and_what_a_cell_needs(quick, tmp_path):
         done = build(quick, address, **tls)
         assert built(done.stdout) == CELLS
     local = build(quick, "local:1", f"report@{MODEL}", check=False)
-    assert "cells to build" not in local.stdout  # nothing is left
+    assert "cells to build" not in local.stdout  # every cell is built already
 
 
 def test_a_remote_that_takes_nothing(quick, mount):
-    """A full DVC remote, or one out of reach, is a clear error; nothing on it is cut off, and with room the next build
-    goes on."""
+    """A DVC remote that is full or out of reach is a clear error; no file on it is truncated, and once there is space
+    the next build continues."""
     store = mount(quick.parent / "store", 0.03)
     full = build(quick, "local:2", check=False)
     assert full.returncode == 1
@@ -285,8 +287,8 @@ def test_a_remote_that_takes_nothing(quick, mount):
 
 
 def test_what_is_refused_before_any_work(quick):
-    """A scheduler that does not answer, a commit that workers cannot clone, a remote that they cannot reach, and a cell
-    that no worker here can hold are one sentence each."""
+    """A scheduler that does not answer, a commit that workers cannot clone, and a DVC remote that is missing or out of
+    their reach are each refused with one sentence."""
     command = ("phi3", "build", "--scheduler")
     refused = run(*command, "tcp://127.0.0.1:9", cwd=quick, check=False)
     assert refused.stderr.startswith("Error: commit ")
@@ -304,7 +306,7 @@ def test_what_is_refused_before_any_work(quick):
 
 
 def test_a_cell_that_no_local_worker_can_hold(project):
-    """Memory and disk are shared out among local workers, and what cannot fit into a share is refused with figures."""
+    """Local workers share memory and disk, and a cell that does not fit into a share is refused with figures."""
     run("dvc", "remote", "add", "-d", "store", project.parent / "store", cwd=project)
     commit(project)
     refused = run("phi3", "build", "--scheduler", "local:500", "export_openvino", cwd=project, check=False)
@@ -316,13 +318,13 @@ def test_a_cell_that_no_local_worker_can_hold(project):
 
 
 def test_real_cells_have_the_same_hashes(project):
-    """Four workers build the same bytes as `dvc repro`, from a checkpoint that only the coordinator has."""
+    """Four workers build the same bytes as `dvc repro`, from a checkpoint that is only on the coordinator."""
     run("dvc", "remote", "add", "-d", "store", project.parent / "store", cwd=project)
     commit(project)
     clone = project.parent / "clone"
     run("git", "clone", "-q", project, clone, cwd=project)
     run("dvc", "repro", "build_onnx", cwd=clone)
     done = run("phi3", "build", "--scheduler", "local:4", "build_onnx", cwd=project)
-    assert len(built(done.stdout)) == 3  # what calibrates them, too
+    assert len(built(done.stdout)) == 3  # the two variants and the calibration
     assert "http://127.0.0.1:" in done.stdout  # the dashboard
     assert lock(project) == lock(clone)

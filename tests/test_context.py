@@ -1,4 +1,4 @@
-"""A model's limits in tokens, in words, and what they leave for an answer."""
+"""A model's limits in tokens, their description, and the room that they leave for an answer."""
 
 import pytest
 
@@ -24,7 +24,7 @@ LONGROPE = {"max_position_embeddings": 131072, "original_max_position_embeddings
     ids=["smol-phi3", "4k", "4k-directml", "128k", "128k-of-transformers-5"],
 )
 def test_limits(config, directml, expected):
-    """A window counts where the context is longer, on DirectML as a limit; LongRoPE has two forms in a config."""
+    """A window counts if the context is longer, and limits DirectML; LongRoPE is read from both forms of config."""
     assert limits(config, directml=directml) == expected
 
 
@@ -57,7 +57,7 @@ def test_room(context, prompt, tokens, words):
 
 
 def test_answer_limit():
-    """A chat says why an answer ends only where the context ends it, and refuses a conversation that has no room."""
+    """A chat says why an answer ends only if the context ends it, and refuses a conversation without room."""
     assert answer_limit(WINDOW, 100) == (512, None)
     limit, ended = answer_limit(LONGROPE, 4000)
     assert (limit, ended) == (
@@ -70,7 +70,7 @@ def test_answer_limit():
 
 
 def test_pipeline_options(tmp_path):
-    """A model with LongRoPE keeps no keys and reads a prompt in one piece; others keep the pipeline's defaults."""
+    """LongRoPE disables prefix caching and makes prompts be read in one piece; others keep the pipeline's defaults."""
     assert pipeline_options(make_checkpoint(tmp_path / "4k")) == {}
     checkpoint = make_checkpoint(tmp_path / "128k", "phi-3-128k")
     scheduler = pipeline_options(checkpoint)["scheduler_config"]

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the three Phi styles through export, quantization and the ONNX builder."""
+"""Tiny random checkpoints in the three Phi styles pass through export, quantization and the ONNX builder."""
 
 import json
 import re
@@ -48,13 +48,13 @@ def assert_recipe(backend, directory, checkpoint, recipe):
     source = matrices(tensor_shapes(checkpoint))
     assert sum(m.elements for m in built) == sum(m.elements for m in source)
     size = backend.expected_size(source, **options(checkpoint, recipe))
-    # With so few matrices NNCF cannot come near its ratio.
+    # With so few matrices NNCF cannot get close to the ratio asked for.
     tolerance = 0.03 if backend is onnx_genai else 0.25
     assert (directory / backend.WEIGHTS).stat().st_size == pytest.approx(size, rel=tolerance)
 
 
 def assert_same_model(runtime, scorer, checkpoint, *, correlation):
-    """Assert that a runtime's ids are the source's, and its scorer's logits near the source's."""
+    """Assert that a runtime's ids equal the source's, and that its scorer's logits are near the source's."""
     source = Torch(checkpoint)
     ids = source.encode(source.render_chat([{"role": "user", "content": PROMPT}]))
     assert runtime.encode(runtime.render_chat([{"role": "user", "content": PROMPT}])) == ids
@@ -67,7 +67,7 @@ def assert_same_model(runtime, scorer, checkpoint, *, correlation):
 
 
 def test_fp16(style):
-    """The FP16 IR has every weight in 16 bits and says what the source says."""
+    """The FP16 IR has every weight in 16 bits and gives the source's logits, to within rounding."""
     _, checkpoint, fp16 = style
     assert_recipe(openvino, fp16, checkpoint, FP16)
     assert_same_model(
@@ -77,7 +77,7 @@ def test_fp16(style):
 
 @pytest.mark.parametrize("recipe", [INT4, CHANNEL_WISE], ids=["g128", "channel-wise"])
 def test_int4(style, tmp_path, recipe):
-    """Both INT4 recipes come out as asked and still say nearly what the source says."""
+    """Both INT4 recipes give the formats asked for, and logits close to the source's."""
     _, checkpoint, fp16 = style
     openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=None)
     assert_recipe(openvino, tmp_path, checkpoint, recipe)
@@ -88,7 +88,7 @@ def test_int4(style, tmp_path, recipe):
 
 @pytest.mark.parametrize("provider", ["dml", "cpu"])
 def test_onnx(style, tmp_path, provider, capsys):
-    """The ONNX models for both providers come out as asked and still say nearly what the source says."""
+    """The ONNX models for both providers have the formats asked for, and logits close to the source's."""
     _, checkpoint, _ = style
     recipe = OnnxInt4(execution_provider=provider, **ONNX)
     (tmp_path / "model").mkdir()
@@ -103,7 +103,7 @@ def test_onnx(style, tmp_path, provider, capsys):
     assert "reading layers: 2 of 2 in " in shown
     assert re.search(r"quantizing matrices: (\d+) of \1 in ", shown)
     assert "Extra options" in shown
-    # The same bytes in every checkout: by default the producer's version is the commit of the project around .venv.
+    # The model has the same bytes in every checkout: by default it would name the commit of the project around .venv.
     head = run("git", "rev-parse", "HEAD", cwd=ROOT).stdout[:7]
     assert head.encode() not in (tmp_path / "model/model.onnx").read_bytes()
     assert_recipe(onnx_genai, tmp_path / "model", checkpoint, recipe)
@@ -122,7 +122,7 @@ ONE_BY_ONE = {
 
 
 def undivided(model):
-    """Return a DirectML model without what divides its residual stream, after asserting that it is divided."""
+    """Assert that a DirectML model's residual stream is divided, and return the model without that division."""
     (halving,) = (node for node in model.graph.node if node.name == "/model/embed_tokens/Mul")
     (factor,) = (node for node in model.graph.node if halving.input[1] in node.output)
     assert onnx.numpy_helper.to_array(factor.attribute[0].t) == 1 / RESIDUAL_SCALE
@@ -140,10 +140,10 @@ def undivided(model):
 
 
 def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch):
-    """Quantized matrix by matrix the model has just the nodes and the bytes that the builder gives by itself.
+    """A model quantized matrix by matrix has exactly the nodes and bytes that the builder alone produces.
 
-    For DirectML the residual stream is divided, and nothing else differs but the last bits of scales below float16's
-    normal numbers.
+    For DirectML the residual stream is divided; apart from that, only the last bits of scales below float16's normal
+    numbers differ.
     """
     name, checkpoint, _ = style
     if name not in ONE_BY_ONE:
@@ -178,7 +178,7 @@ def test_onnx_quantized_one_by_one(style, tmp_path, monkeypatch):
 
 
 def test_a_group_size_that_does_not_divide(style, tmp_path):
-    """Group size 256 does not divide a width of 128: an error, or a smaller group where the model asks for that."""
+    """Group size 256, which does not divide a width of 128, is an error, or becomes smaller if the model allows it."""
     _, checkpoint, fp16 = style
     recipe = INT4.model_copy(update={"group_size": 256})
     with pytest.raises(PipelineError, match="group size 256 does not divide the width of every layer: choose another"):
@@ -192,7 +192,7 @@ def test_a_group_size_that_does_not_divide(style, tmp_path):
 
 
 def test_a_tokenizer_without_openvino_form(tmp_path):
-    """The silent failure of the tokenizer's conversion is an error with its reason."""
+    """A tokenizer whose conversion fails silently gives an error with the reason."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint")
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"] = {"type": "UnicodeScripts"}

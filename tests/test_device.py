@@ -1,4 +1,4 @@
-"""The artifact that suits a device is found, and the choice explained."""
+"""The artifact that suits a device is found, and the choice is explained."""
 
 import pytest
 
@@ -29,13 +29,13 @@ ALL = [FP16, INT4, NPU, DIRECTML]
 
 @pytest.mark.parametrize(("target", "chosen"), [("cpu", INT4), ("gpu", INT4), ("npu", NPU), ("directml", DIRECTML)])
 def test_asked_for(target, chosen):
-    """A device gets what is made for it, the smallest of several; DirectML's models are for DirectML alone."""
+    """A device gets the smallest release made for it; DirectML's models suit DirectML alone."""
     assert choose_release(ALL, target)[0] == chosen
     assert [suits(DIRECTML, name) for name in ("cpu", "gpu", "npu", "directml")] == [False, False, False, True]
 
 
 def test_nothing_suits():
-    """When nothing is made for a device, the message says what there is."""
+    """When no release suits a device, the message names those that are published."""
     with pytest.raises(PipelineError, match="nothing for npu is published there, only m/openvino-fp16: name one"):
         choose_release([FP16], "npu")
 
@@ -51,13 +51,13 @@ def test_nothing_suits():
     ],
 )
 def test_auto_looks_at_the_machine(devices, platform, chosen, monkeypatch):
-    """The best device that OpenVINO sees is taken; without OpenVINO, what the system tells."""
+    """The best device that OpenVINO sees is chosen; without OpenVINO the operating system decides."""
     monkeypatch.setattr(device, "openvino_devices", lambda: [name.split(".")[0] for name in devices])
     monkeypatch.setattr(device.sys, "platform", platform)
     assert machine() == chosen
 
 
 def test_auto_falls_back_to_the_cpu(monkeypatch):
-    """When nothing is published for the best device, the CPU's is taken."""
+    """When nothing is published for the best device, the CPU's release is chosen."""
     monkeypatch.setattr(device, "machine", lambda: ("npu", "there is one"))
     assert choose_release([FP16, INT4], "auto") == (INT4, "there is one; the smallest of 2 for cpu")

@@ -1,4 +1,4 @@
-"""The DirectML variant on DirectML itself, in software; skipped where `make directml` has not set it up."""
+"""The DirectML variant runs on DirectML in software; tests of it are skipped unless `make directml` has set it up."""
 
 import shutil
 
@@ -22,7 +22,7 @@ VARIANT = "onnx-directml-int4"
 
 
 def test_recorded():
-    """Recorded logits are given for their ids alone, and of those the last rows asked for."""
+    """Recorded logits are found by their ids, and the last rows asked for are returned."""
     logits = np.arange(6.0).reshape(3, 2)
     recorded = Recorded([Request([1, 2, 3], last=3)], [logits])
     np.testing.assert_array_equal(recorded.logits([1, 2, 3], last=2), logits[1:])
@@ -36,7 +36,7 @@ def test_recorded():
     ],
 )
 def test_unavailable(monkeypatch, system, user, reason):
-    """What a machine lacks is one sentence, which `make directml` ends with."""
+    """A machine that cannot run DirectML gets the reason in one sentence, with which `make directml` ends."""
     monkeypatch.setattr("platform.system", lambda: system)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("os.geteuid", lambda: user)
@@ -46,7 +46,7 @@ def test_unavailable(monkeypatch, system, user, reason):
 
 
 def copy(embedded, tmp_path):
-    """Return a copy of the DirectML variant, free to break; the weights are linked."""
+    """Return a copy of the DirectML variant that a test may break."""
     shutil.copytree(embedded / VARIANT, tmp_path / VARIANT, copy_function=shutil.copyfile)
     return tmp_path / VARIANT
 
@@ -57,7 +57,7 @@ needs_directml = pytest.mark.skipif(wine.unavailable() is not None, reason=f"{wi
 @pytest.mark.slow
 @needs_directml
 def test_runs_on_directml(embedded):
-    """The variant passes: the logits are those of the CPU provider, and the answer is the source's."""
+    """The variant passes on DirectML: its logits are those of the CPU provider, and its answer is the source's."""
     directory = embedded / VARIANT
     failures, metrics = check_directml(
         directory,
@@ -72,7 +72,7 @@ def test_runs_on_directml(embedded):
 @pytest.mark.slow
 @needs_directml
 def test_an_undivided_stream_overflows(embedded, tmp_path):
-    """Without what divides the residual stream, the logits on DirectML are far from those of the CPU provider."""
+    """If the residual stream is not divided, the logits on DirectML are far from those of the CPU provider."""
     directory = copy(embedded, tmp_path)
     model = undivided(onnx.load(directory / MODEL[0]))
     (directory / MODEL[1]).unlink()

@@ -1,4 +1,4 @@
-"""What the documents name exists."""
+"""The tests that the documents name exist."""
 
 import re
 
@@ -11,5 +11,5 @@ NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/promises.md").r
 
 @pytest.mark.parametrize(("file", "test"), sorted(set(NAMED)))
 def test_promises_name_tests(file, test):
-    """Each test that docs/promises.md names is there."""
+    """Each test that docs/promises.md names exists."""
     assert f"\ndef {test}(" in (ROOT / file).read_text("utf-8")

@@ -1,4 +1,4 @@
-"""`phi3 doctor` names each problem with its remedy and ends with 1 when there is one."""
+"""`phi3 doctor` names each problem with its remedy, and exits with status 1 if there is any."""
 
 import os
 import re
@@ -15,19 +15,19 @@ pytestmark = pytest.mark.slow
 
 
 class Answers(BaseHTTPRequestHandler):
-    """A server that answers."""
+    """An HTTP server that answers every request."""
 
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
 
     def log_message(self, *arguments):
-        """Be quiet."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def hub():
-    """The URL of a server that answers."""
+    """The URL of a server that answers, in place of the Hub."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -44,7 +44,7 @@ def doctor(folder, **environment):
 
 
 def test_all_is_well(project, hub):
-    """In a project whose packages are the locked ones, with a Hub that answers, there is no problem."""
+    """In a project with the locked packages and a Hub that answers, no problem is found."""
     (project / "requirements.lock").write_bytes((ROOT / "requirements.lock").read_bytes())
     result = doctor(project, HF_ENDPOINT=hub, HF_TOKEN="hf_secret")
     assert (result.returncode, result.stderr) == (0, "")
@@ -57,7 +57,7 @@ def test_all_is_well(project, hub):
 
 
 def test_problems(project, tmp_path):
-    """Another version, a remote that is gone and a Hub that does not answer are told with their remedies."""
+    """A package of another version, a missing remote and a Hub that does not answer are named with their remedies."""
     (project / "requirements.lock").write_text("# locked\nclick==0.1\nno-such-package==1.0\n")
     (project / "libraries.lock").write_text("torch==1.0\n")
     with (project / ".dvc/config").open("a") as config:
@@ -74,7 +74,7 @@ def test_problems(project, tmp_path):
 
 
 def test_without_a_project(tmp_path, hub):
-    """Elsewhere only what an application needs is examined, and nothing is written."""
+    """Outside a project only what an application needs is examined, and nothing is written."""
     result = doctor(tmp_path, HF_ENDPOINT=hub)
     assert (result.returncode, result.stderr) == (0, "")
     subjects = [line[8:].split(":")[0] for line in result.stdout.splitlines()]

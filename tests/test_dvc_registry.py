@@ -1,4 +1,4 @@
-"""The route through DVC alone: push, register a version with GTO, get it elsewhere."""
+"""An artifact can be distributed with DVC alone: push it, register a version with GTO, get it elsewhere."""
 
 import shutil
 
@@ -12,8 +12,8 @@ NAME = "smol-phi3-onnx-cpu-int4"
 
 @pytest.mark.slow
 def test_push_register_get(embedded, tmp_path):
-    """An artifact that was pushed to a DVC remote and registered with GTO is got by its name from another directory;
-    one that the remote has damaged is refused."""
+    """An artifact pushed to a DVC remote and registered with GTO can be fetched by name in another directory; one that
+    the remote has damaged is refused."""
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     elsewhere.mkdir()
     run("git", "clone", "-q", ROOT, project, cwd=tmp_path)
@@ -31,7 +31,7 @@ def test_push_register_get(embedded, tmp_path):
     run("dvc", "artifacts", "get", project, NAME, "--rev", "v1.0.0", "-o", "model", cwd=elsewhere)
     assert verify(elsewhere / "model").name == "smol-phi3/onnx-cpu-int4"
 
-    # A damaged object of the remote is refused where it is not in the cache, since the remote says `verify`.
+    # A damaged object of the remote that is not in the cache is refused, since the remote's config sets `verify`.
     largest = max((path for path in (tmp_path / "store").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
     largest.chmod(0o644)
     with largest.open("r+b") as stream:

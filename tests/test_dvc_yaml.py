@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 
 CONTENT = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = CONTENT["stages"]
-# What cannot change what a stage writes: words, places, processes, and the reading of params, whose values DVC
-# watches. A change there reruns nothing.
+# These modules cannot change the output of a stage: they hold messages, paths, processes and the reading of params,
+# whose values DVC watches. A change in them reruns nothing.
 UNWATCHED = tuple(
     f"pipeline.{name}" for name in ("errors", "memory", "params", "paths", "plan", "process", "programs", "progress")
 )
@@ -41,14 +41,14 @@ def imported_modules(file: Path, seen: set[Path]) -> set[Path]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_depends_on_the_code_it_runs(stage):
-    """A stage's file has its name, and dvc.yaml lists that file and just the modules that it imports."""
+    """dvc.yaml lists, for each stage, the file of the same name and exactly the modules that it imports."""
     modules = imported_modules(ROOT / f"stages/{stage}.py", {ROOT / f"stages/{stage}.py"})
     listed = [dependency for dependency in STAGES[stage]["deps"] if dependency.endswith(".py")]
     assert listed == sorted(path.relative_to(ROOT).as_posix() for path in modules)
 
 
 def test_every_stage_depends_on_the_libraries():
-    """Another version of a library that writes or judges artifacts rebuilds them; all of these are locked."""
+    """Every stage depends on libraries.lock, which locks all libraries that write or judge artifacts."""
     assert all(LIBRARIES in stage["deps"] for stage in STAGES.values())
     names = {line.split("==")[0].lower() for line in (ROOT / LIBRARIES).read_text("utf-8").splitlines()[1:]}
     assert names >= {tool for tools in TOOLS.values() for tool in tools} | set(tool_versions("openvino-genai"))
@@ -79,7 +79,7 @@ def test_variants_are_built_by_their_stage_and_validated():
 
 
 def test_npu_variants_are_compiled_for_every_platform_that_params_take():
-    """compile_npu has the variants with an npu block and all platforms; quantize_openvino ignores that block."""
+    """compile_npu runs for all variants with an npu block and all platforms; quantize_openvino ignores that block."""
     variants = load_params(ROOT / "params.yaml").variants
     matrix = STAGES["compile_npu"]["matrix"]
     assert matrix["variant"] == [name for name, variant in variants.items() if getattr(variant, "npu", None)]
@@ -90,7 +90,7 @@ def test_npu_variants_are_compiled_for_every_platform_that_params_take():
 
 
 def test_params_spell_out_what_dvc_watches():
-    """DVC fails on a key that is not in params.yaml, default or not: every quantized IR's block has all of them."""
+    """Every quantized IR's block in params.yaml has all keys, since DVC fails on a missing one, default or not."""
     blocks = YAML(typ="safe").load(ROOT / "params.yaml")["variants"]
     for name in STAGES["quantize_openvino"]["matrix"]["variant"]:
         assert blocks[name].keys() >= OpenvinoInt4.model_fields.keys() - {"npu"}
@@ -115,7 +115,7 @@ def test_readme_table_of_stages():
 
 
 def test_calibrate_knows_whether_anything_is_calibrated():
-    """The stage calibrate has nothing to do when no variant is calibrated, so it watches that key of each."""
+    """The stage calibrate watches the key `calibrated` of each variant, since it has nothing to do without any."""
     listed = [key for key in STAGES["calibrate"]["params"] if key.startswith("variants.")]
     quantized = [
         variant for name in ("quantize_openvino", "build_onnx") for variant in STAGES[name]["matrix"]["variant"]

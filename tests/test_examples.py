@@ -1,4 +1,4 @@
-"""The example applications in an environment of their own, each started from a registry's URL."""
+"""The example applications run in an environment of their own, each with a registry's URL."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def oci(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """The Python of an empty environment that got phi3-pipeline's base install and the examples' requirements."""
+    """The Python of an environment with only phi3-pipeline's base install and the examples' requirements."""
     directory = tmp_path_factory.mktemp("environment") / "venv"
     venv.create(directory, with_pip=True)
     python = directory / "bin/python"
@@ -48,7 +48,7 @@ def python(tmp_path_factory):
 
 
 def chat(python: Path, example: str, url: str, folder: Path, **environment: str) -> str:
-    """Return what the example prints, with nothing of the project's folder on its path."""
+    """Run the example without the project's folder on its path, and return what it prints."""
     program = ROOT / "examples" / example / "chat.py"
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "PHI3_CACHE": str(folder / "cache")} | environment
     result = subprocess.run(
@@ -65,19 +65,19 @@ def publish(example: str, url: str, **environment: str) -> None:
 
 
 def test_openvino_chat(embedded, tmp_path, hub, oci, python):
-    """With the base install and the runtime alone, openvino-int4 answers from each kind of registry."""
+    """With only the base install and the runtime, the example answers with a model from each kind of registry."""
     packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
     assert not re.search(r"^(torch|transformers|optimum.*|nncf|dvc)==", packages, re.MULTILINE)
     token = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
     registries = {f"dir:{tmp_path}/registry": {}, "hf:someone/smol-phi3-int4": token, oci.url: {}}
     for number, (url, environment) in enumerate(registries.items()):
         publish("openvino-chat", url, **environment)
-        folder = tmp_path / f"home{number}"  # nothing is taken from another's cache
+        folder = tmp_path / f"home{number}"  # each registry gets a cache of its own
         folder.mkdir()
         assert chat(python, "openvino-chat", url, folder, **environment) == ANSWER
 
 
 def test_onnxruntime_chat(embedded, tmp_path, python):
-    """The same with onnxruntime-genai."""
+    """The example on onnxruntime-genai pulls its model and answers."""
     publish("onnxruntime-chat", f"dir:{tmp_path}/registry")
     assert chat(python, "onnxruntime-chat", f"dir:{tmp_path}/registry", tmp_path) == ANSWER

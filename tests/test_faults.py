@@ -1,4 +1,4 @@
-"""Stages that are killed, that meet each other, a full disk or a limit of memory, and damaged files, on real builds."""
+"""Real builds survive killed stages, stages side by side, a full disk and hostile code; damaged files are found."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from pipeline.pull import check
 from tests.conftest import ROOT, run
 
 pytestmark = pytest.mark.slow
-# Each cell with the directory that it makes and how often it is killed, in the order of the build.
+# The cells in the order of the build; CELLS gives the directory that each makes and how often it is killed.
 DOWNLOAD, EXPORT = ("download", "tiny"), ("export_openvino", "tiny", "openvino-fp16")
 QUANTIZE, ONNX = ("quantize_openvino", "tiny", "openvino-int4"), ("build_onnx", "tiny", "onnx-cpu-int4")
 VALIDATE = ("validate", "tiny", "openvino-int4")
@@ -48,7 +48,7 @@ SECRETS = {"HF_TOKEN": "hf_canary", "AWS_SECRET_ACCESS_KEY": "aws_canary"}
 
 
 def command(cell: tuple[str, ...]) -> list[str]:
-    """Return the command of a cell, as dvc.yaml has it."""
+    """Return the command of a cell, as in dvc.yaml."""
     return [sys.executable, "-m", f"stages.{cell[0]}", *cell[1:]]
 
 
@@ -68,7 +68,7 @@ def killed_after(seconds: float, cell: tuple[str, ...], project: Path) -> bool:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Return what a build left half-done in `folder`."""
+    """Return the names of temporary files that a build left in `folder`."""
     return sorted(path.name for path in folder.rglob(".*") if path.name not in (".locks", ".cache"))
 
 
@@ -76,7 +76,7 @@ def leftovers(folder: Path) -> list[str]:
 def hostile(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     """A checkpoint with Python code that leaves a file `canary` in tmp_path when it runs.
 
-    It is sure of its answers, unlike other random models, so that `reference` takes it.
+    Unlike other random models it has clear preferences in its answers, so that the stage `reference` accepts it.
     """
     from safetensors.torch import load_file, save_file
 
@@ -97,11 +97,13 @@ def hostile(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def plain(project: Path, hostile: Path, tiny_checkpoint: Path, tmp_path: Path) -> Iterator[Path]:
-    """The project of a tiny model, with recipes that need no calibration, hostile code and secrets around: afterwards
-    no code has run, and no secret is in what the stages wrote."""
+    """The project of a tiny model with hostile code, recipes without calibration, and secrets in the environment.
+
+    Afterwards it asserts that the code never ran, and that no secret is in the files that the stages wrote.
+    """
     params = project / "params.yaml"
     text = params.read_text("utf-8").replace(json.dumps(str(tiny_checkpoint)), json.dumps(str(hostile)))
-    text = text.replace("max_prompt_len: 1024", "max_prompt_len: 256")  # what the tiny model can hold
+    text = text.replace("max_prompt_len: 1024", "max_prompt_len: 256")  # the tiny model's context is short
     text = text.replace("rotated: true", "rotated: false").replace("calibrated: true", "calibrated: false")
     params.write_text(text, "utf-8")
     with pytest.MonkeyPatch.context() as patch:
@@ -114,9 +116,11 @@ def plain(project: Path, hostile: Path, tiny_checkpoint: Path, tmp_path: Path) -
 
 
 def test_killed_at_any_time_then_two_at_once(plain, tmp_path):
-    """SIGKILL at twenty moments of a seeded schedule: an artifact is whole or not there at all, and the next run that
-    is left alone sweeps up and makes the same manifest as an undisturbed build in another folder. Two different cells
-    build side by side."""
+    """After SIGKILL at any of twenty seeded moments an artifact is either whole or not there at all.
+
+    The next undisturbed run removes leftovers and makes the same manifest as an undisturbed build in another folder.
+    Two different cells build side by side.
+    """
     moments = random.Random(7)
     artifacts, other = plain / "artifacts/tiny", tmp_path / "elsewhere"
     shutil.copytree(plain, other)
@@ -128,7 +132,7 @@ def test_killed_at_any_time_then_two_at_once(plain, tmp_path):
         for _ in range(kills):
             moment = took * moments.uniform(0.1, 0.98)
             while not killed_after(moment, cell, plain):
-                moment /= 2  # it had ended before
+                moment /= 2  # the cell had already ended
             if (artifacts / name).exists():
                 verify(artifacts / name)
         if cell not in (QUANTIZE, ONNX):
@@ -143,8 +147,8 @@ def test_killed_at_any_time_then_two_at_once(plain, tmp_path):
 
 
 def test_full_disk(plain, hostile, mount):
-    """A disk that fills up during any stage is one sentence; what was built before is intact, nothing half-built is
-    left, and with space the stage ends well."""
+    """A disk that fills up ends any stage with one sentence; earlier artifacts stay intact, nothing half-built is left,
+    and once there is space the stage succeeds."""
     artifacts = mount(plain / "artifacts", 30)
     (artifacts / "tiny").mkdir()
     cells = CELLS | {("reference", "tiny"): ("", 0), VALIDATE: ("", 0)}
@@ -161,9 +165,9 @@ def test_full_disk(plain, hostile, mount):
         assert len(refused.stderr.splitlines()) == 1
         assert not name or not (artifacts / "tiny" / name).exists()
         ballast.unlink()
-        if cell not in (ONNX, VALIDATE):  # which nothing else here needs
+        if cell not in (ONNX, VALIDATE):  # no other cell of this test needs these
             stage(plain, cell)
-        if cell == DOWNLOAD:  # the code of the checkpoint was left out: put it where it could run
+        if cell == DOWNLOAD:  # the checkpoint's code was not copied: put it where it could run
             shutil.copyfile(hostile / "own.py", artifacts / "tiny/source/own.py")
         built += [name] if name and cell != ONNX else []
         for earlier in set(built) - {"source"}:
@@ -172,8 +176,8 @@ def test_full_disk(plain, hostile, mount):
 
 
 def test_full_disk_of_the_cache(plain, mount):
-    """When DVC cannot take an output into its cache it says so, but ends with status 0: the artifact is intact,
-    dvc.lock valid, and `dvc commit` makes good what is missing."""
+    """When DVC's cache is full it says so, though it exits with status 0; the artifact is intact, dvc.lock is valid,
+    and `dvc commit` adds the missing output later."""
     cache = mount(plain / ".dvc/cache", 0.2)
     full = run("dvc", "repro", "download", cwd=plain, check=False)
     assert "No space left on device" in full.stderr
@@ -189,8 +193,8 @@ def test_full_disk_of_the_cache(plain, mount):
 
 
 def test_a_flipped_bit(embedded, tmp_path):
-    """One random bit, flipped in any file of any artifact of the embedded model, is found. (What a manifest says of
-    other things than files is in the hash that validation keeps, and in a release's.)"""
+    """One random bit, flipped in any file of any artifact of the embedded model, is found. (The manifest's other fields
+    are covered by the hash that validation keeps, and by a release's.)"""
     chance = random.Random(11)
     directories = [path.parent for path in sorted(embedded.rglob("manifest.json"))]
     assert len(directories) == 7 + 8  # checkpoint, variants, NPU blobs
@@ -242,7 +246,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 def test_a_runtime_that_is_not_installed(embedded):
-    """Without its runtime, an artifact is refused with the package that it needs."""
+    """Without its runtime an artifact is refused, and the message names the package that it needs."""
     for variant, module in (("openvino-int4", "openvino_genai"), ("onnx-cpu-int4", "onnxruntime_genai")):
         program = f"import sys; sys.modules['{module}'] = None; from pipeline.cli import main; main()"
         refused = run(sys.executable, "-c", program, "chat", embedded / variant, cwd=ROOT, check=False)
@@ -253,7 +257,7 @@ def test_a_runtime_that_is_not_installed(embedded):
 
 
 def test_the_hostile_code_works(hostile, tmp_path):
-    """The code that no stage runs does run for whoever trusts it: the other tests' canary is alive."""
+    """The hostile code does run if it is trusted, so its absence in the other tests means something."""
     load = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1], {})"
     run(sys.executable, "-c", load.format("trust_remote_code=True"), hostile, cwd=tmp_path)
     assert (tmp_path / "canary").exists()

@@ -40,11 +40,11 @@ def greedy(runtime, prompt, length):
 
 
 def quiet(line):
-    """Take a line of progress."""
+    """Ignore a line of progress."""
 
 
 def independent(source, variant, answers):
-    """The same figures by torch, over the whole vocabulary at once."""
+    """The same figures computed by torch, over the whole vocabulary at once."""
     p, q, tokens = [], [], []
     for answer in answers:
         ids = answer.prompt_ids + answer.ids
@@ -68,7 +68,7 @@ def independent(source, variant, answers):
 
 
 def kept(source, answers):
-    """What is kept of the source's distributions at each token of `answers`."""
+    """The stored part of the source's distributions at each token of `answers`."""
     return concatenate([distributions(source.logits(a.prompt_ids + a.ids[:-1], last=len(a.ids))) for a in answers])
 
 
@@ -89,7 +89,7 @@ def test_a_second_implementation_agrees(answers):
 
 
 def test_the_tail_makes_a_lower_bound(answers, monkeypatch):
-    """With few tokens kept, KL divergence is below the whole vocabulary's; the rest of the figures stay the same."""
+    """With few tokens kept, KL divergence is below that over the whole vocabulary; the other figures stay the same."""
     monkeypatch.setattr(fidelity, "TOP", 4)
     source, variant = Table(0), Table(1)
     reference = kept(source, answers)
@@ -105,7 +105,7 @@ def test_the_tail_makes_a_lower_bound(answers, monkeypatch):
 
 
 def test_the_source_against_itself(answers):
-    """The source itself has no divergence, agrees everywhere and shares its whole answers."""
+    """Compared with itself, the source has no divergence, agrees everywhere and shares its whole answers."""
     reference = kept(Table(0), answers)
     comparison = compare(Table(0), answers, reference)
     metrics = comparison.metrics()
@@ -115,7 +115,7 @@ def test_the_source_against_itself(answers):
 
 
 def test_common_prefix_is_that_of_greedy_decoding(answers):
-    """Teacher forcing tells where the variant's own greedy answer leaves the source's, and with which token."""
+    """Teacher forcing shows where the variant's own greedy answer leaves the source's, and with which token."""
     variant = Table(0)
     variant._table += np.random.default_rng(2).normal(scale=0.3, size=variant._table.shape)
     reference = kept(Table(0), answers)
@@ -128,7 +128,7 @@ def test_common_prefix_is_that_of_greedy_decoding(answers):
 
 
 def test_distributions_are_stored_as_they_are(answers, tmp_path, monkeypatch):
-    """What is read is what was written, and the same is written at any time."""
+    """Distributions are read as they were written, and the file's bytes do not depend on the time."""
     reference = kept(Table(0), answers)
     write_distributions(tmp_path / "reference.npz", reference)
     monkeypatch.setattr(time, "time", lambda: 2e9)
@@ -141,7 +141,7 @@ def test_distributions_are_stored_as_they_are(answers, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_embedded_models_figures(embedded):
-    """On real answers torch and a second implementation confirm the INT4 IR's figures, and the kept tokens suffice."""
+    """On real answers a second implementation in torch confirms the INT4 IR's figures, and the kept tokens suffice."""
     answers = read_reference(embedded / "reference.json").continuations[:64:16]
     source, variant = Torch(embedded / "source"), OpenvinoLogits(embedded / "openvino-int4", device="CPU")
     reference = kept(source, answers)
@@ -157,11 +157,11 @@ def test_the_embedded_models_figures(embedded):
 
 @pytest.mark.slow
 def test_what_the_stage_kept_is_what_teacher_forcing_gives(embedded):
-    """The distributions kept while the source answered, in batches, are those of reading an answer alone."""
+    """The distributions recorded while the source answers in batches equal those of reading one answer alone."""
     answers = read_reference(embedded / "reference.json").continuations
     stored = read_distributions(embedded / "reference.npz")
     last = kept(Torch(embedded / "source"), answers[-1:])
-    end = sum(len(answer.ids) for answer in answers)  # behind them are the ends of long prompts
+    end = sum(len(answer.ids) for answer in answers)  # the rows after these belong to the ends of long prompts
     rows = slice(end - len(last.ids), end)
     np.testing.assert_allclose(stored.log_probs[rows], last.log_probs, atol=1e-3)
     assert [answer.ids for answer in answers[-1:]] == [[int(i) for i in stored.ids[rows, 0]]]
@@ -169,7 +169,7 @@ def test_what_the_stage_kept_is_what_teacher_forcing_gives(embedded):
 
 @pytest.mark.slow
 def test_fp16_is_the_source(embedded):
-    """The FP16 IR differs from the source in nothing that counts: the measurement adds no error of its own."""
+    """The FP16 IR shows no relevant difference from the source, so the measurement adds no error of its own."""
     metrics = json.loads((embedded / "metrics/openvino-fp16.json").read_bytes())
     assert metrics["kl_max"] < 1e-3
     assert metrics["top1_agreement"] > 0.999

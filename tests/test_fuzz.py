@@ -1,4 +1,4 @@
-"""Whatever comes from outside is read or refused with a sentence: no traceback, no hang, no file elsewhere."""
+"""Any input from outside is read or refused with a sentence: no traceback, no hang, no file outside the folder."""
 
 import json
 import random
@@ -23,8 +23,8 @@ from tests.source.test_gguf import llama as llama
 
 bounded = settings(
     max_examples=150,
-    deadline=5000,  # milliseconds for each
-    derandomize=True,  # CI finds what a developer finds
+    deadline=5000,  # milliseconds per example
+    derandomize=True,  # the same examples run on CI and on a developer's machine
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 JSON = st.recursive(
@@ -32,7 +32,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
     max_leaves=12,
 )
-# How a file is damaged: where (a share of its length), what is written there, and where it is cut.
+# Damage to a file: positions (as shares of its length) with the bytes written there, and where the file is cut.
 DAMAGE = st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8), st.floats(0.5, 1) | st.just(1.0))
 
 
@@ -77,7 +77,7 @@ def mutated(document: dict, path: float, value: object) -> dict:
 @bounded
 @given(place=st.floats(0, 1), value=JSON)
 def test_manifest(project, place, value):
-    """manifest.json with any value anywhere."""
+    """A manifest.json with an arbitrary value at any place is read or refused with a sentence."""
     build()
     directory = Path("artifacts/tiny/openvino-int4")
     manifest = json.loads((directory / "manifest.json").read_bytes())
@@ -89,7 +89,7 @@ def test_manifest(project, place, value):
 @bounded
 @given(place=st.floats(0, 1), value=JSON)
 def test_release(project, place, value):
-    """release.json with any value anywhere: what is accepted has safe paths only."""
+    """A release.json with an arbitrary value at any place is refused, or has safe paths only."""
     build()
     release = json.loads(publish_version(f"1.0.{random.getrandbits(24)}").content())
     content = json.dumps(mutated(release, place, value)).encode()
@@ -103,7 +103,7 @@ def test_release(project, place, value):
 @bounded
 @given(content=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_release_of_any_bytes(content):
-    """Any bytes in the place of release.json."""
+    """Arbitrary bytes in place of release.json are refused with a sentence."""
     with pytest.raises(PipelineError, match=r"^here: release\.json is"):
         read_release(content, origin="here")
 
@@ -111,7 +111,7 @@ def test_release_of_any_bytes(content):
 @bounded
 @given(damage=DAMAGE)
 def test_params(tmp_path, damage):
-    """params.yaml with damaged bytes."""
+    """A params.yaml with damaged bytes is read, or refused with a sentence that names the file."""
     file = tmp_path / "params.yaml"
     file.write_bytes(damaged((ROOT / "params.yaml").read_bytes(), damage))
     assert (refusal(load_params, file) or str(file)).startswith(str(file))
@@ -121,7 +121,7 @@ def test_params(tmp_path, damage):
 @bounded
 @given(damage=DAMAGE)
 def test_gguf(llama, tmp_path, damage):
-    """A GGUF file with damaged bytes, its header most of all."""
+    """A GGUF file with damaged bytes, mostly in its header, is read or refused with a sentence."""
     file, target = tmp_path / "x.gguf", tmp_path / "target"
     target.mkdir(exist_ok=True)
     where, written, end = damage
@@ -134,7 +134,7 @@ def test_gguf(llama, tmp_path, damage):
 @bounded
 @given(damage=DAMAGE)
 def test_checkpoint(tiny_checkpoint, tmp_path, damage):
-    """A shard, a config or an index with damaged bytes: the header is what is read of a shard."""
+    """A damaged config, index or shard, of which only the header is read, is read or refused with a sentence."""
     for name in ("model.safetensors", "config.json"):
         for path in tiny_checkpoint.iterdir():
             if not (tmp_path / path.name).exists():
@@ -151,7 +151,7 @@ def test_checkpoint(tiny_checkpoint, tmp_path, damage):
 @bounded
 @given(content=st.binary(max_size=300), inside=st.sampled_from([b"", MAGIC, MAGIC + bytes(12) + ELF]))
 def test_blob(tmp_path, inside, content):
-    """Any bytes in the place of an NPU blob, of its header, or of its binaries."""
+    """Arbitrary bytes in place of an NPU blob, of its header or of its binaries are refused with a sentence."""
     file = tmp_path / "x.blob"
     file.write_bytes(inside + content)
     with pytest.raises(PipelineError, match=r"x\.blob"):
@@ -166,7 +166,7 @@ MODELS = {
 
 @pytest.mark.parametrize("runtime", MODELS)
 def test_a_model_that_no_runtime_takes(tmp_path, runtime):
-    """An IR or an ONNX model that is none, under a manifest that fits it, is refused with a sentence."""
+    """A file that is not an IR or ONNX model, though its manifest fits, is refused with a sentence."""
     name, contents = MODELS[runtime]
     for number, content in enumerate(contents):
         target = tmp_path / str(number)
@@ -199,7 +199,7 @@ def manifest(runtime: str) -> Manifest:
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 def test_deeply_nested(project, opening):
-    """Documents that nest twenty thousand times are refused, not followed."""
+    """Documents nested twenty thousand levels deep are refused with a sentence."""
     nested = opening * 20_000
     build()
     directory = Path("artifacts/tiny/openvino-int4")

@@ -1,4 +1,4 @@
-"""Publishing to a repository of the Hugging Face Hub with the real client, and pulling from it, on loopback."""
+"""The real client publishes to an emulated repository of the Hugging Face Hub and pulls from it, on loopback."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,14 +36,14 @@ def phi3(hub, *arguments, check=True, program=("phi3",)):
 
 
 def test_publish_list_pull(hub, tmp_path):
-    """A version is one commit with a tag; another is another; what is pulled is what was published."""
+    """Each version is a commit with a tag, and a pull returns what was published."""
     build(BIG)
     phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0")
     build(BIG + b"newer")
     phi3(hub, "publish", NAME, "--to", URL, "--version", "1.1.0", "--alias", "stage")
     repository = hub.repositories[REPO]
     assert list(repository["tags"]) == ["1.0.0", "1.1.0"]
-    assert len(repository["commits"]) == 5  # the first of a repository, and for each version the files and the alias
+    assert len(repository["commits"]) == 5  # a first one, and for each version the files and the alias
     assert phi3(hub, "list", URL).stdout == f"{NAME} 1.0.0 latest\n{NAME} 1.1.0 stage\n"
     assert phi3(hub, "pull", URL, NAME, "--to", "model").stdout == "model\n"
     assert check(tmp_path / "model").version == "1.0.0"
@@ -67,7 +67,7 @@ def test_published_again(hub):
 
 @pytest.mark.parametrize("part", ["/commit/", "/tag/", "/lfs/"])
 def test_an_interrupted_publication(hub, part):
-    """When the Hub fails at any step, readers see no version; a retry sends no content twice and ends well."""
+    """When the Hub fails at any step, readers see no version; a retry sends no content twice and succeeds."""
     build(BIG)
     hub.fail = {part: 400}
     refused = phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0", check=False)
@@ -93,7 +93,7 @@ def test_an_interrupted_publication(hub, part):
     ],
 )
 def test_a_killed_publisher(hub, function, calls, after):
-    """Killed at any phase, readers see the old version whole until the tag is there; a retry ends well."""
+    """If a publisher is killed at any phase, readers see the whole old version until the tag exists; a retry works."""
     phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0")
     build(BIG)
     program = run_and_kill(function, calls=calls, after=after)
@@ -110,7 +110,7 @@ def test_a_killed_publisher(hub, function, calls, after):
 
 
 def test_two_publishers_at_once(hub):
-    """Of publishers of the same bytes at the same time each succeeds or is told to run again; the release is whole."""
+    """When several publish the same bytes at once, each succeeds or is told to run again, and the release is whole."""
     build(BIG)
     with ThreadPoolExecutor() as pool:
         command = ("publish", NAME, "--to", URL, "--version", "1.0.0")
@@ -124,7 +124,7 @@ def test_two_publishers_at_once(hub):
 
 
 def test_a_corrupt_file(hub):
-    """Other bytes than release.json says are refused, and nothing is installed."""
+    """Bytes that differ from release.json are refused, and nothing is installed."""
     build(BIG)
     phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0")
     for _, files in hub.repositories[REPO]["commits"]:
@@ -144,7 +144,7 @@ def test_a_repository_that_is_not_there(hub):
 
 
 def test_a_hub_that_cannot_be_reached(hub):
-    """Listing, pulling and publishing end with one sentence."""
+    """If the Hub cannot be reached, listing, pulling and publishing end with one sentence."""
     hub.url = "http://127.0.0.1:9"
     for command in (("list", URL), ("pull", URL, NAME), ("publish", NAME, "--to", URL, "--version", "1.0.0")):
         refused = phi3(hub, *command, check=False)

@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 
 def test_no_circles():
-    """No module of the project needs, directly or not, one that needs it; imports inside functions count."""
+    """There are no circular imports in the project; imports inside functions count."""
     files = [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").glob("*.py")]
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
     graph = networkx.DiGraph()

@@ -1,4 +1,4 @@
-"""Tiny models whose window is 15 or 31 tokens, or whose LongRoPE factors change at 64, beyond these lengths."""
+"""Tiny models with a window of 15 or 31 tokens, or with LongRoPE's limit at 64, are tested beyond these lengths."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ NEAR = 0.25
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny model's directories by variant, its source in torch, and what that says at the ends of long prompts."""
+    """A tiny model's directories by variant, its source in torch, and the source's distributions after long prompts."""
 
     name: str
     root: Path
@@ -55,7 +55,7 @@ class Tiny:
         return limits(read_json(self.root / "checkpoint/config.json"), directml=False)
 
     def found(self, variant: str, *, directory: Path | None = None) -> list[Found]:
-        """What the check finds of a variant, or of a broken copy of it in `directory`."""
+        """The findings of the check on a variant, or on a broken copy of it in `directory`."""
         directory = directory or self.root / variant
         most = 256 if variant == "npu" else 512
         chosen = choose(self.prompts, self.limits(), most=most)
@@ -63,14 +63,14 @@ class Tiny:
         return compare(load_scorer(directory, variant=VARIANTS[variant]), self.prompts, said, self.ends)
 
     def departure(self, prompt: list[int], said: list[int]) -> float:
-        """By how much the source's logits, with all tokens read at once, prefer another token to one of `said`."""
+        """The most by which the source's logits, all tokens read at once, prefer another token to one of `said`."""
         logits = self.source.logits(prompt + said[:-1], last=len(said))
         return float((logits.max(axis=1) - logits[np.arange(len(said)), said]).max())
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def tiny(request, tmp_path_factory):
-    """Each of MODELS with all its variants, which INT4 stores without loss."""
+    """Each of MODELS with all its variants; INT4 stores its weights without loss."""
     return build(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -94,7 +94,7 @@ def build(name: str, root: Path) -> Tiny:
 
 
 def test_lengths():
-    """A short context is probed to its end, a long one at 2,048 tokens, and both beyond what changes there."""
+    """A short context is probed to its end, a long one to 2,048 tokens, and both beyond a window or LongRoPE limit."""
     assert lengths({"max_position_embeddings": 8192}) == [256, 512, 1024, 2048]
     window = {"max_position_embeddings": 4096, "sliding_window": 2047}
     assert lengths(window) == [256, 512, 1024, 2048, 2111, 4088]
@@ -106,14 +106,14 @@ def test_lengths():
     ("most", "expected"), [(4096, [2111, 4088]), (2047, [1024]), (256, [256]), (1024, [1024]), (255, [])]
 )
 def test_choose(most, expected):
-    """A variant gets its longest prompt, and the one beyond the window if it takes that."""
+    """A variant gets the longest prompt that it takes, and the one just beyond the window if it takes that."""
     window = {"max_position_embeddings": 4096, "sliding_window": 2047}
     prompts = LongContext(ids=[], lengths=[256, 512, 1024, 2111, 4088])
     assert choose(prompts, window, most=most) == expected
 
 
 def test_check():
-    """An error, a distance from the source and an answer that the model's own logits do not prefer are failures."""
+    """Failures are an error, a large distance from the source, and an answer that the model's logits do not prefer."""
     found = [
         Found(256, kl_mean=0.04, departure=0.1),
         Found(512, kl_mean=0.06),
@@ -142,8 +142,8 @@ def test_every_variant_passes(tiny, variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [*VARIANTS, "sdpa"])
 def test_generation(tiny, variant):
-    """Every runtime says what the source prefers, from a short prompt to far beyond the window, and from a long one; so
-    does OpenVINO's other attention backend, one prompt after the other."""
+    """Every runtime generates the tokens that the source prefers, from a short prompt to far beyond the window and from
+    a long prompt; so does OpenVINO's other attention backend, with one prompt after the other."""
     if variant == "sdpa":
         runtime = sdpa(tiny.root / "fp16")
     else:
@@ -163,14 +163,14 @@ def sdpa(directory):
 
 
 def failed(found):
-    """What the check says of `found`, as one text."""
+    """The failures that the check reports for `found`, as one text."""
     return " ".join(str(failure) for failure in check_long_context(found, limits=GATES))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["cpu", "dml"])
 def test_a_max_length_shorter_than_the_window(tiny, variant):
-    """An ONNX model answers a short prompt however short the application's max_length is."""
+    """An ONNX model answers a short prompt even if max_length is shorter than the window."""
     said = load_runtime(tiny.root / variant, variant=VARIANTS[variant]).generate(tiny.prompts.ids[:5], max_new_tokens=3)
     assert len(said.ids) > 0
 
@@ -189,7 +189,7 @@ def longrope(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_check_finds_attention_to_everything(window, tmp_path, monkeypatch):
-    """Without layer_types, as the builder alone does it, the ONNX model ignores the window: far from its source."""
+    """Without layer_types, which the builder alone does not write, the ONNX model ignores the window, and is found."""
     monkeypatch.setattr(onnx_genai, "BUILDER", "onnxruntime_genai.models.builder")
     onnx_genai.build_int4(
         window.root / "checkpoint", tmp_path, recipe=VARIANTS["cpu"], trust_remote_code=False, calibration=None
@@ -199,7 +199,7 @@ def test_the_check_finds_attention_to_everything(window, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_check_finds_a_cache_that_ends(window, tmp_path):
-    """A cache of the window's length alone is a failed check with the runtime's sentence, not a traceback."""
+    """A cache only as long as the window is a failed check with the runtime's message, not a traceback."""
     directory = shutil.copytree(window.root / "cpu", tmp_path / "cpu")
     config = read_json(directory / "genai_config.json")
     config["model"]["decoder"]["sliding_window"] = {
@@ -217,7 +217,7 @@ def test_the_check_finds_a_cache_that_ends(window, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("pieces", [False, True], ids=["prefix-caching", "in-pieces"])
 def test_the_check_finds_keys_that_were_kept(longrope, monkeypatch, pieces):
-    """With the pipeline's default, or a scheduler that reads a prompt in pieces, LongRoPE's second turn is wrong."""
+    """A LongRoPE model's second turn is wrong with the pipeline's defaults or if its prompt is read in pieces."""
     import openvino_genai
 
     scheduler = openvino_genai.SchedulerConfig()
@@ -229,7 +229,7 @@ def test_the_check_finds_keys_that_were_kept(longrope, monkeypatch, pieces):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_answer_that_crosses_the_limit(longrope, variant):
-    """Up to LongRoPE's original limit every runtime says what the source prefers, beyond it something else: room()."""
+    """Every runtime generates the source's tokens only up to LongRoPE's original limit, where room() ends answers."""
     prompt = longrope.prompts.ids[:40]
     said = load_runtime(longrope.root / variant, variant=VARIANTS[variant]).generate(prompt, max_new_tokens=80).ids
     within, _ = room(longrope.limits(), len(prompt))
@@ -241,7 +241,7 @@ def test_an_answer_that_crosses_the_limit(longrope, variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["fp16", "cpu"])
 def test_a_chat_with_longrope(longrope, variant):
-    """A chat ends the answer that would cross the limit, says so, and goes on with the next turn."""
+    """A chat ends an answer that would cross the limit, says so, and continues with the next turn."""
     context = longrope.limits()
     if variant == "fp16":
         chat = OpenvinoChat(longrope.root / variant, device="CPU", npu=False, context=context)
@@ -257,7 +257,7 @@ def test_a_chat_with_longrope(longrope, variant):
 
 @pytest.mark.slow
 def test_the_check_finds_an_ir_without_the_window(window, tmp_path):
-    """An IR that attends to all tokens is another model."""
+    """An IR that attends to all tokens is far from the source, so the check finds it."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", on_grid=True, sliding_window=None)
     (tmp_path / "fp16").mkdir()
     openvino.export_fp16(checkpoint, tmp_path / "fp16")
@@ -266,7 +266,7 @@ def test_the_check_finds_an_ir_without_the_window(window, tmp_path):
 
 @pytest.mark.slow
 def test_the_check_finds_logits_of_pieces(longrope, monkeypatch):
-    """With LongRoPE the scorer must not read a prompt in pieces, as it does with other models."""
+    """With LongRoPE a scorer that reads a prompt in pieces, as for other models, is found by its wrong logits."""
     monkeypatch.setattr(runtimes, "PIECE", 32)
     monkeypatch.setattr(runtimes, "is_longrope", lambda config: False)
     assert [prompt.kl_mean > 0.05 for prompt in longrope.found("fp16")] == [True, True]

@@ -34,7 +34,7 @@ def artifact(tmp_path):
 
 
 def test_building_seals_and_names(artifact):
-    """After a build the directory holds the files and a manifest with their hashes, and nothing is left beside it."""
+    """After a build the directory holds the files and a manifest with their hashes, and nothing else is left."""
     assert [path.name for path in artifact.parent.iterdir()] == ["v"]
     assert verify(artifact) == MANIFEST.model_copy(update={"files": {"a.bin": HELLO, "sub/b.bin": HELLO}})
 
@@ -64,7 +64,7 @@ def test_a_failed_build_leaves_the_old_artifact(artifact):
 
 
 def test_a_killed_build_is_swept_or_resumed(tmp_path):
-    """What a killed build left is removed by the next one, or handed to it when it can continue."""
+    """The next build removes what a killed build left behind, or receives it if it can continue."""
     (tmp_path / ".v.partial").mkdir()
     (tmp_path / ".v.partial/shard").touch()
     with building(tmp_path / "v", resume=True) as build:

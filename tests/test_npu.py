@@ -1,4 +1,4 @@
-"""NPU blobs: the rules, the compiler's reasons, real binaries read back, and the same path run on the CPU."""
+"""NPU blobs: the NPU's rules, the compiler's reasons, real binaries that are read back, and the pipeline on the CPU."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ Compilation failed
 
 
 """
-# Loads a model as an application does, and answers a question and prompts of the given lengths.
+# This program loads a model as an application does, and answers a question and prompts of the given lengths.
 ASK = """
 import json, sys, numpy, openvino, openvino_genai
 directory, options, lengths = json.loads(sys.argv[1])
@@ -107,7 +107,7 @@ def test_reason_of_a_refusal():
 
 
 def test_a_file_that_is_no_blob(tmp_path):
-    """A file of another kind, and an export that holds no NPU binary, are no NPU blobs."""
+    """A file of another kind, or an export without an NPU binary, is refused as an NPU blob."""
     path = tmp_path / "x.blob"
     path.write_bytes(b"hello")
     with pytest.raises(PipelineError, match="is not a blob that OpenVINO's NPUW exported"):
@@ -133,7 +133,7 @@ def variant(tmp_path):
 
 
 def test_choose_the_blob_that_fits(variant):
-    """On the platform and OpenVINO version of the blob it is chosen, with the weights of its IR."""
+    """A blob is chosen on its platform and OpenVINO version, with the weights of its IR."""
     choice = choose(variant, architecture="4000", openvino="2026.4.1-22982-x")
     blob = variant.parent / "blobs" / f"{VARIANT}-4000/x.blob"
     assert choice.device == "NPU"
@@ -175,7 +175,7 @@ def test_choose_refuses_a_changed_blob_and_another_ir(variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [VARIANT, "npu-int4-group128"])
 def test_the_blobs_of_the_embedded_model(embedded, name):
-    """`dvc repro` made blobs with NPU 4000 binaries, described as what they hold; other platforms say why not."""
+    """`dvc repro` makes blobs with NPU 4000 binaries and describes them; other platforms record why they have none."""
     directory = embedded / "blobs" / f"{name}-4000"
     built = verify(directory)
     if built.not_compiled:
@@ -195,8 +195,8 @@ def test_the_blobs_of_the_embedded_model(embedded, name):
 
 @pytest.mark.slow
 def test_a_refused_model_is_not_compiled(embedded, project, monkeypatch, capfd):
-    """The compiler refuses the embedded model on 3720 with short prompts: its reason is shown and kept, no blob is
-    left, and with `required` that is an error."""
+    """When the compiler refuses the embedded model on 3720, its reason is shown and kept and no blob is left; with
+    `required` the refusal is an error."""
     if (reason := npu.wine.unavailable()) and not npu.has_native_compiler():
         pytest.skip(reason)
     monkeypatch.chdir(project)
@@ -219,8 +219,8 @@ def test_a_refused_model_is_not_compiled(embedded, project, monkeypatch, capfd):
 @pytest.mark.slow
 @pytest.mark.parametrize("weightless", [True, False])
 def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, weightless):
-    """Compiled with the subgraphs on the CPU, exported, and imported in a new process, a blob says what its IR says; it
-    takes prompts up to max_prompt_len and refuses longer ones."""
+    """A blob with subgraphs compiled for the CPU, imported in a new process, gives its IR's answer; it takes prompts up
+    to max_prompt_len and refuses longer ones."""
     params = NPU.model_copy(update={"weightless": weightless})
     directory, blob = embedded / VARIANT, tmp_path / "cpu.blob"
     properties = npu.properties(params, platform="", device="CPU", bank="test")
@@ -244,8 +244,8 @@ def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, weigh
 
 @pytest.mark.slow
 def test_the_static_pipeline_computes_what_the_ir_does(embedded):
-    """The NPU's static pipeline gives no logits but a prompt's last; there they are those with which fidelity is
-    measured on the plain CPU."""
+    """The NPU's static pipeline gives only the logits of a prompt's last token; they equal those of the plain CPU, with
+    which fidelity is measured."""
     import openvino
 
     directory = embedded / VARIANT

@@ -1,4 +1,4 @@
-"""Publishing to Debian's docker-registry with a real OCI client, and pulling from it, on loopback."""
+"""A real OCI client publishes to Debian's docker-registry and pulls from it, on loopback."""
 
 import contextlib
 import hashlib
@@ -62,7 +62,7 @@ def test_published_again(registry):
     [("upload", 1, False), ("upload", 5, True), ("publish", 1, False), ("publish", 1, True), ("point", 1, True)],
 )
 def test_a_killed_publisher(registry, method, calls, after):
-    """Killed at any phase, readers see the old version whole until the tag is there; a retry ends well."""
+    """If a publisher is killed at any phase, readers see the whole old version until the tag exists; a retry works."""
     registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
     build(BIG)
     program = run_and_kill(f"pipeline.registry.oci:OciRegistry.{method}", calls=calls, after=after)
@@ -91,7 +91,7 @@ def test_two_publishers_at_once(registry):
 
 
 def test_a_corrupt_content(registry):
-    """Other bytes of the same length in the registry are refused, and nothing is installed."""
+    """A content replaced by other bytes of the same length is refused, and nothing is installed."""
     build(BIG)
     registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
     sha256 = hashlib.sha256(BIG).hexdigest()
@@ -111,8 +111,8 @@ def command_lines():
 
 
 def test_password(tmp_path):
-    """With the password of `docker login` it works; without or with a wrong one it is a sentence without the secret,
-    which is in no command line."""
+    """The password of `docker login` is used; a missing or wrong one ends with a sentence without the secret, which no
+    command line shows."""
     registry = Registry(tmp_path / "oci", password=True)
     try:
         refused = registry.phi3("list", registry.url, check=False)
@@ -139,7 +139,7 @@ def test_password(tmp_path):
 
 
 def test_a_registry_that_is_not_there():
-    """A host that does not answer is one sentence."""
+    """A host that does not answer ends the command with one sentence."""
     refused = run("phi3", "list", "oci:127.0.0.1:9/models/tiny", cwd=Path.cwd(), check=False, PYTHONPATH=str(ROOT))
     assert refused.returncode == 1
     assert refused.stderr.startswith("Error: oci:127.0.0.1:9/models/tiny failed (")

@@ -1,4 +1,4 @@
-"""Each rule of DirectML that a graph can break is found, in graphs of one node."""
+"""Each violation of DirectML's rules is found, in graphs of one node."""
 
 import pytest
 from onnx import TensorProto, helper, save
@@ -61,6 +61,6 @@ def graph(path, kind, inputs, *, domain=MS, type_=FLOAT16, **attributes):
     ],
 )
 def test_faults(tmp_path, kind, inputs, options, fault):
-    """What DirectML takes has no fault; each rule that a node breaks is one, with the node's name."""
+    """A node that DirectML accepts has no fault; a broken rule is a fault with the node's name."""
     names = ["" if name == "_" else name for name in inputs.split()]
     assert find_faults(graph(tmp_path, kind, names, **options)) == ([f"n: {fault}"] if fault else [])

@@ -1,4 +1,4 @@
-"""params.yaml is typed and closed."""
+"""params.yaml is checked for types, and unknown keys are refused."""
 
 import jsonschema
 import pytest
@@ -162,6 +162,6 @@ def test_the_schema_accepts_the_file_and_refuses_a_typo():
 
 
 def test_an_unknown_variant():
-    """A stage that is asked for a variant that does not exist names those that do."""
+    """A stage that is asked for an unknown variant names the known ones."""
     with pytest.raises(PipelineError, match="variants has no 'x'; there are openvino-fp16, openvino-int4, "):
         load_params(ROOT / "params.yaml").get_variant("x")

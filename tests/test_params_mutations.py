@@ -11,7 +11,7 @@ from pipeline.errors import PipelineError
 from tests.conftest import ROOT
 
 CONTENT = YAML(typ="safe").load(ROOT / "params.yaml")
-# What has a default, so that a file without it is complete.
+# These keys have defaults, so a file without them is complete.
 OPTIONAL = {
     "calibrated",
     "rotated",
@@ -35,7 +35,7 @@ PATHS = {".".join(path): path for path in KEYS}
 
 @pytest.fixture
 def load(monkeypatch):
-    """Return `load_params` of a content, without the way through a file, which takes most of the time."""
+    """Return a `load_params` that takes the file's content, since parsing a file takes most of the time."""
 
     def load(content):
         class Loaded:
@@ -49,7 +49,7 @@ def load(monkeypatch):
 
 
 def refused(load, path: tuple[str, ...], change) -> str | None:
-    """Return the message with which the file is refused when `change` was made to the block that holds `path`."""
+    """Apply `change` to the block that holds `path`; return the message that refuses the file, or None."""
     content = copy.deepcopy(CONTENT)
     block = content
     for key in path[:-1]:
@@ -67,11 +67,11 @@ def refused(load, path: tuple[str, ...], change) -> str | None:
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 def test_each_key(load, path):
-    """Every mistake is one or more sentences that name the file and the key."""
+    """Every mistake is refused with one or more sentences that name the file and the key."""
 
     def remove(block, key):
         del block[key]
-        if key == "calibrated":  # what needs it goes with it
+        if key == "calibrated":  # `rotated` needs `calibrated`, so it is removed too
             block.pop("rotated", None)
 
     def misspell(block, key):
@@ -88,7 +88,7 @@ def test_each_key(load, path):
     for change in (remove, misspell, another_type, out_of_range):
         unused_model = path[0] == "models" and len(path) == 2 and key not in CONTENT["build"]
         if change in (remove, misspell) and unused_model:
-            continue  # the catalogue may have fewer models, and under other names
+            continue  # an unused model of the catalogue may be missing or have another name
         if change is remove and key in OPTIONAL:
             assert refused(load, path, change) is None
             continue

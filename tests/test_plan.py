@@ -1,4 +1,4 @@
-"""What a build will cost is told before it starts, and what cannot fit is refused."""
+"""The plan gives a build's cost before it starts, and a build that cannot fit is refused."""
 
 import re
 import shutil
@@ -29,7 +29,7 @@ PHI_3_MINI = {
 
 @pytest.mark.parametrize("style", STYLES)
 def test_shapes_follow_from_the_config(tmp_path, style):
-    """The config alone gives just the matrices that are in the checkpoint."""
+    """The config alone gives exactly the matrices that are in the checkpoint."""
     checkpoint = make_checkpoint(tmp_path / "checkpoint", style)
     shapes = plan.tensors(read_json(checkpoint / "config.json"))
     assert matrices(shapes) == matrices(tensor_shapes(checkpoint))
@@ -46,7 +46,7 @@ def test_shapes_follow_from_the_config(tmp_path, style):
     ],
 )
 def test_disk_at_full_size(cell, size):
-    """Phi-3-mini's config leads to the sizes that its shape was measured to have."""
+    """For Phi-3-mini's config the plan gives the sizes that were measured at its shape."""
     cost = plan.estimate(cell, "phi-3-mini-4k-instruct", params=PARAMS, config=PHI_3_MINI)
     assert cost.disk == pytest.approx(size, rel=0.05)
 
@@ -55,7 +55,7 @@ def test_disk_at_full_size(cell, size):
     ("variant", "copies"), [("npu-int4-channelwise", 2), ("openvino-int4", 2), ("onnx-cpu-int4", 1)]
 )
 def test_a_rotation(variant, copies):
-    """A rotated variant needs a checkpoint of its own for a while, and for OpenVINO its IR; a tied model does not."""
+    """Rotation takes temporary disk for a rotated checkpoint and, for OpenVINO, its IR; a tied model needs none."""
     costs = {}
     for rotated, tied in ((False, False), (True, False), (True, True)):
         recipe = PARAMS.variants[variant].model_copy(update={"rotated": rotated})
@@ -70,7 +70,7 @@ def test_a_rotation(variant, copies):
 
 
 def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
-    """A stage that needs more than there is does not start, says so with figures, and can be told to try."""
+    """A stage that needs more than the machine has refuses to start, with figures, unless it is told to try."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     make_checkpoint(tmp_path / "artifacts/smol-phi3/source")
@@ -90,7 +90,7 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
 
 
 def test_needs():
-    """Disk and time add up, with the largest temporary file; memory is the largest; what is reused costs nothing."""
+    """Disk (plus the largest temporary file) and time are sums; memory is the maximum; reused cells cost nothing."""
     costs = [plan.Cost(2e9, 5e9, 1e9, 60), plan.Cost(1e9, 1e9, 3e9, 120), plan.Cost(9e9, 9e9, 9e9, 999)]
     need = plan.total([plan.Planned(str(i), i == 2, cost) for i, cost in enumerate(costs)])
     assert need == plan.Need(8e9, 3e9, 180)
@@ -101,7 +101,7 @@ def test_needs():
 
 @pytest.mark.slow
 def test_the_command(project):
-    """`phi3 plan` lists every cell of the model; what is built is reused, until it is gone."""
+    """`phi3 plan` lists every cell of the model; a built cell counts as reused until its output is gone."""
     before = run("phi3", "plan", cwd=project).stdout
     cells = re.findall(r"^\w+@\S+", before, re.MULTILINE)
     assert len(cells) == 24
@@ -112,7 +112,7 @@ def test_the_command(project):
     after = run("phi3", "plan", cwd=project).stdout
     assert re.findall(r"^(\S+) +reused$", after, re.MULTILINE) == ["download@tiny"]
     shutil.rmtree(project / ".dvc/cache")
-    assert "reused" in run("phi3", "plan", cwd=project).stdout  # it is still in place
+    assert "reused" in run("phi3", "plan", cwd=project).stdout  # the output is still in place
     shutil.rmtree(project / "artifacts")
     assert "reused" not in run("phi3", "plan", cwd=project).stdout
     refused = run("phi3", "plan", "smol-phi3", cwd=project, check=False)

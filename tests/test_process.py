@@ -1,4 +1,4 @@
-"""A stage as a process: locked, ended with its parent, and clear when it ends early."""
+"""A stage runs as a process that is locked, ends with its parent, and explains why it ends early."""
 
 import contextlib
 import os
@@ -36,7 +36,7 @@ main()
 
 @pytest.fixture
 def stage(tmp_path):
-    """Start a stage with a given body, as python file `work.py` in an empty folder."""
+    """Return a function that starts a stage with a given body, as `work.py` in an empty folder."""
     started = []
 
     def start(body, stdout=subprocess.PIPE):
@@ -55,7 +55,7 @@ def stage(tmp_path):
 
 
 def wait_for_work(process):
-    """Return when the stage's body runs."""
+    """Wait until the stage's body runs."""
     assert process.stdout.readline() == "work@m-v: started\n"
     assert process.stdout.readline() == "working on m v\n"
 
@@ -65,7 +65,7 @@ def wait_for_work(process):
     reason="the kernel gives huge pages to all, or to nobody",
 )
 def test_large_matrices_lie_in_huge_pages(stage):
-    """A stage's large memory comes in pages of 2 MB, of which the kernel has far fewer to clear."""
+    """A stage's large arrays lie in pages of 2 MB, so that the kernel has far fewer pages to clear."""
     body = "kept = b'x' * 100_000_000; say(open('/proc/self/smaps_rollup').read())"
     output, _ = stage(body).communicate(timeout=30)
     assert int(re.search(r"AnonHugePages: +(\d+) kB", output)[1]) > 50_000
@@ -105,7 +105,7 @@ def test_errors_are_sentences(stage, body, message):
     ],
 )
 def test_killed_for_memory(stage, body, what):
-    """Lack of memory is told in a sentence with what is free, whether an allocation fails or the kernel kills."""
+    """Lack of memory ends with a sentence that names the free memory, if an allocation fails or the kernel kills."""
     process = stage(body)
     _, errors = process.communicate(timeout=30)
     sentence = rf"error: work@m-v: {what}: \d+\.\d GB are free now\. Close other programs, or use a larger machine\.\n"
@@ -122,7 +122,7 @@ def test_done(stage):
 
 
 def test_log(stage, tmp_path):
-    """What libraries and programs print is in the log, with all that the screen shows and the traceback of an error."""
+    """The log has the output of libraries and programs, all that the screen shows, and the traceback of an error."""
     body = "print('aside'); import os; os.system('echo program; echo complaint >&2'); print(1 / 0)"
     output, errors = stage(body).communicate(timeout=30)
     log = tmp_path / "artifacts/logs/work@m-v.log"
@@ -136,7 +136,7 @@ def test_log(stage, tmp_path):
 
 
 def test_progress_without_a_terminal(stage):
-    """A long loop shows plain lines with how far it is and the time left."""
+    """Without a terminal a long loop prints plain lines with its progress and the time left."""
     body = "import pipeline.progress as p; p.LINE_EVERY = 0; [i for i in Bar(range(10), desc='counting')]"
     output, errors = stage(body).communicate(timeout=30)
     assert errors == ""
@@ -149,7 +149,7 @@ def test_progress_without_a_terminal(stage):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_progress_in_a_terminal(stage):
-    """In a terminal it is a bar with the time left, and lines stand above it."""
+    """In a terminal a long loop shows a bar with the time left, and other lines appear above it."""
     import termios
 
     leader, follower = os.openpty()
@@ -157,7 +157,7 @@ def test_progress_in_a_terminal(stage):
     process = stage("[say(f'at {i}') or time.sleep(0.2) for i in Bar(range(5), desc='counting')]", stdout=follower)
     os.close(follower)
     shown = b""
-    with contextlib.suppress(OSError):  # the end
+    with contextlib.suppress(OSError):  # the other end was closed
         while part := os.read(leader, 1000):
             shown += part
     os.close(leader)
@@ -177,7 +177,7 @@ def test_interrupt(stage):
 
 
 def test_one_at_a_time(stage):
-    """A second build of the same cell refuses while the first runs, and runs when the first was killed."""
+    """A second build of the same cell is refused while the first runs, and runs once the first was killed."""
     first = stage("time.sleep(60)")
     wait_for_work(first)
     second = stage("pass")
@@ -194,7 +194,7 @@ def test_one_at_a_time(stage):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a program that its parent died")
 @pytest.mark.parametrize("shell", [[], [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"]])
 def test_ends_with_dvc(stage, tmp_path, shell):
-    """When dvc is killed the stage ends too, even behind a shell that lives on, and so does the program it runs."""
+    """When dvc is killed, the stage and the program that it runs end too, even if a shell between them lives on."""
     seconds = f"61.{len(shell)}"  # tests may run beside each other
     body = "from pipeline.programs import stream_lines as run; list(run(['sleep', '" + seconds + "']))"
     script = tmp_path / "work.py"

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 
 def test_reference_prompts_are_varied():
-    """There are 64 prompts or more, of all the kinds that a variant is to be compared on."""
+    """There are at least 64 reference prompts, of all the kinds on which variants are compared."""
     prompts = load_prompts("reference")
     assert len(prompts) >= 64
     assert {prompt.category for prompt in prompts} == {
@@ -28,7 +28,7 @@ def test_reference_prompts_are_varied():
 
 @pytest.mark.parametrize("name", ["reference", "calibration"])
 def test_chats_wait_for_an_answer(name):
-    """Turns alternate, from the user's to the user's, and dialogues have several."""
+    """Turns alternate, the first and the last are the user's, and dialogues have several."""
     for prompt in load_prompts(name):
         roles = [message["role"] for message in prompt.messages]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
@@ -36,7 +36,7 @@ def test_chats_wait_for_an_answer(name):
 
 
 def test_no_prompt_is_in_two_sets():
-    """What calibrates is not what is measured, and no turn of a dialogue is in both sets either."""
+    """No prompt, nor any turn of a dialogue, is both in the calibration and in the reference set."""
     turns = [
         [message["content"].casefold() for prompt in load_prompts(name) for message in prompt.messages]
         for name in ("reference", "calibration")

@@ -1,4 +1,4 @@
-"""Publishing to a directory: complete, immutable, atomic, and only what was validated."""
+"""Publishing to a directory is complete, immutable and atomic, and takes only validated artifacts."""
 
 import hashlib
 import json
@@ -32,14 +32,14 @@ from tests.release_project import project as project
 
 
 def blobs():
-    """Return the contents in the registry, and what was left behind there."""
+    """Return the names of the registry's contents and of any files left behind there."""
     return sorted(
         path.name for path in Path("registry").rglob("*") if path.is_file() and path.parent.parent.name == "sha256"
     )
 
 
 def test_publish_then_pull(tmp_path):
-    """What is pulled is the artifact with licence, model card, metrics, provenance and bill of materials."""
+    """A pull returns the artifact with licence, model card, metrics, provenance and bill of materials."""
     release = publish_version()
     directory = pull_latest()
     assert directory.is_relative_to(tmp_path / "cache/releases")
@@ -102,7 +102,7 @@ def test_the_same_again_is_nothing_and_other_bytes_are_a_conflict():
 
 
 def test_only_what_was_validated(tmp_path):
-    """An artifact that failed, was never validated, was built anew since, or has changed is not published."""
+    """An artifact that failed, was never validated, was rebuilt since, or has changed is not published."""
     validate(["check 'fidelity' failed"])
     with pytest.raises(PipelineError, match=r"did not pass validation \(check 'fidelity' failed\): it stays here"):
         publish_version()
@@ -125,7 +125,7 @@ def test_only_what_was_validated(tmp_path):
 
 @pytest.mark.parametrize("version", ["1.0", "v1.0.0", "1.0.0\n", "../1.0.0", "01.0.0"])
 def test_a_wrong_version(version):
-    """A version is three numbers, nothing else."""
+    """A version must be three numbers; anything else is refused."""
     with pytest.raises(PipelineError, match="is no version: give three numbers"):
         publish_version(version)
 
@@ -152,7 +152,7 @@ class Dies(DirectoryRegistry):
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(("method", "calls"), [("upload", 1), ("upload", 5), ("publish", 1), ("point", 1)])
 def test_a_killed_publisher(method, calls, after):
-    """Killed at any phase, readers see the old version whole; a retry uploads only what is missing and ends well."""
+    """When a publisher is killed at any phase, readers see a whole version; a retry uploads only what is missing."""
     publish_version("1.0.0")
     build(b"newer")
     assert exit_codes(publish_version, "2.0.0", Dies(method, calls, after=after), processes=1) == [9]
@@ -171,14 +171,14 @@ def test_a_killed_publisher(method, calls, after):
 
 
 def test_two_publishers_at_once():
-    """Of two publishers of the same version both succeed with the same bytes, and one is refused with others."""
+    """Several publishers of a version succeed if their bytes are the same; one with other bytes is refused."""
     assert exit_codes(publish_version, processes=4) == [0] * 4
     assert check(pull_latest()).version == "1.0.0"
 
     class Late(DirectoryRegistry):
         def read(self, name, version):
             found = super().read(name, version)
-            self.read = super().read  # the other one publishes after this one has looked
+            self.read = super().read  # as if the other publisher came after this check
             return None if found else found
 
     build(b"others")
@@ -187,7 +187,7 @@ def test_two_publishers_at_once():
 
 
 def make_blob(platform, *, compiled=True, ir="weights"):
-    """Build the directory of a blob for `platform` that says it was compiled from an IR with these weights."""
+    """Build a blob's directory for `platform`; by its manifest it was compiled from an IR with the weights `ir`."""
     manifest = read_manifest(paths.variant(MODEL, VARIANT))
     with building(paths.blob(paths.variant(MODEL, VARIANT), platform)) as build_:
         if compiled:
@@ -200,8 +200,8 @@ def make_blob(platform, *, compiled=True, ir="weights"):
 
 
 def test_blobs_come_along():
-    """A release has the compiled blobs of its variant, which an application then finds; what was refused, or was
-    compiled from another IR, is not published."""
+    """A release has the compiled blobs of its variant, which an application then finds; a missing one is named, and one
+    compiled from another IR is refused."""
     make_blob("4000")
     make_blob("3720", compiled=False)
     said = []
@@ -227,7 +227,7 @@ def test_blobs_come_along():
 
 
 def test_a_registry_of_another_artifact():
-    """A registry that is for one artifact takes no other, and an empty one takes any."""
+    """A registry for one artifact refuses others, while an empty one takes any."""
     release = publish_version().content()
     require_own(None, "tiny/other", url="hf:a/b")
     require_own(release, NAME, url="hf:a/b")

@@ -52,7 +52,7 @@ def test_contents_are_shared():
 
 
 def test_a_pull_continues():
-    """An interrupted download goes on at the byte where it stopped."""
+    """An interrupted download continues at the byte where it stopped."""
     publish_version()
     offsets = []
 
@@ -82,7 +82,7 @@ def blob_of(path):
 
 @pytest.mark.parametrize("content", [b"Weights", b"weights and more", b""])
 def test_a_corrupt_content_in_the_registry(content):
-    """Other bytes than release.json says are refused, and nothing is installed; publishing again mends the registry."""
+    """Bytes that differ from release.json are refused, nothing is installed, and publishing again repairs them."""
     publish_version()
     blob_of("openvino_model.bin").write_bytes(content)
     with pytest.raises(PipelineError, match=r"gave other bytes for openvino_model\.bin than release\.json says"):
@@ -93,7 +93,7 @@ def test_a_corrupt_content_in_the_registry(content):
 
 
 def test_a_corrupt_file_in_the_cache():
-    """A changed file in the cache is found before it is used, and fetched anew."""
+    """A changed file in the cache is found before it is used, and downloaded again."""
     publish_version()
     directory = pull_latest()
     (directory / "openvino_model.bin").chmod(0o644)
@@ -134,7 +134,7 @@ def hostile(**changes):
     ["../x", "/etc/x", "a/../../x", "a//x", "C:/x", "a\\x", "nul", "com1.txt", "x.", "x ", "x\n", "release.json", ""],
 )
 def test_hostile_paths(path):
-    """A path that leaves the directory, or that a system treats specially, is refused before anything is written."""
+    """A path that leaves the directory, or that an operating system treats specially, is refused before any write."""
     assert unsafe(path)
     file = {"size": 1, "sha256": "0" * 64}
     assert "release.json is refused (files: the path " in hostile(files={path: file})
@@ -189,7 +189,7 @@ def small_disk(tmp_path):
 
 
 def test_too_little_space(small_disk, monkeypatch):
-    """A disk that is too small is told with figures before anything is fetched."""
+    """A disk that is too small is an error with figures, before anything is downloaded."""
     build(bytes(2 << 20))
     publish_version()
     monkeypatch.setenv("PHI3_CACHE", str(small_disk / "cache"))
@@ -201,8 +201,8 @@ def test_too_little_space(small_disk, monkeypatch):
 
 
 def test_a_full_disk(small_disk, tmp_path):
-    """A disk that fills up during a pull or a publication is one sentence, and nothing is installed or visible; with
-    space the next run goes on."""
+    """A disk that fills up during a pull or a publication ends it with one sentence, and nothing is installed or
+    visible; once there is space the next run continues."""
     build(random.Random(0).randbytes(700_000))
     publish_version()
     cache = {"PHI3_CACHE": str(small_disk / "cache")}
@@ -259,7 +259,7 @@ def test_what_is_no_plain_file(part, kind):
 
 
 def test_offline(caplog):
-    """When the registry is gone, what was pulled is there by version and by alias, verified as ever."""
+    """When the registry is out of reach, what was pulled is still found by version and by alias, and verified."""
     publish_version()
     directory = pull_latest()
     Path("registry").rename("gone")
@@ -272,7 +272,7 @@ def test_offline(caplog):
 
 
 def test_registries_do_not_mix():
-    """The same name and version of another registry are another release."""
+    """The same name and version in another registry are a different release."""
     publish_version()
     first = pull_latest()
     build(b"another's")

@@ -23,7 +23,7 @@ SNIPPETS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_a_snippet_answers(embedded, snippet):
-    """Each snippet prints an answer with the last word of the source model's."""
+    """Each snippet prints an answer that contains the last word of the source model's answer."""
     answers = json.loads((embedded / "reference.json").read_text("utf-8"))["answers"]
     expected = re.findall(r"\w+", answers[0]["text"])[-1]
     assert expected in run(sys.executable, "-c", snippet, cwd=ROOT).stdout
@@ -31,7 +31,7 @@ def test_a_snippet_answers(embedded, snippet):
 
 @pytest.mark.slow
 def test_publish_and_pull(embedded, tmp_path):
-    """The commands of the page on registries work in their order, and so does the snippet for applications."""
+    """The commands of the page on registries work in the order given, and so does the snippet for applications."""
     page = PAGES["docs/registries.md"]
     commands, snippet = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("sh", "py"))
     here = {"PHI3_CACHE": str(tmp_path / "cache")}
@@ -53,13 +53,13 @@ def test_every_check_is_explained():
 
 
 def test_the_readme_is_short():
-    """What the README says is read at one sitting."""
+    """The README is short enough to be read at one sitting."""
     assert len(PAGES["README.md"].splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    """Each link to a file of the project names one that is there, and each to a heading one of that page."""
+    """Each link to a file of the project names an existing file, and each link to a heading an existing heading."""
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGES[page]):
         name, _, heading = link.partition("#")
         target = (ROOT / page).parent / name if name else ROOT / page
@@ -70,7 +70,7 @@ def test_links_lead_somewhere(page):
 
 
 def figures(page: str, heading: str) -> dict[str, list[str]]:
-    """Return the cells of the first table below `heading` by the variant that a row begins with."""
+    """Return the cells of each row of the first table below `heading`, by the variant in the row's first cell."""
     table = PAGES[page].split(heading)[1].split("\n| --- ")[1].split("\n\n")[0]
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[1:]]
     return {row[0].strip("`"): row[1:] for row in rows}
@@ -79,7 +79,7 @@ def figures(page: str, heading: str) -> dict[str, list[str]]:
 def test_figures_are_the_committed_metrics():
     """Sizes and fidelity in the README and in the page on validation are those that git has.
 
-    Not those in the working tree: another machine's differ in the last digits.
+    The working tree's may differ from these in the last digits, on another machine.
     """
     folder = "artifacts/smol-phi3/metrics"
     names = run("git", "ls-files", folder, cwd=ROOT).stdout.split()

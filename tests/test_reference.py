@@ -1,4 +1,4 @@
-"""Questions on which the source itself nearly ties prove nothing, and are left out."""
+"""Questions on which the source model itself nearly ties between two tokens prove nothing, and are left out."""
 
 import re
 
@@ -21,7 +21,7 @@ def source(tiny_checkpoint):
 
 
 def test_a_near_tie_is_told(source, monkeypatch):
-    """The place of the smallest margin is told with both tokens; a margin that suffices is no tie."""
+    """A near tie is reported with its place and both tokens; an answer with large enough margins is not."""
     answer = ask(source, QUESTION, max_new_tokens=8)
     pattern = r"'Who are you\?' proves nothing: after '.*' the source model itself nearly ties between '.*' \(0\.\d+\)"
     assert re.match(pattern, near_tie(source, answer), re.DOTALL)
@@ -30,7 +30,7 @@ def test_a_near_tie_is_told(source, monkeypatch):
 
 
 def test_no_question_is_left(source, capsys):
-    """When the source nearly ties on every question that is an error, before anything long is read."""
+    """If the source nearly ties on every question, the stage fails before it reads long prompts."""
     params = load_params(ROOT / "params.yaml")
     validate = params.validate_.model_copy(update={"prompts": [QUESTION]})
     params = params.model_copy(update={"validate_": validate})
@@ -41,7 +41,7 @@ def test_no_question_is_left(source, capsys):
 
 @pytest.mark.slow
 def test_the_embedded_models_questions(embedded):
-    """smol-phi3 answers the questions of params.yaml with a clear margin, none is left out."""
+    """smol-phi3 answers the questions of params.yaml with a clear margin, so none is left out."""
     found = reference.read_reference(embedded / "reference.json")
     assert [answer.question for answer in found.answers] == load_params(ROOT / "params.yaml").validate_.prompts
     assert found.near_ties == []

@@ -14,7 +14,7 @@ VARIANT = "openvino-int4"
 
 
 def test_bits_per_layer():
-    """Matrices of both builders' namings are grouped by kind and layer; those outside the layers stand at -1."""
+    """Matrices, as either builder names them, are grouped by kind and layer; those outside the layers get layer -1."""
     matrices = {
         "model.embed_tokens.weight": "int8-asym-channel",
         "model.layers.0.self_attn.qkv_proj.weight": "int4-sym-g64",
@@ -39,12 +39,12 @@ def test_bits_per_layer():
     ],
 )
 def test_figure(value, name, text):
-    """A metric is shown with its unit, a tiny one by its power of ten, a missing one as a dash."""
+    """A metric is shown with its unit; a tiny one is shown with a power of ten, and a missing one as a dash."""
     assert figure(value, name) == text
 
 
 def test_scatter():
-    """Points lie between the axes' ends, the larger further right and the lossier higher up."""
+    """Points lie within the axes; a larger variant is further right and a lossier one higher up."""
     metrics = [{"size_bytes": 270e6, "kl_mean": 1e-6}, {"size_bytes": 91e6, "kl_mean": 0.41}]
     plot = scatter([{"metrics": values} for values in metrics])
     big, small = plot["points"]
@@ -90,7 +90,7 @@ def browser():
 
 @pytest.fixture
 def page(report, browser):
-    """The open page; what the browser complains of or asks the network for fails the test."""
+    """The open page; any complaint of the browser, or any request to the network, fails the test."""
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
@@ -104,7 +104,7 @@ def page(report, browser):
 
 @pytest.mark.slow
 def test_all_variants_at_a_glance(page, embedded):
-    """The first table has a row per variant with its result and its measured figures; the failure is told in words."""
+    """The first table has a row per variant with its result and measured figures; a failure is explained in words."""
     rows = [row.inner_text().split("\t") for row in page.locator("#glance + div tbody tr").all()]
     assert [row[0].split()[-1] for row in rows] == [
         "openvino-fp16",
@@ -142,7 +142,7 @@ def test_figures_and_bit_widths(page):
 
 @pytest.mark.slow
 def test_the_first_differing_token_is_marked(page, embedded):
-    """Beside the source's answer each variant's is marked where it departs, and nowhere when it does not."""
+    """Each variant's answer is marked where it departs from the source's, and is unmarked if it does not."""
     evidence = json.loads((embedded / "validation/npu-int4-channelwise.json").read_text())
     answers = page.locator("main > details").filter(has=page.locator(".answer")).first.locator(".answer")
     texts = {row.locator("> *").first.inner_text(): row.locator("> *").last for row in answers.all()}
@@ -156,7 +156,7 @@ def test_the_first_differing_token_is_marked(page, embedded):
 
 @pytest.mark.slow
 def test_keyboard(page):
-    """Every control is reached by the Tab key, and Enter opens what is folded."""
+    """Every control can be reached with the Tab key, and Enter opens folded sections."""
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.innerText") == "Skip to the table of variants"
     reached = set()
@@ -186,7 +186,7 @@ def test_narrow_screens(page, width):
 
 @pytest.mark.slow
 def test_plots(report):
-    """The plots' data have a row per measured variant."""
+    """The file of the plots' data has a row per measured variant."""
     with (report / "fidelity.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["variant"] for row in rows][:2] == ["openvino-fp16", VARIANT]

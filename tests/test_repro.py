@@ -1,4 +1,4 @@
-"""`dvc repro` on a tiny model in a project of its own: nothing to do, one branch, killed, interrupted, switched."""
+"""`dvc repro` on a tiny model: nothing to do, one edited variant, killed, interrupted, another model."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> None:
 
 
 def unfinished(project: Path) -> list[str]:
-    """Return the artifact directories without a manifest, and the temporary ones."""
+    """Return the names of artifact directories without a manifest, and of temporary ones."""
     folder = project / "artifacts/tiny"
     directories = [
         path for path in folder.iterdir() if path.is_dir() and path.name not in ("logs", "metrics", "calibration")
@@ -54,8 +54,8 @@ def unfinished(project: Path) -> list[str]:
 
 
 def test_build_then_nothing_then_one_branch(project):
-    """A build makes sealed artifacts that share the disk with the cache; a second run does nothing; an edit of one
-    variant's block reruns that variant alone."""
+    """A build makes sealed artifacts that share disk space with the cache; a second run does nothing; an edit of one
+    variant's block reruns only that variant."""
     cells = ["download@tiny", "calibrate@tiny", "export_openvino@tiny-openvino-fp16"]
     variants = ["openvino-int4", "npu-int4-channelwise", "npu-int4-group128"]
     cells += [f"quantize_openvino@tiny-{variant}" for variant in variants]
@@ -83,12 +83,12 @@ def test_build_then_nothing_then_one_branch(project):
 
 @pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
 def test_killed_then_continued(project, shell):
-    """SIGKILL of dvc in the middle of an export ends the stage, too, whatever shell dvc runs it with, and leaves no
-    artifact without a manifest; the next run sweeps and ends."""
+    """SIGKILL of dvc in the middle of an export ends the stage too, whichever shell dvc runs it with, and leaves no
+    artifact without a manifest; the next run removes leftovers and completes."""
     process = start(project, SHELL=shell)
     wait_for(process, "exporting the IR")
     process.kill()
-    process.communicate(timeout=60)  # the pipe closes only when the stage has ended, too
+    process.communicate(timeout=60)  # the pipe closes only after the stage has ended too
     assert unfinished(project) == [".openvino-fp16.partial"]
     assert ran(run("dvc", "repro", "export_openvino", cwd=project).stdout) == ["export_openvino@tiny-openvino-fp16"]
     assert unfinished(project) == []

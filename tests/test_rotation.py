@@ -1,4 +1,4 @@
-"""A rotated checkpoint computes what it did before, and what is built of it is calibrated on the rotated inputs."""
+"""A rotated checkpoint computes the same function, and variants built from it are calibrated on the rotated inputs."""
 
 import numpy as np
 import openvino
@@ -25,7 +25,7 @@ INT4 = OpenvinoInt4(stage="quantize_openvino", symmetric=True, group_size=32, ra
 
 
 def with_norms(checkpoint):
-    """Return `checkpoint` with norms that do something; those of a fresh model are all ones."""
+    """Return `checkpoint` with random norm weights, since those of a fresh model are all ones."""
     weights = load_file(checkpoint / "model.safetensors")
     torch.manual_seed(1)
     for name in (name for name in weights if name.endswith("norm.weight")):
@@ -35,7 +35,7 @@ def with_norms(checkpoint):
 
 
 def difference(found, expected):
-    """Return how far logits are from those expected, as a share of these: unrelated ones are 1.4 away."""
+    """Return the relative distance of logits from the expected ones; for unrelated logits it is 1.4."""
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
@@ -47,14 +47,14 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calibrated(checkpoint, tmp_path_factory):
-    """Its calibration directory."""
+    """The calibration directory of `checkpoint`."""
     target = tmp_path_factory.mktemp("rotation") / "calibration"
     write_calibration(target, answers=[IDS, IDS[::-1]], layers=hessians(Torch(checkpoint), [IDS, IDS[::-1]]))
     return target
 
 
 def test_the_same_function(checkpoint):
-    """In float32 the rotated weights, none of which is as before, give the logits of the checkpoint."""
+    """In float32 the rotated weights, all of them changed, give the logits of the checkpoint."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.inference_mode():
         before = model(torch.tensor([IDS])).logits
@@ -67,7 +67,7 @@ def test_the_same_function(checkpoint):
 
 
 def test_statistics(checkpoint, calibrated, tmp_path):
-    """H of every matrix is that of the rotated model reading the same answers, and so are their largest elements."""
+    """Every matrix's H, and its largest diagonal element, is that of the rotated model reading the same answers."""
     rotated = tmp_path / "checkpoint"
     rotated.mkdir()
     to_float16(checkpoint, rotated, weight=Rotation(checkpoint).weight)
@@ -83,7 +83,7 @@ def test_statistics(checkpoint, calibrated, tmp_path):
 
 
 def test_a_model_whose_head_is_its_embedding(tmp_path, capsys):
-    """Such a model is taken as it is; this is said, and its manifest does not claim a rotation."""
+    """A model whose head is its embedding is not rotated; the output says so, and the manifest claims no rotation."""
     tied = make_checkpoint(tmp_path / "checkpoint", "phi-4-mini")
     write_calibration(tmp_path / "calibration", answers=[IDS], layers=hessians(Torch(tied), [IDS]))
     assert Calibration(tmp_path / "calibration", tied, rotated=True).rotation is None
@@ -94,7 +94,7 @@ def test_a_model_whose_head_is_its_embedding(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_ir(checkpoint, calibrated, tmp_path):
-    """The rotated FP16 IR says what the checkpoint says; the INT4 one holds what was solved for the rotated weights."""
+    """The rotated FP16 IR gives the checkpoint's logits; the INT4 IR holds what was solved for the rotated weights."""
     fp16 = tmp_path / "fp16"
     fp16.mkdir()
     export_fp16(checkpoint, fp16, weight=Rotation(checkpoint).weight)
@@ -128,7 +128,7 @@ def test_ir(checkpoint, calibrated, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("provider", ["dml", "cpu"])
 def test_onnx(checkpoint, calibrated, tmp_path, provider):
-    """A rotated ONNX model says what the checkpoint says, to within what INT4 costs."""
+    """A rotated ONNX model gives the checkpoint's logits, to within the error of INT4."""
     recipe = OnnxInt4(
         stage="build_onnx",
         execution_provider=provider,

@@ -1,4 +1,4 @@
-"""What judges computes in float32: the same figures on other CPUs, the source's own tokens in every pipeline."""
+"""The runtimes that judge variants compute in float32: other CPUs give the same figures, and the source's tokens."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from tests.conftest import ROOT, run
 
 pytestmark = pytest.mark.slow
 FP16 = OpenvinoFp16(stage="export_openvino")
-# The figures of a variant at the first reference answers.
+# This program prints a variant's figures on the first reference answers.
 FIGURES = """
 import json, sys
 from pathlib import Path
@@ -42,7 +42,7 @@ def fp16(tiny_checkpoint, tmp_path_factory):
     ("variant", "isa"), [("openvino-fp16", "AVX512_CORE"), ("openvino-int4", "AVX512_CORE"), ("openvino-fp16", "AVX2")]
 )
 def test_older_cpus_give_the_same_figures(embedded, variant, isa):
-    """Without the instructions of newer CPUs every figure that judges stays the same. oneDNN takes no INT4 as AVX2."""
+    """Without newer CPUs' instructions every judging figure stays the same. oneDNN does not support INT4 on AVX2."""
     here, there = (
         json.loads(run(sys.executable, "-c", FIGURES, variant, cwd=ROOT, **environment).stdout.splitlines()[-1])
         for environment in ({}, {"ONEDNN_MAX_CPU_ISA": isa})
@@ -51,7 +51,7 @@ def test_older_cpus_give_the_same_figures(embedded, variant, isa):
 
 
 def test_the_default_precision_shows_beside_the_verdict_alone(embedded):
-    """Where the CPU has bfloat16, OpenVINO's default, the FP16 IR loses by it, and its verdict does not."""
+    """On a CPU with bfloat16, OpenVINO's default there, the FP16 IR's measured loss is larger, not its judged one."""
     metrics, measured = (
         json.loads((embedded / f"{kind}/openvino-fp16.json").read_bytes()) for kind in ("metrics", "measured")
     )
@@ -63,7 +63,7 @@ def test_the_default_precision_shows_beside_the_verdict_alone(embedded):
 
 @pytest.mark.parametrize("npu", [None, Npu(max_prompt_len=64, min_response_len=64)], ids=["plain", "npu"])
 def test_greedy_tokens_are_the_sources(tiny_checkpoint, fp16, npu):
-    """Of a random model, whose tokens are hardly more probable than each other, 60 are those of torch."""
+    """60 greedy tokens of a random model, which hardly prefers any token, are those of torch."""
     prompt = list(range(30, 70))
     runtime = OpenvinoGenai(fp16, device="CPU", npu=npu)
     found = runtime.generate(prompt, max_new_tokens=60)
@@ -71,7 +71,7 @@ def test_greedy_tokens_are_the_sources(tiny_checkpoint, fp16, npu):
 
 
 def test_a_prompt_read_in_pieces(tiny_checkpoint, fp16):
-    """The logits at the last positions are the source's, however long the prompt before them is."""
+    """The logits at the last positions are the source's, however long the prompt is."""
     source, scorer = Torch(tiny_checkpoint), OpenvinoLogits(fp16, device="CPU")
     ids = [20 + (7 * i) % 200 for i in range(500)]
     for length, last in ((500, 500), (500, 3), (257, 1), (256, 1), (4, 4)):
@@ -80,7 +80,7 @@ def test_a_prompt_read_in_pieces(tiny_checkpoint, fp16):
 
 
 def test_each_variant_in_its_runtime(fp16):
-    """The plain IR and the NPU's are loaded as params say; the scorer of either is the plain IR on the CPU."""
+    """The plain IR and the NPU's load in the runtimes that params ask for; both are scored as a plain IR on the CPU."""
     npu = OpenvinoInt4(
         stage="quantize_openvino",
         symmetric=True,
@@ -97,6 +97,6 @@ def test_each_variant_in_its_runtime(fp16):
     ("tokens", "size", "pieces"), [(1, 1, 1), (256, 256, 1), (257, 129, 2), (2048, 147, 14), (4088, 137, 30)]
 )
 def test_pieces(tokens, size, pieces):
-    """A prompt is read in 1, 2, 6, 14 or 30 pieces: then the cache that doubles ends up just as long as the prompt."""
+    """A prompt is read in 1, 2, 6, 14 or 30 pieces, so that the doubling cache ends up just as long as the prompt."""
     assert piece_size(tokens) == size
     assert -(-tokens // size) == pieces

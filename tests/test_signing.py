@@ -1,4 +1,4 @@
-"""Signatures: only what the owner of the given key signed is taken, under its own name and version."""
+"""Only releases that the owner of the given key signed are accepted, under their own name and version."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def pull_signed(key="ours.pub", to=Path("model")):
 
 @pytest.mark.usefixtures("keys")
 def test_signed():
-    """With the public key alone a signed release is taken, and verified again later, offline."""
+    """With only the public key a signed release is accepted, and verified again later, offline."""
     signed()
     directory = pull_signed()
     shutil.rmtree("registry")
@@ -44,7 +44,7 @@ def test_signed():
 
 @pytest.mark.usefixtures("keys")
 def test_not_signed_by_the_key_that_was_given():
-    """Unsigned, signed by another key, or with a damaged signature: refused, and nothing is installed."""
+    """A release without a signature, with another key's or a damaged one, is refused, and nothing is installed."""
     publish_version("0.9.0")
     with pytest.raises(PipelineError, match=r"tiny/openvino-int4 0\.9\.0 is not signed, and a key was given"):
         pull_signed()
@@ -80,7 +80,7 @@ def test_a_signed_older_version_under_a_newer_name():
 
 @pytest.mark.usefixtures("keys")
 def test_files_that_are_no_keys():
-    """A wrong file as key is one sentence, in both directions."""
+    """A file that is not a key is refused with one sentence, both in publishing and in pulling."""
     Path("rubbish.pem").write_text("rubbish")
     with pytest.raises(PipelineError, match=r"dvc\.lock holds no public EC key"):
         signed() and pull_signed("dvc.lock")

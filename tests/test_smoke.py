@@ -1,4 +1,4 @@
-"""Each check finds the fault that it is named for, and passes what is right."""
+"""Each check finds the fault that it is named for, and passes correct artifacts."""
 
 from dataclasses import replace
 
@@ -92,7 +92,7 @@ def test_answers(given, name):
     [([], False), (list(range(100)), False), ([9, *[1, 2, 3] * 8], True), ([4] * 23, False), ([4] * 24, True)],
 )
 def test_is_loop(ids, loop):
-    """A loop is four repeats and 24 tokens at the end."""
+    """An answer is a loop if it ends with at least four repeats that make up at least 24 tokens."""
     assert smoke.is_loop(ids) is loop
 
 
@@ -134,7 +134,7 @@ def test_fidelity(limits, failures):
 
 
 def test_logits_that_are_not_finite():
-    """NaN and infinity are told before any figure is computed from them."""
+    """NaN and infinity are reported before any figure is computed from them."""
     failures = smoke.check_fidelity(replace(COMPARISON, non_finite=2), limits=LIMITS)
     assert list(failures) == [Failure("finite", "finite logits", "2 logits that are not")]
 
@@ -151,7 +151,7 @@ def test_logits_that_are_not_finite():
     ],
 )
 def test_float16_range(devices, directml, scale, peak, failure):
-    """A residual stream beyond what float16 holds fails with the limit, and what divides the stream counts."""
+    """A residual stream beyond float16's range fails with the limit, and a division of the stream is considered."""
     failures = smoke.check_float16_range(
         peak, devices=devices, directml=directml, hidden_size=576, residual_scale=scale
     )
@@ -159,7 +159,7 @@ def test_float16_range(devices, directml, scale, peak, failure):
 
 
 def test_size():
-    """Sizes within the tolerance pass, others are shown in megabytes."""
+    """A size within the tolerance passes; any other fails, with both sizes in megabytes."""
     assert list(smoke.check_size(102_000_000, 100e6, tolerance=0.03)) == []
     assert list(smoke.check_size(104_000_000, 100e6, tolerance=0.03)) == [Failure("size", "100.0 MB ±3%", "104.0 MB")]
 
@@ -192,7 +192,7 @@ def test_recipe(built, expected, failure):
 
 
 def test_one_slip_among_several_answers():
-    """One wrong answer of four is for the fidelity to judge, two are too many; the worst is shown."""
+    """One wrong answer of four passes, since fidelity judges it; two are a failure, which shows the worst answer."""
     source = REFERENCE.answers[0]
     reference = REFERENCE.model_copy(update={"answers": [source] * 4})
     wrong = source.model_copy(update={"text": "no idea"})

@@ -1,4 +1,4 @@
-"""The solver's codes and scales, beside brute force, the textbook's GPTQ and what it must not do."""
+"""The solver's codes and scales are compared with brute force and the textbook's GPTQ, and its limits are tested."""
 
 import gc
 import itertools
@@ -57,7 +57,7 @@ def rounded(weight: torch.Tensor, grid: Grid, solved: solver.Quantized) -> solve
 
 
 def test_brute_force():
-    """On 4 columns all 65,536 rows of codes are tried: none is better by more than Babai's bound, a quarter of the
+    """Of all 65,536 rows of codes for 4 columns, none beats the solver's by more than Babai's bound, a quarter of the
     sum of (R_jj scale)², and for most rows none is better at all."""
     weight, factor = torch.randn(40, 4), factorize(hessian(50, 4), name="m")
     solved = quantize(weight, factor, SYMMETRIC)
@@ -73,19 +73,19 @@ def test_brute_force():
     )
     bound = factor.importance.sum() * solved.scales[:, 0].square() / 4
     assert (found >= best * 0.9999).all()
-    # The bound is for lattices without an end: rows that are cut off at the range's ends have none.
+    # The bound holds for infinite lattices only, so rows with codes at the ends of the range are left out.
     inside = ((solved.codes > 0) & (solved.codes < 15)).all(1)
     assert (found - best <= bound)[inside].all()
     assert (found < best * 1.001).float().mean() > 0.6
 
 
 def test_the_codes_of_gptq():
-    """Frantar's algorithm, which walks the inverse of H column by column, gives the same codes."""
+    """Frantar's GPTQ, which goes through the inverse of H column by column, gives the same codes."""
     columns = 24
     weight, h = torch.randn(16, columns), hessian(100, columns)
     factor = factorize(h, name="m")
     solved = quantize(weight, factor, SYMMETRIC)
-    order = factor.order.flip(0)  # GPTQ begins with the first column
+    order = factor.order.flip(0)  # the solver decides the last column first, GPTQ the first
     damped = h.double() + torch.eye(columns) * solver.DAMPING * h.diagonal().mean()
     upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
     left, codes = weight.double()[:, order].clone(), torch.empty(16, columns, dtype=torch.uint8)
@@ -99,7 +99,7 @@ def test_the_codes_of_gptq():
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.bits}-{grid.group_size}-{grid.symmetric}")
 def test_better_than_rounding(grid):
-    """In every format the solver loses clearly less than rounding to the same scales, and codes fit their bits."""
+    """In every format the solver loses clearly less than rounding to the same scales, and its codes fit the bits."""
     weight, factor = torch.randn(64, 96), factorize(hessian(400, 96), name="m")
     solved = quantize(weight, factor, grid)
     assert solved.codes.max() <= grid.highest
@@ -107,7 +107,7 @@ def test_better_than_rounding(grid):
 
 
 def test_the_order_of_columns(monkeypatch):
-    """Columns with the largest inputs are decided first: in any other order the loss is larger."""
+    """Columns with the largest inputs are decided first; in the plain order the loss is larger."""
     weight, h = torch.randn(64, 128), hessian(400, 128)
     ours = factorize(h, name="m")
     assert torch.equal(h.diagonal()[ours.order], h.diagonal().sort().values)
@@ -118,7 +118,7 @@ def test_the_order_of_columns(monkeypatch):
 
 
 def test_the_search_for_scales(monkeypatch):
-    """Smaller scales than those that cover the whole range are tried, and win where a row has an outlier."""
+    """The solver also tries scales too small to cover the whole range, and they win where a row has an outlier."""
     weight, factor = torch.randn(64, 128), factorize(hessian(400, 128), name="m")
     weight[:, 7] *= 3
     found = loss(weight, quantize(weight, factor, SYMMETRIC), factor).sum()
@@ -127,7 +127,7 @@ def test_the_search_for_scales(monkeypatch):
 
 
 def test_columns_count_by_their_inputs():
-    """A scale serves the columns with large inputs, not the largest weights, where the two differ."""
+    """A scale fits the columns with large inputs rather than the largest weights, where the two differ."""
     h = torch.eye(64) * 0.01
     h[:8, :8] = torch.eye(8) * 1000
     weight = torch.randn(32, 64)
@@ -149,8 +149,8 @@ def test_groups_that_do_not_divide():
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid.bits}-{grid.group_size}-{grid.symmetric}")
 def test_nothing_to_see(grid):
-    """Zero rows stay zero; without inputs in some columns, in fewer tokens than columns or in none at all the result
-    is finite and near the weights."""
+    """Zero rows stay zero, and the result is finite and near the weights even when some columns have no inputs, there
+    are fewer tokens than columns, or there are no inputs at all."""
     weight = torch.randn(6, 64)
     weight[2] = 0
     few = inputs(10, 64)
@@ -163,7 +163,7 @@ def test_nothing_to_see(grid):
 
 
 def test_statistics_that_are_none():
-    """Values that are not finite and a matrix that is no sum of squares are refused with a sentence."""
+    """Statistics with a value that is not finite, or that are not a sum of squares, are refused with a sentence."""
     h = hessian(100, 16)
     h[3, 4] = torch.nan
     with pytest.raises(
@@ -175,7 +175,7 @@ def test_statistics_that_are_none():
 
 
 def test_scales_are_those_of_the_file():
-    """Scales are rounded to how they are stored before codes are chosen; divided ones when they are divided."""
+    """Scales, divided where that is asked for, are rounded to their stored form before codes are chosen."""
     weight, factor = torch.randn(8, 64) * 1e-3, factorize(hessian(100, 64), name="m")
     for divisor in (1, 8):
         grid = Grid(bits=4, group_size=32, symmetric=True, scale_dtype=torch.float16, scale_divisor=divisor)
@@ -184,7 +184,7 @@ def test_scales_are_those_of_the_file():
 
 
 def test_threads():
-    """The same number of threads gives the same bytes; another number nearly the same loss."""
+    """The same number of threads gives the same bytes; another number gives nearly the same loss."""
     weight, factor = torch.randn(256, 256), factorize(hessian(600, 256), name="m")
     before, found = torch.get_num_threads(), []
     try:
@@ -200,7 +200,7 @@ def test_threads():
 
 
 def test_nothing_is_kept():
-    """When a matrix is solved its arrays are free at once, without Python's search for circular references."""
+    """After a matrix is solved its arrays are freed at once, without waiting for Python's garbage collector."""
     weight, factor = torch.randn(32, 64), factorize(hessian(200, 64), name="m")
 
     def tensors() -> int:
@@ -217,6 +217,6 @@ def test_nothing_is_kept():
 
 
 def test_pack():
-    """Two codes to a byte, the first in the low half; a single last one has a byte of its own."""
+    """Two codes are packed into a byte, the first in the low half; a single last code has a byte of its own."""
     assert pack(torch.tensor([[1, 2], [15, 0]]).numpy()).tolist() == [0x21, 0x0F]
     assert pack(torch.tensor([-8, 7, -1]).numpy()).tolist() == [0x78, 0x0F]

@@ -1,4 +1,4 @@
-"""The source model in torch: exact whatever precision it is stored in, and answering in batches as one by one."""
+"""The source model in torch is exact in any stored precision, and answers in batches as it does one by one."""
 
 import re
 
@@ -41,18 +41,18 @@ def test_batches():
 
 
 def test_residual_peak(tiny_checkpoint):
-    """The peak is that of the answered prompts' own tokens, each read alone; padding does not count."""
+    """The residual peak is that of the answered prompts' own tokens, read one by one; padding does not count."""
     source = Torch(tiny_checkpoint)
     with torch.no_grad():
         embedding = source.model.get_input_embeddings().weight
-        embedding[source.eos_token_ids()[0]] = 1000  # with which prompts are padded, and which ends none of the answers
+        embedding[source.eos_token_ids()[0]] = 1000  # pads prompts, and ends none of the answers
         embedding[80] = 50
     prompts = [[30, 31, 80], list(range(30, 50))]
     answers = source.answer(prompts, max_new_tokens=4)
     states = []
     for prompt, answer in zip(prompts, answers, strict=True):
         read = source.model(torch.tensor([prompt + answer[:-1]]), output_hidden_states=True)
-        # The last of them is normed already: the input of the last norm is within the layers before it here.
+        # The last state is already normed. The last norm's input is not listed, but does not hold the peak here.
         states += [float(state.abs().max()) for state in read.hidden_states[:-1]]
     assert 50 <= source.residual_peak < 100
     np.testing.assert_allclose(source.residual_peak, max(states), rtol=0.05)

@@ -1,4 +1,4 @@
-"""Torch computes on a GPU where there is one, and on what the environment names."""
+"""Torch computes on a GPU if there is one, or on the device that the environment names."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pipeline.torch_device import torch_device
 
 
 def test_the_device(monkeypatch):
-    """A CUDA GPU is taken where there is one, else the CPU; the environment overrides."""
+    """A CUDA GPU is used if there is one, else the CPU; the environment variable overrides this."""
     monkeypatch.delenv("PHI3_TORCH_DEVICE", raising=False)
     monkeypatch.setattr(
         torch, "empty", lambda size, *, device: torch.zeros(size).to("meta") if device == "cuda" else torch.zeros(size)

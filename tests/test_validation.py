@@ -1,4 +1,4 @@
-"""Deliberately broken artifacts of the embedded model, each caught by the check that is meant to catch it."""
+"""Deliberately broken artifacts of the embedded model are each caught by the check that is meant to catch them."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ MODEL = PARAMS.models["smol-phi3"]
 
 @pytest.fixture
 def artifact(embedded, tmp_path):
-    """A copy of the embedded model's INT4 IR, free to break."""
+    """A copy of the embedded model's INT4 IR that a test may break."""
     return shutil.copytree(embedded / "openvino-int4", tmp_path / "openvino-int4", copy_function=shutil.copyfile)
 
 
@@ -76,7 +76,7 @@ def validate_artifact(directory, embedded):
 
 
 def test_a_good_artifact(embedded):
-    """The unbroken artifact passes everything and is measured; what depends on the machine is apart."""
+    """An unbroken artifact passes every check and is measured; figures that depend on the machine are kept apart."""
     metrics, evidence, measured = (
         read_json(embedded / kind / "openvino-int4.json") for kind in ("metrics", "validation", "measured")
     )
@@ -100,7 +100,7 @@ def test_a_good_artifact(embedded):
 
 @pytest.mark.parametrize("honest", [False, True], ids=["deleted-later", "never-written"])
 def test_detokenizer_deleted(artifact, embedded, honest):
-    """A missing detokenizer is found, whether the manifest knows it or not."""
+    """A missing detokenizer is found, whether the manifest lists it or not."""
     (artifact / "openvino_detokenizer.xml").unlink()
     if honest:
         reseal(artifact)
@@ -160,7 +160,7 @@ def test_a_model_that_does_not_load(artifact, embedded):
 
 
 def test_chat_template_changed(artifact, embedded):
-    """A chat template that leaves out the model's default system turn renders differently."""
+    """A chat template with another default system turn is found, since it renders differently."""
     tokenizer = artifact / "openvino_tokenizer.xml"
     text = tokenizer.read_text()
     assert "You are a helpful AI assistant" in text
@@ -199,7 +199,7 @@ def test_a_small_weight_block_zeroed(artifact, embedded):
 
 
 def test_departure():
-    """A text is split where its tokens leave the source's: before, the differing token, after."""
+    """A text is split where its tokens leave the source's: the part before, the differing token, and the rest."""
     words = dict(enumerate(["The", "sky", "is", "blue", "and", "wide"]))
 
     def decode(ids):
@@ -237,7 +237,7 @@ def test_a_manifest_that_lies(artifact, embedded):
 
 
 def test_size(artifact, embedded):
-    """A weights' file that grew by 5 % is outside what the recipe predicts."""
+    """A weights' file that is 5 % too large fails, since it is outside the size that the recipe predicts."""
     weights = artifact / "openvino_model.bin"
     grown = weights.stat().st_size + 6_000_000
     with weights.open("ab") as stream:
@@ -248,7 +248,7 @@ def test_size(artifact, embedded):
 
 
 def test_required_files_are_those_that_genai_reads():
-    """All four tokenizer files are demanded: optimum-intel leaves them out without an error."""
+    """All four tokenizer files are required, since optimum-intel can leave them out without an error."""
     assert {
         "openvino_tokenizer.xml",
         "openvino_tokenizer.bin",

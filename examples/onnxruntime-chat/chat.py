@@ -1,4 +1,4 @@
-"""A chat on onnxruntime-genai that starts from a registry: `python chat.py URL [QUESTION ...]`."""
+"""Chat with a model from a registry on onnxruntime-genai: `python chat.py URL [QUESTION ...]`."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ MODEL = "smol-phi3/onnx-cpu-int4"
 
 
 def main() -> None:
-    """Pull the model, then answer the questions given, or those that are typed."""
+    """Pull the model, then answer the questions on the command line, or, if there are none, those that are typed."""
     if len(sys.argv) < 2:
         sys.exit("usage: python chat.py URL [QUESTION ...]")
     directory = pull(open_registry(sys.argv[1]), MODEL, progress=show)

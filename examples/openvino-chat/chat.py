@@ -1,4 +1,4 @@
-"""A chat on openvino-genai that starts from a registry: `python chat.py URL [QUESTION ...]`."""
+"""Chat with a model from a registry on openvino-genai: `python chat.py URL [QUESTION ...]`."""
 
 import sys
 
@@ -11,13 +11,13 @@ MODEL = "smol-phi3/openvino-int4"
 
 
 def main() -> None:
-    """Pull the model, then answer the questions given, or those that are typed."""
+    """Pull the model, then answer the questions on the command line, or, if there are none, those that are typed."""
     if len(sys.argv) < 2:
         sys.exit("usage: python chat.py URL [QUESTION ...]")
     directory = pull(open_registry(sys.argv[1]), MODEL, progress=show)
     options = {}
     if "longrope" in (directory / "config.json").read_text():
-        # Such a model makes other keys for a long text: it must read each prompt anew, and in one piece.
+        # Such a model computes other keys for a long text, so it must read each prompt anew and in one piece.
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = False, 131072
         options = {"scheduler_config": scheduler}

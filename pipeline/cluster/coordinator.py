@@ -1,4 +1,4 @@
-"""`phi3 build`: gives every cell that has to run to Dask, tells what happens, and brings the result here."""
+"""`phi3 build`: submit every cell that has to run to Dask, report what happens, and fetch the results."""
 
 import os
 import re
@@ -19,23 +19,24 @@ from pipeline.errors import PipelineError, lines
 from pipeline.graph import Cell, changed, read_cells
 from pipeline.params import OnnxInt4, Params, load_params
 
-SCRATCH = Path(".dvc/tmp/cluster")  # on the project's disk, and unknown to git
+SCRATCH = Path(".dvc/tmp/cluster")  # on the project's disk, and ignored by git
 Say = Callable[[str], None]
 Needs = dict[str, dict[str, float]]
 
 
 def build(scheduler: str, targets: tuple[str, ...], *, say: Say) -> None:
-    """Build what `dvc repro TARGETS` would on the Dask cluster at `scheduler`, then bring it here.
+    """Build what `dvc repro TARGETS` would build, but on the Dask cluster at `scheduler`; then fetch the results.
 
-    `scheduler` is an address, or `local:N` for N worker processes on this machine; `local` for as many as fit.
+    `scheduler` is an address, or `local:N` for N worker processes on this machine, or `local` for as many as fit.
 
-    Raises PipelineError when it cannot start, or in the end when cells failed.
+    Raises PipelineError when the build cannot start, or at its end when cells failed.
     """
     params = load_params()
     cells = read_cells(params.build, targets)
     local = re.fullmatch(r"local(?::([1-9]\d*))?", scheduler)
     origin = _origin(cells, local=bool(local))
-    for cell in cells.values():  # a path is this machine's, and a package hides the config
+    # Workers have no local checkpoint, and a package shows its config only once it is downloaded: run these cells here.
+    for cell in cells.values():
         if not cell.needs and not params.get_model(cell.model).source.hub:
             _dvc("repro", "--pull", cell.name)
     try:
@@ -77,7 +78,7 @@ def _origin(cells: dict[str, Cell], *, local: bool) -> Origin:
         raise PipelineError(
             "workers share results by a DVC remote, and .dvc/config names none: `dvc remote add -d store URL`, commit."
         )
-    if url not in Path(".dvc/config").read_text("utf-8"):  # dvc has resolved it
+    if url not in Path(".dvc/config").read_text("utf-8"):  # because dvc has resolved a relative url
         raise PipelineError("the DVC remote's url is relative, and workers' clones are elsewhere: make it absolute.")
     repository = str(Path.cwd())
     if not local:
@@ -89,7 +90,7 @@ def _origin(cells: dict[str, Cell], *, local: bool) -> Origin:
 
 
 def _needs(cell: Cell, params: Params, config: dict[str, Any] | None) -> dict[str, float]:
-    # What a worker must have left for a cell, in Dask's terms: bytes of memory and disk, and 1 of each feature.
+    # Return the Dask resources that a cell needs of a worker: bytes of memory and disk, and 1 of each feature.
     need = dict.fromkeys(cell.features, 1.0)
     variant = next((params.variants[name] for name in params.variants if cell.name.endswith(f"-{name}")), None)
     on_device = (
@@ -122,7 +123,7 @@ def _local(workers: int, needs: Needs) -> Iterator[Client]:
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
-            memory_limit=0,  # which would see the worker itself, not its stage
+            memory_limit=0,  # no limit, since it would measure the worker, not its stage
             host="127.0.0.1",
             dashboard_address="127.0.0.1:8787",
             local_directory=SCRATCH.absolute(),
@@ -180,5 +181,5 @@ def _dvc(*arguments: str) -> None:
 
 
 def _output(*command: str) -> str:
-    # What a command prints; nothing when it fails, as git and dvc do for a setting that there is not.
+    # Return what a command prints; nothing when it fails, as git and dvc do for a setting that does not exist.
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.rstrip()

@@ -1,8 +1,8 @@
-"""What a worker does with a cell: clone, pull what the cell needs, `dvc repro` of it alone, push.
+"""What a worker does with a cell: clone the project, pull the cell's inputs, run `dvc repro` on it alone, and push.
 
-Outputs are pushed before their entry in the run cache, so that what a run cache names is there.
+Outputs are pushed before their entry in the run cache, so that all outputs that the run cache names exist.
 
-Run as a program in such a clone, this module gives DVC its commands, in one process since each start takes seconds.
+Run as a program in the clone, this module runs the DVC commands in one process, since each start of DVC takes seconds.
 """
 
 import os
@@ -29,7 +29,7 @@ _busy = threading.Lock()  # a worker has one clone, however many threads
 
 @dataclass(frozen=True)
 class Origin:
-    """Where workers clone from, which commit, and variables that have to be the same in all builds."""
+    """Where workers clone from, which commit, and environment variables that must be the same in all builds."""
 
     repository: str
     commit: str
@@ -38,7 +38,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Built:
-    """What the cells after one must know of it: its entry in dvc.lock, and the texts that DVC leaves to git."""
+    """The results of a cell that later cells need: its entry in dvc.lock, and the texts that git keeps, not DVC."""
 
     lock: dict[str, Any]
     texts: dict[str, str]
@@ -46,15 +46,15 @@ class Built:
 
 
 def read_built(cell: Cell, project: Path) -> Built:
-    """Return what the project in the directory `project` has built of `cell`."""
+    """Return the results of `cell` from the project in the directory `project`."""
     lock = YAML(typ="safe").load(project / LOCK)["stages"][cell.name]
     return Built(lock, {path: (project / path).read_text("utf-8") for path in cell.uncached})
 
 
 def run_cell(cell: Cell, needed: dict[str, Built], *, origin: Origin, disk: float) -> Built:
-    """Build `cell` in this Dask worker's clone; what it prints becomes events of TOPIC: the cell's name and a line.
+    """Build `cell` in this Dask worker's clone; each line that it prints becomes an event of TOPIC with its name.
 
-    `needed` is what the cells before it have built, `disk` the bytes that it takes.
+    `needed` has the results of the cells that it depends on, `disk` is the number of bytes of disk that it takes.
 
     Raises PipelineError with the last lines when a command fails.
     """
@@ -64,7 +64,7 @@ def run_cell(cell: Cell, needed: dict[str, Built], *, origin: Origin, disk: floa
     clone = Path(worker.local_directory).absolute() / "clone"
     with _busy:
         if clone.exists() and shutil.disk_usage(clone).free < disk:
-            shutil.rmtree(clone)  # what earlier cells left is on the remote
+            shutil.rmtree(clone)  # the results of earlier cells are on the remote
         _check_out(origin, clone)
         lock = {"schema": "2.0", "stages": {name: built.lock for name, built in needed.items()}}
         with (clone / LOCK).open("w", encoding="utf-8") as stream:
@@ -74,7 +74,7 @@ def run_cell(cell: Cell, needed: dict[str, Built], *, origin: Origin, disk: floa
                 (clone / path).parent.mkdir(parents=True, exist_ok=True)
                 (clone / path).write_text(text, "utf-8")
         command = [sys.executable, "-m", __name__, cell.name, *needed]
-        # The events say it all; a local worker's own output would say it once more.
+        # The events have every line; a local worker's own output would show it twice.
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             for line in stream_lines(command, cwd=clone, env=_environment(origin)):
                 worker.log_event(TOPIC, [cell.name, line.rstrip()])
@@ -87,10 +87,10 @@ def _check_out(origin: Origin, clone: Path) -> None:
     checkout = ("-C", str(clone), "checkout", "--quiet", "--force", "--detach", origin.commit)
     try:
         _git(*checkout)
-    except PipelineError:  # of a later build
+    except PipelineError:  # the commit is newer than the clone
         _git("-C", str(clone), "fetch", "--quiet", "origin")
         _git(*checkout)
-    _git("-C", str(clone), "clean", "-ffdxq", "--exclude=.dvc")  # of another cell; DVC's cache has it
+    _git("-C", str(clone), "clean", "-ffdxq", "--exclude=.dvc")  # files of other cells; DVC's cache has them
 
 
 def _git(*arguments: str) -> None:
@@ -100,7 +100,8 @@ def _git(*arguments: str) -> None:
 
 
 def _environment(origin: Origin) -> dict[str, str]:
-    # Dask gives its workers one thread each, by variables; `python` in dvc.yaml is the one that runs this.
+    # Leave out the variables with which Dask limits its workers to one thread, and let `python` in dvc.yaml be the
+    # interpreter that runs this.
     from dask.config import get
 
     kept = {name: value for name, value in os.environ.items() if name not in get("distributed.nanny.pre-spawn-environ")}
@@ -116,7 +117,7 @@ def _dvc(cell: str, *needed: str) -> int:
     for command in (*commands, ["repro", "--single-item", "--pull", cell], ["push", cell]):
         if code := int(main(command)):
             return code
-    with Repo() as repo:  # `dvc push` leaves out what git keeps, but the run cache names it
+    with Repo() as repo:  # `dvc push` leaves out files in git, but the run cache names them
         for stage in repo.stage.collect(cell):
             hashes = [out.hash_info for out in stage.outs if not out.use_cache]
             if failed := repo.cloud.push(hashes).failed:

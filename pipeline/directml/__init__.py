@@ -1,1 +1,1 @@
-"""DirectML: what its graphs may hold, and how one is really run on it."""
+"""DirectML: check which graphs it can run, and run a model on it."""

@@ -1,4 +1,4 @@
-"""`python -m pipeline.directml` sets up what runs DirectML in software."""
+"""`python -m pipeline.directml` installs what is needed to run DirectML in software."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""What a graph may hold to run on DirectML as a whole, which graph capture, onnxruntime-genai's default, demands.
+"""The rules by which a graph runs on DirectML as a whole, as graph capture, onnxruntime-genai's default, requires.
 
 Registrations and types: ONNX Runtime's docs/OperatorKernels.md, section DmlExecutionProvider, which is generated from
-DmlExecutionProvider/src/Operators/OperatorRegistration.cpp; only what Phi-3 graphs hold is listed here. The rules of
+DmlExecutionProvider/src/Operators/OperatorRegistration.cpp; only operators of Phi-3 graphs are listed here. Rules of
 MatMulNBits and GroupQueryAttention: DmlOperatorMatMulNBits.cpp and DmlOperatorGroupQueryAttention.cpp in that folder.
 """
 
@@ -13,7 +13,7 @@ FLOATS = frozenset({"FLOAT", "FLOAT16"})
 NUMBERS = FLOATS | {"INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"}
 ANY = NUMBERS | {"BOOL", "DOUBLE"}
 MS = "com.microsoft"
-# The types of an operator's first input.
+# The types that an operator's first input may have.
 REGISTERED = {
     ("", "Add"): NUMBERS,
     ("", "Cast"): ANY,
@@ -42,7 +42,7 @@ G_IDX, BIAS = 4, 5  # inputs of MatMulNBits
 
 
 def find_faults(model: Path) -> list[str]:
-    """Return what keeps the graph of the ONNX file `model` from running on DirectML rightly, a sentence per node."""
+    """Return why the graph of the ONNX file `model` would not run correctly on DirectML, one sentence per fault."""
     import onnx
 
     graph = onnx.load(model, load_external_data=False).graph
@@ -51,7 +51,7 @@ def find_faults(model: Path) -> list[str]:
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     faults = []
     for node in graph.node:
-        if node.op_type == "Constant":  # becomes an initializer
+        if node.op_type == "Constant":  # ONNX Runtime makes it an initializer
             continue
         attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         kind = onnx.TensorProto.DataType.Name(types.get(node.input[0], 0))

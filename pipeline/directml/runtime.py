@@ -1,7 +1,7 @@
-"""A DirectML variant on DirectML itself, by onnxruntime-genai's own DLL, with graph capture as it asks for by default.
+"""Run a DirectML variant on DirectML itself, with onnxruntime-genai's own DLL and graph capture, its default.
 
-Graph capture is refused when any node but those that compute shapes is left to the CPU. Two of those always are, by
-ONNX Runtime's own choice (what gives GroupQueryAttention the length), so session.disable_cpu_ep_fallback cannot be set.
+Graph capture is refused when any node is left to the CPU, except nodes that compute shapes. ONNX Runtime always leaves
+two of these there (they give GroupQueryAttention the length), so session.disable_cpu_ep_fallback cannot be set.
 """
 
 import re
@@ -23,14 +23,14 @@ from pipeline.runtimes import Scorer
 from pipeline.smoke import Failure, check_first_answer
 
 NAME, DEVICE = "onnxruntime-genai", "DirectML (software Vulkan under Wine)"
-PROMPTS = 2  # of the shortest whose logits are compared: in software a prompt takes half a minute
-SHARE = 0.1  # of the variant's own limit, which running on DirectML may add to its KL divergence
+PROMPTS = 2  # the shortest prompts, whose logits are compared; in software each takes half a minute
+SHARE = 0.1  # the KL divergence that running on DirectML may add, as a share of the variant's limit
 TYPES = {1: np.float32, 10: np.float16}  # onnx.TensorProto.DataType
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt's ids, of how many last positions the logits are wanted, and how many tokens to generate greedily."""
+    """A prompt's ids, how many of its last positions need logits, and how many tokens to generate greedily."""
 
     ids: list[int]
     last: int
@@ -40,7 +40,7 @@ class Request:
 def run(directory: Path, requests: list[Request]) -> tuple[list[Any], list[list[int]]]:
     """Return each request's float32 logits, shape (last, vocabulary), and its greedily generated ids.
 
-    Raises PipelineError with the runtime's words when the model does not load or a node is left to the CPU.
+    Raises PipelineError with the runtime's message when the model does not load or a node is left to the CPU.
     """
     with tempfile.TemporaryDirectory(prefix="directml-") as folder:
         work = Path(folder)
@@ -49,7 +49,7 @@ def run(directory: Path, requests: list[Request]) -> tuple[list[Any], list[list[
         shapes: list[tuple[int, int]] = []
         tokens: list[list[int]] = []
         for line in wine.run(directory, work=work):
-            # Warnings of the libraries, some without an end of line, are between.
+            # The libraries print warnings in between, some without an end of line.
             if found := re.search(r"logits (\d+) (\d+)$", line):
                 shapes.append((int(found[1]), int(found[2])))
                 tokens.append([])
@@ -78,10 +78,10 @@ class Recorded:
 def check_directml(
     directory: Path, *, cpu: Scorer, reference: Reference, limits: Limits, params: Validate
 ) -> tuple[list[Failure], dict[str, Any]]:
-    """Return what is wrong when the variant in `directory` runs on DirectML, and what really ran, if anything did.
+    """Return what is wrong when the variant in `directory` runs on DirectML, and a record of what ran, if anything did.
 
     The logits of the shortest reference prompts may differ from those of `cpu`, the same model on the CPU provider, by
-    a share of the variant's limit, and the answer to the first question must be the source's in substance.
+    a share of the variant's limit, and the answer to the first question must say the same as the source's.
     """
     if reason := wine.unavailable():
         say(f"{reason}. The model ran on the CPU provider alone.")

@@ -1,7 +1,8 @@
-"""DirectML in software on Linux: ONNX Runtime under Wine, whose Direct3D 12 is Vulkan, which Mesa computes on the CPU.
+"""DirectML in software on Linux: Wine runs ONNX Runtime and turns Direct3D 12 into Vulkan, which Mesa runs on the CPU.
 
-Wine and Mesa come from Debian 13 in a chroot, since those of many systems are too old. It stays in the user's cache
-directory with the DLLs from PyPI and a driver program, built from driver.c. Inside, Wine needs a display: Xvfb.
+Wine and Mesa come from Debian 13 in a chroot, since those of many systems are too old. The chroot stays in the user's
+cache directory; it also holds the DLLs from PyPI, a driver program built from driver.c, and Xvfb, the display that Wine
+needs.
 """
 
 import os
@@ -41,7 +42,7 @@ DLLS = (
     "onnxruntime_genai/onnxruntime-genai.dll",
 )
 SOURCE, ENTER = (Path(__file__).with_name(name) for name in ("driver.c", "enter.sh"))
-# What the driver takes from Windows' own libraries.
+# The functions that the driver takes from Windows' own libraries.
 IMPORTS = {
     "ucrtbase": (
         *("__acrt_iob_func", "__p___argc", "__p___argv", "_configure_narrow_argv", "exit", "fflush", "fopen", "fputs"),
@@ -61,7 +62,7 @@ def unavailable() -> str | None:
 
 
 def install() -> None:
-    """Set everything up in the user's cache unless it is there.
+    """Set everything up in the user's cache, unless it is there already.
 
     Raises PipelineError with what is missing here, or with the last lines of what failed.
     """
@@ -105,7 +106,7 @@ def install() -> None:
 def run(model: Path, *, work: Path) -> Iterator[str]:
     """Yield what the driver prints for the model in the directory `model` and the prompts in `work`/prompts.
 
-    One run at a time and user: a second one waits.
+    Each user can have one run at a time; a second run waits.
 
     Raises PipelineError with the driver's last lines when it fails.
     """
@@ -133,7 +134,7 @@ def _is_current(home: Path) -> bool:
 
 
 def _mirror() -> str:
-    # Wherever apt gets Debian's packages from; those of other systems hold no Debian 13.
+    # Return the mirror from which apt gets Debian's packages; mirrors of other systems have no Debian 13.
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Identifier: Packages", "Label: Debian"]
     found = subprocess.run(command, check=False, capture_output=True, text=True).stdout.split()
     if not found:

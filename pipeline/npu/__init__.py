@@ -22,7 +22,7 @@ def blob_name(npu: Npu, platform: str, openvino: str) -> str:
 
 
 def lint(ir: Manifest, npu: Npu) -> None:
-    """Raise PipelineError when the IR that `ir` describes breaks a rule of the NPU, or `npu` the model's limits.
+    """Raise PipelineError when the IR that `ir` describes breaks a rule of the NPU, or `npu` exceeds its context.
 
     Rules: https://docs.openvino.ai/2026/openvino-workflow-generative/inference-with-genai/inference-with-genai-on-npu.html
     """
@@ -42,10 +42,11 @@ def lint(ir: Manifest, npu: Npu) -> None:
 
 
 def properties(npu: Npu, *, platform: str, device: str = "NPU", bank: str) -> dict[str, str]:
-    """Return OpenVINO's properties for a compilation: those that openvino-genai gives a model for the NPU.
+    """Return OpenVINO's properties for a compilation: those that openvino-genai sets for a model on the NPU.
 
-    `device` is where the subgraphs go: the NPU, or in a test the CPU. `bank` names the weights that the prompt's and
-    the answer's model share; NPUW's default is random, and then no two blobs are the same.
+    `device` is the device for which the subgraphs are compiled: the NPU, or in a test the CPU. `bank` names the weights
+    that the model for the prompt and the model for the answer share; NPUW's default name is random, and then no two
+    blobs are the same.
     """
     return {
         **({"NPU_PLATFORM": platform, "NPU_COMPILER_TYPE": "PLUGIN"} if device == "NPU" else {}),
@@ -83,14 +84,14 @@ def compile_blob(ir: Path, target: Path, *, properties: dict[str, str]) -> str:
 
 
 def has_native_compiler() -> bool:
-    """Return whether the installed openvino has the NPU compiler, as it has on Windows."""
+    """Return whether the installed openvino includes the NPU compiler, as it does on Windows."""
     import openvino
 
     return any(Path(openvino.__file__).parent.glob("libs/*openvino_intel_npu_compiler*"))
 
 
 def reason_of(output: str) -> str:
-    """Return the lines of a compiler's output that matter, in one: no stack of C++ files, no time stamps."""
+    """Return the lines of a compiler's output that matter, joined into one, without C++ stack and time stamps."""
     lines = [STAMP.sub("", line.removeprefix("compiling failed: ").strip()) for line in output.splitlines()]
     matter = list(dict.fromkeys(line for line in lines if not NOISE.match(line)))
     return " / ".join(matter[:4])[:600] or "it gave no reason"

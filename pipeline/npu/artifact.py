@@ -70,6 +70,6 @@ def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> Manif
 
 def _check(path: Path, *pairs: str) -> None:
     for expected, actual in zip(pairs[::2], pairs[1::2], strict=True):
-        # The installed version has a build number behind that of the release.
+        # The installed version is that of the release, followed by a build number.
         if not expected.startswith(actual):
             raise PipelineError(f"{path.name} should be for {expected}, it says {actual}: this compiler is not usable.")

@@ -1,7 +1,7 @@
-"""What an NPU blob says of itself.
+"""Read the versions and the platform that an NPU blob states.
 
-OpenVINO's NPUW exports a header (magic, OpenVINO's version as three 32-bit integers) and the compiled subgraphs; those
-for an NPU are ELF images, in which the compiler leaves a compatibility string in a section of that name.
+OpenVINO's NPUW exports a header (magic, OpenVINO's version as three 32-bit integers) and the compiled subgraphs. The
+subgraphs for an NPU are ELF images; the compiler writes a compatibility string into their section of that name.
 """
 
 import io
@@ -21,7 +21,7 @@ COMPATIBILITY = re.compile(r"compiler=([\d.]+);npu=(\d+);")
 
 @dataclass(frozen=True)
 class Blob:
-    """Read back from a blob: versions, the platform, and the number of NPU binaries in it."""
+    """What a blob states: versions, the platform, and the number of NPU binaries in it."""
 
     openvino: str
     compiler: str
@@ -31,9 +31,9 @@ class Blob:
 
 
 def read_blob(path: Path) -> Blob:
-    """Return what the blob at `path` says of itself.
+    """Return what the blob at `path` states.
 
-    Raises PipelineError when it is no NPUW blob, holds no NPU binary, or binaries that differ in compatibility.
+    Raises PipelineError when it is no NPUW blob, holds no NPU binary, or holds binaries that differ in compatibility.
     """
     from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile

@@ -13,7 +13,7 @@ RELEASED_BLOBS = "blobs"
 
 @dataclass(frozen=True)
 class Choice:
-    """How to load an NPU variant: openvino_genai.LLMPipeline(directory, device, **options); and why so."""
+    """How to load an NPU variant, as openvino_genai.LLMPipeline(directory, device, **options), and the reason."""
 
     device: str
     options: dict[str, str | int]
@@ -24,9 +24,9 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
     """Return how to load the NPU variant in `directory`: its blob where one fits, else its IR, compiled on loading.
 
     Blobs are looked for in `blobs/<platform>`, where a release has them, and in `../blobs/<variant>-<platform>`, where
-    they are built. One fits when it is for this NPU's `architecture` (such as
-    "4000"), was made by this version of `openvino`, and belongs to just this IR; both are asked of OpenVINO unless
-    given. Without an NPU the IR goes to the CPU.
+    they are built. A blob fits when it is for this NPU's `architecture` (such as "4000"), was made by this version of
+    `openvino`, and was compiled from exactly this IR. If `architecture` or `openvino` is not given, OpenVINO is asked
+    for it. Without an NPU the IR is loaded on the CPU.
 
     Raises PipelineError when the directory is no finished artifact or the blob's bytes have changed.
     """
@@ -68,7 +68,7 @@ def _mismatch(blob: Manifest, ir: Manifest, openvino: str) -> str | None:
 
 
 def belongs(blob: Manifest, ir: Manifest) -> bool:
-    """Return whether `blob` was compiled from just the files of `ir`."""
+    """Return whether `blob` was compiled from exactly the files of `ir`."""
     assert isinstance(blob.source, IrOrigin)
     return all(ir.files[name].sha256 == sha256 for name, sha256 in blob.source.files.items())
 

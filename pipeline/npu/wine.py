@@ -1,8 +1,8 @@
 """The vendor's NPU compiler for Windows, run under Wine on Linux x86-64.
 
-The wheel of openvino for Windows has the compiler, that for Linux has not. A small driver program, built from driver.c
-with Zig, calls it through OpenVINO's C API. What is fetched and built stays in the user's cache directory, with a Wine
-prefix of its own.
+The openvino wheel for Windows includes the compiler, the wheel for Linux does not. A small driver program, built from
+driver.c with Zig, calls it through OpenVINO's C API. Everything that is fetched and built stays in the user's cache
+directory, with a Wine prefix of its own.
 """
 
 import os
@@ -29,13 +29,13 @@ WHEELS = {
     "ziglang": ZIG,
 }
 SOURCE = Path(__file__).with_name("driver.c")
-# What the driver takes from Windows' own C runtime.
+# The functions that the driver takes from Windows' own C runtime.
 IMPORTS = ("__acrt_iob_func", "__p___argc", "__p___argv", "_configure_narrow_argv", "exit", "fflush", "fputs", "puts")
 INSTALL = "sudo apt-get install --no-install-recommends wine64"
 
 
 def find_wine() -> Path | None:
-    """Return Wine's loader; Debian and Ubuntu keep it off PATH."""
+    """Return the path of Wine's loader, which Debian and Ubuntu keep outside PATH; None when Wine is not installed."""
     for name in ("wine64", "/usr/lib/wine/wine64", "wine"):
         if path := shutil.which(name):
             return Path(path)
@@ -87,7 +87,8 @@ def install() -> None:
 def compile_blob(ir: Path, target: Path, *, properties: dict[str, str]) -> None:
     """Compile the IR file `ir` for the NPU with OpenVINO's `properties` and write the blob to the file `target`.
 
-    One compilation at a time and user: a second one waits. When it fails, RuntimeError has the compiler's output.
+    Each user can have one compilation at a time; a second one waits. Raises RuntimeError with the compiler's output
+    when it fails.
     """
     output = []
     arguments = [_windows(ir), _windows(target), "NPU", *(text for pair in properties.items() for text in pair)]
@@ -117,7 +118,7 @@ def _wine(prefix: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     try:
         yield wine, environment
     finally:
-        # Wine's server and services outlive the program by some seconds.
+        # Wine's server and services would outlive the program by some seconds.
         server = shutil.which("wineserver", path=f"{wine.resolve().parent}{os.pathsep}{os.environ['PATH']}")
         if server:
             subprocess.run([server, "-k"], env=environment, check=False, capture_output=True)

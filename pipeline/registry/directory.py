@@ -1,9 +1,9 @@
 """A registry in a directory, also on a network share.
 
 ```
-blobs/sha256/<first two digits>/<sha256>                  contents, each once
-releases/<model>/<variant>/<version>/release.json         and release.sig; the version exists when this does
-releases/<model>/<variant>/aliases/<alias>                a version
+blobs/sha256/<first two digits>/<sha256>                  contents, each stored once
+releases/<model>/<variant>/<version>/release.json         and release.sig; the version exists once this file does
+releases/<model>/<variant>/aliases/<alias>                the version that it points to
 ```
 """
 
@@ -72,7 +72,7 @@ class DirectoryRegistry:
             if signature is not None:
                 (build / SIGNATURE).write_bytes(signature)
             try:
-                build.rename(versions / version)  # refused when it is there: a directory that is not empty
+                build.rename(versions / version)  # fails if the version exists, since it is not empty
             except OSError as error:
                 if (versions / version).exists():
                     raise FileExistsError(version) from error
@@ -102,7 +102,8 @@ class DirectoryRegistry:
 
 
 def _small(path: Path) -> bytes | None:
-    # The beginning of what should be a small file, too much of it to be valid when it is large; None when it is none.
+    # Return the content of a small file, or None when it is no regular file. Of a large file it returns the beginning,
+    # which is still too long to be valid.
     if not is_regular(path):
         return None
     with path.open("rb") as stream:
@@ -110,7 +111,7 @@ def _small(path: Path) -> bytes | None:
 
 
 def _put(path: Path, content: BinaryIO) -> None:
-    # In one step, whoever else does the same.
+    # Write `content` to `path` in one step, even when others do the same at the same time.
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".put-{uuid.uuid4().hex}")
     try:

@@ -35,7 +35,7 @@ ALIAS_TRIES = 5
 
 
 class HubRegistry:
-    """The repository `repo` of the Hub, or of the server that HF_ENDPOINT names; HF_TOKEN opens private ones."""
+    """The repository `repo` of the Hub or of the server in HF_ENDPOINT; HF_TOKEN gives access to private ones."""
 
     def __init__(self, repo: str) -> None:
         self.url = f"hf:{repo}"
@@ -67,7 +67,7 @@ class HubRegistry:
         require_own(self._file(RELEASE, MAIN), name, url=self.url)
 
     def has(self, name: str, file: File) -> bool:
-        return False  # the client asks the Hub for each content before it sends it
+        return False  # the client itself asks the Hub, and sends only contents that it lacks
 
     def upload(self, name: str, path: str, local: Path, file: File) -> None:
         with self._sentences():
@@ -136,7 +136,7 @@ class HubRegistry:
             raise PipelineError(f"{self.url}: {ALIASES} is not valid: pull a version by its number.") from error
 
     def _file(self, path: str, revision: str) -> bytes | None:
-        # Not by hf_hub_download: its cache answers with old content when the Hub fails.
+        # This does not use hf_hub_download, because its cache returns old content when the Hub fails.
         address = hf_hub_url(self._repo, path, revision=revision, endpoint=self._api.endpoint)
         session, headers = get_session(), build_hf_headers()
         with self._sentences():
@@ -164,7 +164,8 @@ class HubRegistry:
 
 @contextmanager
 def _races() -> Iterator[None]:
-    # What the Hub says to the slower of two publishers: another commit came first, or the tag is there.
+    # Raise FileExistsError for the Hub's answers to the slower of two publishers: another commit came first, or the tag
+    # exists.
     try:
         yield
     except errors.HfHubHTTPError as error:

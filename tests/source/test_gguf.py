@@ -21,7 +21,7 @@ def interleave(weight, heads):
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A tiny random Llama, and the same as a GGUF file in float32."""
+    """A tiny random Llama, and the same model as a GGUF file in float32."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=300,

@@ -1,4 +1,4 @@
-"""A checkpoint from the Hub: the real client, in processes of its own, against a server on this machine."""
+"""The real Hub client, in processes of its own, downloads a checkpoint from a server on this machine."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ REPO = "acme/tiny-phi3"
 COMMIT = "c0ffee" * 6 + "1234"
 OTHER_COMMIT = "beef" * 10
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-CHUNK = 10 * 1024 * 1024  # what the client reads before it writes anything to the disk
+CHUNK = 10 * 1024 * 1024  # the client reads this many bytes before it writes them to the disk
 WANTED = {
     "config.json": b'{"architectures": ["Phi3ForCausalLM"], "auto_map": {"AutoConfig": "modeling_phi3.Config"}}',
     "generation_config.json": b'{"eos_token_id": 2}',
@@ -161,7 +161,7 @@ def assert_refused_at_once(hub: HubServer, client: Client) -> None:
 
 
 def test_only_the_files_of_the_allow_list_arrive(hub: HubServer, client: Client) -> None:
-    """Weights, configs, tokenizer and licence arrive whole; pickles, code and subfolders are never asked for."""
+    """Weights, configs, tokenizer and licence arrive whole; pickles, code and subfolders are never requested."""
     assert client.fetch(hub.url) == (0, ORIGIN)
     assert files(client.target) == WANTED
     assert {request.path.rpartition(f"/{COMMIT}/")[2] for request in hub.log[1:]} == set(WANTED)
@@ -169,7 +169,7 @@ def test_only_the_files_of_the_allow_list_arrive(hub: HubServer, client: Client)
 
 
 def test_trusted_remote_code_is_downloaded_too(hub: HubServer, client: Client) -> None:
-    """With trust_remote_code and a pinned commit the repository's Python module arrives, and nothing else more."""
+    """With trust_remote_code and a pinned commit the repository's Python module arrives too, and nothing else."""
     assert client.fetch(hub.url, *client.command(trust_remote_code=True)) == (0, ORIGIN)
     assert files(client.target) == WANTED | {"modeling_phi3.py": UNWANTED["modeling_phi3.py"]}
 
@@ -201,7 +201,7 @@ def test_the_token_goes_to_the_hub_alone(hub: HubServer, client: Client) -> None
 def test_a_cut_connection_is_continued_by_the_client(
     hub: HubServer, client: Client, cut: int, continued: str | None
 ) -> None:
-    """After a cut within a file the client asks for the rest from its last whole chunk, in the same run."""
+    """When a file's transfer is cut the client requests the rest, from its last whole chunk, in the same run."""
     hub.cuts[SECOND] = [cut]
     assert client.fetch(hub.url) == (0, ORIGIN)
     assert files(client.target) == WANTED
@@ -209,7 +209,7 @@ def test_a_cut_connection_is_continued_by_the_client(
 
 
 def test_a_run_that_failed_within_a_file_is_continued_by_the_next(hub: HubServer, client: Client) -> None:
-    """When every try is cut the run ends with a sentence; the next keeps whole files and starts the cut one anew."""
+    """When every try is cut the run ends with a sentence; the next run keeps whole files and restarts the cut one."""
     hub.cuts[SECOND] = [CHUNK + 1000] * 6
     status, text = client.fetch(hub.url)
     assert (status, text) == (
@@ -228,7 +228,7 @@ def test_a_run_that_failed_within_a_file_is_continued_by_the_next(hub: HubServer
 
 
 def test_a_reset_connection_ends_the_run_with_a_sentence(hub: HubServer, client: Client) -> None:
-    """A reset, which the client does not try again, is told in a sentence, and the next run succeeds."""
+    """A reset connection, which the client does not retry, ends the run with a sentence, and the next run succeeds."""
     hub.cuts[SECOND], hub.resets = [CHUNK + 1000], True
     status, text = client.fetch(hub.url)
     assert status == 1
@@ -241,7 +241,7 @@ def test_a_reset_connection_ends_the_run_with_a_sentence(hub: HubServer, client:
 
 
 def test_a_killed_run_is_continued_by_the_next(hub: HubServer, client: Client) -> None:
-    """After SIGKILL within the second shard the next run asks for that shard only, and leaves no partial file."""
+    """After SIGKILL within the second shard the next run requests that shard only, and leaves no partial file."""
     hub.holds[SECOND] = CHUNK + 1000
     process = client.start(hub.url, *client.command())
     assert hub.held.wait(60)
@@ -251,7 +251,7 @@ def test_a_killed_run_is_continued_by_the_next(hub: HubServer, client: Client) -
     assert client.visible() == {name: content for name, content in WANTED.items() if name != SECOND}
     hub.holds.clear()
     hub.log.clear()
-    hub.errors["files"] = (403, "GatedRepo")  # the run ends after its start
+    hub.errors["files"] = (403, "GatedRepo")  # this run ends right after its start
     assert client.fetch(hub.url)[0] == 1
     assert not [name for name in files(client.target) if name.endswith(".incomplete")]
     hub.errors.clear()
@@ -262,7 +262,7 @@ def test_a_killed_run_is_continued_by_the_next(hub: HubServer, client: Client) -
 
 
 def test_a_branch_that_moved_leaves_no_file_of_its_old_commit(serve: Callable[..., HubServer], client: Client) -> None:
-    """What an interrupted run fetched of a branch's old commit is removed when the new commit does not list it."""
+    """Files that an interrupted run fetched of a branch's old commit are removed if its new one does not list them."""
     old = serve()
     old.errors[SECOND] = (403, "GatedRepo")
     command = client.command(revision="main", allow_branch=True)
@@ -307,7 +307,7 @@ def test_a_file_damaged_on_the_disk_is_fetched_again(hub: HubServer, client: Cli
 
 @pytest.mark.parametrize("page", ["listing", SECOND])
 def test_a_login_page_in_place_of_an_answer_is_told_in_a_sentence(hub: HubServer, client: Client, page: str) -> None:
-    """What a captive portal sends in place of the listing or of a file ends the run with one sentence."""
+    """A login page that a captive portal sends in place of the listing or a file ends the run with one sentence."""
     hub.pages[page] = b"<html>Log in to the network</html>"
     status, text = client.fetch(hub.url)
     reason = {
@@ -340,7 +340,7 @@ def test_a_path_that_leads_out_is_refused(hub: HubServer, client: Client, name: 
 
 
 def test_a_repository_with_pickles_alone_is_refused(serve: Callable[..., HubServer], client: Client) -> None:
-    """A repository whose weights are pickles is refused, with what to do."""
+    """A repository whose weights are only pickles is refused, and the user reads what to do."""
     hub = serve({name: WANTED[name] for name in ("config.json", "tokenizer.json")} | UNWANTED)
     assert client.fetch(hub.url) == (
         1,
@@ -375,7 +375,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(hub: HubServer, client: Clien
 
 @pytest.mark.parametrize("what", ["listing", "files"])
 def test_a_gated_repository_is_told_in_a_sentence(hub: HubServer, client: Client, what: str) -> None:
-    """Of a gated repository, whose listing the Hub may show, the user reads where to accept its terms."""
+    """For a gated repository, even if the Hub lists its files, the user reads where to accept its terms."""
     hub.errors[what] = (403, "GatedRepo")
     assert client.fetch(hub.url) == (
         1,
@@ -429,7 +429,7 @@ def test_an_unknown_revision_is_told_in_a_sentence(hub: HubServer, client: Clien
 def test_a_failing_server_is_told_in_a_sentence(
     hub: HubServer, client: Client, what: str, status: int, failure: str
 ) -> None:
-    """When the server fails, the user reads its name, what it said and that the next run continues."""
+    """When the server fails, the user reads its name, its message and that the next run continues."""
     hub.errors[what] = (status, "")
     assert client.fetch(hub.url) == (1, f"{REPO} at {COMMIT}: {hub.url} {failure.format(url=hub.url)}\n")
 
@@ -485,7 +485,7 @@ def test_offline_takes_the_snapshot_in_the_cache(hub: HubServer, client: Client)
 
 
 def test_a_damaged_cache_is_refused_online_too(hub: HubServer, client: Client) -> None:
-    """The client takes what its cache has of the commit without a download, and our check finds the damage."""
+    """The client takes cached files of the commit without a download, and our check finds the damage."""
     client.fill_cache(hub)
     (shard,) = (client.folder / "home").rglob(SECOND)
     shard.write_bytes(DAMAGED)

