@@ -19,6 +19,7 @@ import nncf
 
 from bench.twins import Change, leave_the_grid, untie, write_twin
 from pipeline import onnx_genai, openvino, paths
+from pipeline.backend import backend
 from pipeline.calibration import Calibration
 from pipeline.fidelity import compare, read_distributions
 from pipeline.hessians import hessians, write_calibration
@@ -159,7 +160,7 @@ def measure(
             source.checkpoint, directory, recipe=recipe, trust_remote_code=False, calibration=calibration
         )
     seconds = time.perf_counter() - started
-    weights = directory / (openvino if isinstance(recipe, OpenvinoInt4) else onnx_genai).WEIGHTS
+    weights = directory / backend(recipe).WEIGHTS
     runtime = load_runtime(directory, variant=recipe, precision="default")
     speeds = []
     for answer in reference.continuations[: QUESTIONS + 1]:

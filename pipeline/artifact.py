@@ -12,7 +12,7 @@ from pipeline import paths
 from pipeline.checkpoint import read_json
 from pipeline.context import limits
 from pipeline.manifest import Manifest, building, read_manifest, seal, tool_versions
-from pipeline.params import OnnxInt4, OpenvinoInt4, Params, Variant
+from pipeline.params import OnnxInt4, Params, Variant
 from pipeline.recipe import Matrix, summary
 from pipeline.rotation import can_rotate
 
@@ -34,7 +34,6 @@ def building_variant(
     """
     variant, source = params.get_variant(name), paths.source(model)
     origin, config = read_manifest(source), read_json(source / "config.json")
-    directml = isinstance(variant, OnnxInt4) and variant.execution_provider == "dml"
     with building(paths.variant(model, name)) as build:
         yield build
         seal(
@@ -47,7 +46,7 @@ def building_variant(
                 license=origin.license,
                 recipe={"asked": asked(variant, config), "achieved": summary(read_matrices(build))},
                 eos_token_ids=origin.eos_token_ids,
-                context=limits(config, directml=directml),
+                context=limits(config, directml=variant.directml),
                 runtime=_runtime(variant),
                 tools=tool_versions(*TOOLS["onnx" if isinstance(variant, OnnxInt4) else "openvino"]),
             ),
@@ -66,10 +65,9 @@ def asked(variant: Variant, config: dict[str, Any]) -> dict[str, Any]:
 def _runtime(variant: Variant) -> dict[str, Any]:
     if isinstance(variant, OnnxInt4):
         genai = tool_versions("onnxruntime-genai")
-        if variant.execution_provider == "cpu":
+        if not variant.directml:
             return {"requires": genai, "devices": ["CPU"]}
         # The first package gets ONNX Runtime from the second, but does not declare it as a dependency.
         requires = {"onnxruntime-genai-winml": genai["onnxruntime-genai"], "onnxruntime-windowsml": WINDOWSML}
         return {"requires": requires, "devices": ["GPU"]}
-    npu = isinstance(variant, OpenvinoInt4) and variant.npu
-    return {"requires": tool_versions("openvino-genai"), "devices": ["NPU"] if npu else ["CPU", "GPU"]}
+    return {"requires": tool_versions("openvino-genai"), "devices": ["NPU"] if variant.npu else ["CPU", "GPU"]}

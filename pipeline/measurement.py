@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.fidelity import Distributions, compare
 from pipeline.memory import peak_memory
-from pipeline.params import OnnxInt4, OpenvinoInt4, Variant
+from pipeline.params import OnnxInt4, Variant
 from pipeline.reference import Reference
 from pipeline.runtimes import OnnxGenai, OpenvinoGenai, OpenvinoLogits, Precision, Runtime, Scorer
 
@@ -26,8 +26,7 @@ def load_runtime(directory: Path, *, variant: Variant, device: str = "CPU", prec
     """
     if isinstance(variant, OnnxInt4):
         return OnnxGenai(directory, precision=precision)
-    npu = variant.npu if isinstance(variant, OpenvinoInt4) else None
-    return OpenvinoGenai(directory, device=device, npu=npu, precision=precision)
+    return OpenvinoGenai(directory, device=device, npu=variant.npu, precision=precision)
 
 
 def load_scorer(directory: Path, *, variant: Variant, device: str = "CPU", precision: Precision = "f32") -> Scorer:

@@ -12,7 +12,7 @@ from pipeline import onnx_builder
 from pipeline.calibration import Calibration
 from pipeline.checkpoint import read_json, to_float16
 from pipeline.errors import PipelineError
-from pipeline.onnx_builder import DIRECTML, RESIDUAL_SCALE, WRITERS
+from pipeline.onnx_builder import RESIDUAL_SCALE, WRITERS
 from pipeline.params import OnnxInt4
 from pipeline.programs import stream_lines
 from pipeline.progress import Bar
@@ -51,7 +51,7 @@ def build_int4(
             _build(rotated, target, recipe=recipe, trust_remote_code=trust_remote_code)
     if calibration:
         config = read_json(checkpoint / "config.json")
-        _solve(target, calibration, config, directml=recipe.execution_provider == DIRECTML)
+        _solve(target, calibration, config, directml=recipe.directml)
 
 
 def _build(checkpoint: Path, target: Path, *, recipe: OnnxInt4, trust_remote_code: bool) -> None:
@@ -227,14 +227,14 @@ def residual_scale(directory: Path, *, config: dict[str, Any]) -> float:
 def expected_form(matrix: Matrix, *, recipe: OnnxInt4, config: dict[str, Any], adjust_group_size: bool) -> Matrix:
     """Return `matrix` as `recipe` stores it: an embedding in float unless a CPU model shares it with the head."""
     if matrix.role == "embedding" and (_shares_float16(config, recipe) or not config.get("tie_word_embeddings", False)):
-        return replace(matrix, bits=16 if recipe.execution_provider == DIRECTML else 32)
+        return replace(matrix, bits=16 if recipe.directml else 32)
     bits = 8 if _is_int8(matrix, config, recipe) else INT4
     return replace(matrix, bits=bits, group_size=recipe.block_size, symmetric=recipe.symmetric)
 
 
 def expected_size(source: list[Matrix], *, recipe: OnnxInt4, config: dict[str, Any], adjust_group_size: bool) -> float:
     """Return the bytes of weights that `recipe` should give for a checkpoint with matrices `source` and `config`."""
-    directml = recipe.execution_provider == DIRECTML
+    directml = recipe.directml
     scale_bytes = 2 if directml else 4
     parts = [part for matrix in source for part in (_split_qkv(matrix, config) if directml else [matrix])]
     forms = (expected_form(part, recipe=recipe, config=config, adjust_group_size=adjust_group_size) for part in parts)
@@ -248,7 +248,7 @@ def _shares_float16(config: dict[str, Any], recipe: OnnxInt4) -> bool:
     # DirectML has no GatherBlockQuantized, the operator that lets embedding and head share a quantized table. One table
     # in float16 for both is smaller than one for the embedding and another in INT8 for the head: the model has 126 MB
     # against 157 for smol-phi3.
-    return recipe.execution_provider == DIRECTML and bool(config.get("tie_word_embeddings", False))
+    return recipe.directml and bool(config.get("tie_word_embeddings", False))
 
 
 def _is_int8(matrix: Matrix, config: dict[str, Any], recipe: OnnxInt4) -> bool:

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -106,6 +106,10 @@ class OpenvinoFp16(Block):
     """The FP16 IR, from which every other OpenVINO variant is made."""
 
     stage: Literal["export_openvino"]
+    calibrated: ClassVar[bool] = False
+    rotated: ClassVar[bool] = False
+    npu: ClassVar[None] = None
+    directml: ClassVar[bool] = False
 
 
 class Npu(Block):
@@ -141,6 +145,7 @@ class OpenvinoInt4(Block):
     """An INT4 IR, laid out by NNCF; sensitive layers, embeddings and head are INT8."""
 
     stage: Literal["quantize_openvino"]
+    directml: ClassVar[bool] = False
     symmetric: bool
     group_size: Literal[-1, 32, 64, 128, 256] = Field(description="weights that share a scale; -1 is channel-wise")
     ratio: float = Field(gt=0, le=1, description="share of the decoder layers' weights in INT4; the rest is INT8")
@@ -163,6 +168,7 @@ class OnnxInt4(Block):
     """An INT4 ONNX model, laid out by the onnxruntime-genai builder."""
 
     stage: Literal["build_onnx"]
+    npu: ClassVar[None] = None
     execution_provider: Literal["cpu", "dml"]
     algorithm: Literal["default", "rtn", "k_quant"] = Field(description="rounding method of the quantizer")
     symmetric: bool
@@ -172,6 +178,10 @@ class OnnxInt4(Block):
     int8: list[Literal["last_matmul", "mixed_layers"]] = Field(
         description="matrices kept in INT8: the head, and the layers that suffer most"
     )
+
+    @property
+    def directml(self) -> bool:
+        return self.execution_provider == "dml"
 
     @model_validator(mode="after")
     def _builder_rules(self) -> "OnnxInt4":

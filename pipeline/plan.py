@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from pipeline import onnx_genai, openvino, paths
+from pipeline import paths
+from pipeline.backend import backend
 from pipeline.checkpoint import read_json
 from pipeline.errors import PipelineError
 from pipeline.graph import changed, read_cells
@@ -145,7 +146,7 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         head = config["hidden_size"] // config["num_attention_heads"]
         # Keys and values take 16 bits each, except in the ONNX model for CPUs, where they take 32.
         variant = _variant(rest, name, params)
-        bytes_each = 4.0 if isinstance(variant, OnnxInt4) and variant.execution_provider == "cpu" else 2.0
+        bytes_each = 4.0 if isinstance(variant, OnnxInt4) and not variant.directml else 2.0
         prompt = min(PROMPT, config["max_position_embeddings"])
         if isinstance(variant, OnnxInt4):  # it computes logits at all positions of the prompt
             memory += 4.0 * config["vocab_size"] * prompt
@@ -161,15 +162,15 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
             memory += max(builder, solver if variant.calibrated else 0.0)
         elif isinstance(variant, OpenvinoInt4):  # the result stays in memory until it is saved
             memory += max(size, OPENVINO_COPIES * largest) + (solver if variant.calibrated else 0.0)
-        if getattr(variant, "rotated", False) and can_rotate(config):
+        if variant.rotated and can_rotate(config):
             rotated = 1 if isinstance(variant, OnnxInt4) else 2  # a rotated checkpoint, and for OpenVINO also its IR
             temporary += rotated * fp16
             export, pace = TIME["export_openvino"]
             seconds += export + pace * fp16 / 1e9
-        if getattr(variant, "calibrated", False):
+        if variant.calibrated:
             seconds += SOLVE * fp16 / 1e9
     elif stage == "calibrate":
-        if not any(getattr(variant, "calibrated", False) for variant in params.variants.values()):
+        if not any(variant.calibrated for variant in params.variants.values()):
             return IDLE
         size = sum(2.0 * matrix.columns**2 for matrix in source)  # half of a symmetric float32 matrix
         # Memory holds a layer in float32, its statistics, and STATES copies of the hidden states of all answers.
@@ -178,7 +179,7 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         memory += 4.0 * (layer + SQUARES * widest**2 + STATES * tokens * config["hidden_size"])
     elif stage == "compile_npu":
         variant_name, _, platform = rest.removeprefix(f"{name}-").rpartition("-")
-        npu = getattr(params.get_variant(variant_name), "npu", None)
+        npu = params.get_variant(variant_name).npu
         if npu is None or int(platform) not in npu.platforms:
             return IDLE
     return Cost(size + OTHER_FILES, temporary, memory, seconds)
@@ -190,10 +191,8 @@ def _variant(rest: str, name: str, params: Params) -> Variant:
 
 
 def _size(variant: Variant, name: str, source: list[Matrix], *, params: Params, config: dict[str, Any]) -> float:
-    backend: Any = onnx_genai if isinstance(variant, OnnxInt4) else openvino
     adjust = params.get_model(name).group_size_fallback == "adjust"
-    size: float = backend.expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)
-    return size
+    return backend(variant).expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)
 
 
 def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[Planned]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from pipeline import long_context, onnx_genai, openvino, smoke
+from pipeline import long_context, onnx_genai, smoke
 from pipeline.artifact import asked
+from pipeline.backend import backend
 from pipeline.checkpoint import read_json, tensor_shapes
 from pipeline.directml.operators import find_faults
 from pipeline.directml.runtime import check_directml
@@ -18,8 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.fidelity import Distributions, compare
 from pipeline.manifest import digest, read_manifest, verify
 from pipeline.measurement import load_runtime, load_scorer, measure, measure_default_precision
-from pipeline.onnx_builder import DIRECTML
-from pipeline.params import Limits, Model, OnnxInt4, OpenvinoInt4, Validate, Variant
+from pipeline.params import Limits, Model, OnnxInt4, Validate, Variant
 from pipeline.paths import MANIFEST
 from pipeline.progress import say
 from pipeline.recipe import matrices, summary
@@ -30,18 +30,22 @@ from pipeline.smoke import Failure
 
 def check_files(directory: Path, *, variant: Variant, model: Model, source: Path, params: Validate) -> list[Failure]:
     """Return what is wrong with the files of the variant in `directory`, without running it."""
-    backend: Any = onnx_genai if isinstance(variant, OnnxInt4) else openvino
+    library = backend(variant)
     try:
         manifest = verify(directory)
     except PipelineError as error:
         return [Failure("files", "the files of the manifest", str(error))]
-    if missing := [name for name in backend.REQUIRED if name not in manifest.files]:
-        return [Failure("files", list(backend.REQUIRED), f"no {', '.join(missing)}")]
+    if missing := [name for name in library.REQUIRED if name not in manifest.files]:
+        return [Failure("files", list(library.REQUIRED), f"no {', '.join(missing)}")]
     config, original = read_json(source / "config.json"), matrices(tensor_shapes(source))
-    options = {"recipe": variant, "config": config, "adjust_group_size": model.group_size_fallback == "adjust"}
-    built = backend.read_matrices(directory)
-    forms = [backend.expected_form(matrix, **options) for matrix in built]
-    expected_size = backend.expected_size(original, **options)
+    options: dict[str, Any] = {
+        "recipe": variant,
+        "config": config,
+        "adjust_group_size": model.group_size_fallback == "adjust",
+    }
+    built = library.read_matrices(directory)
+    forms = [library.expected_form(matrix, **options) for matrix in built]
+    expected_size = library.expected_size(original, **options)
     claims = {"asked": asked(variant, config), "achieved": summary(built)}
     return [
         *(
@@ -51,12 +55,12 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
         ),
         *smoke.check_recipe(built, forms, source=original, recipe=variant),
         *_check_operators(directory, variant=variant),
-        *smoke.check_size((directory / backend.WEIGHTS).stat().st_size, expected_size, tolerance=params.size_tolerance),
+        *smoke.check_size((directory / library.WEIGHTS).stat().st_size, expected_size, tolerance=params.size_tolerance),
     ]
 
 
 def _check_operators(directory: Path, *, variant: Variant) -> Iterator[Failure]:
-    if is_directml(variant):
+    if variant.directml:
         for fault in find_faults(directory / onnx_genai.MODEL[0])[:1]:
             yield Failure("operators", "a graph that DirectML can run as a whole", fault)
 
@@ -68,16 +72,11 @@ def check_range(directory: Path, *, variant: Variant, source: Path, reference: R
         smoke.check_float16_range(
             reference.residual_peak,
             devices=read_manifest(directory).runtime["devices"],
-            directml=is_directml(variant),
+            directml=variant.directml,
             hidden_size=config["hidden_size"],
-            residual_scale=onnx_genai.residual_scale(directory, config=config) if is_directml(variant) else 1,
+            residual_scale=onnx_genai.residual_scale(directory, config=config) if variant.directml else 1,
         )
     )
-
-
-def is_directml(variant: Variant) -> bool:
-    """Return whether `variant` is for DirectML."""
-    return isinstance(variant, OnnxInt4) and variant.execution_provider == DIRECTML
 
 
 def check_runtime(runtime: Runtime, reference: Reference, *, params: Validate) -> tuple[list[Failure], list[Answer]]:
@@ -143,7 +142,7 @@ def validate(
     scorer = load_scorer(directory, variant=variant)
     comparison = compare(scorer, reference.continuations, distributions)
     long_prompts = long_context.compare(scorer, reference.long_context, said, distributions)
-    if is_directml(variant):
+    if variant.directml:
         found, measured["directml"] = check_directml(
             directory, cpu=scorer, reference=reference, limits=limits, params=params
         )
@@ -209,7 +208,7 @@ def _judge_tutorial(
 
 def longest_prompt(context: dict[str, int], variant: Variant) -> int:
     """Return how many tokens a prompt of `variant` may have, with `context` from its manifest."""
-    if isinstance(variant, OpenvinoInt4) and variant.npu:
+    if variant.npu:
         return variant.npu.max_prompt_len
     return context.get("faithful_tokens", context["max_position_embeddings"])
 

@@ -16,7 +16,7 @@ def main(model: str) -> None:
     When no variant uses calibration, the model is not asked.
     """
     params, target = load_params(), paths.calibration(model)
-    if not any(getattr(variant, "calibrated", False) for variant in params.variants.values()):
+    if not any(variant.calibrated for variant in params.variants.values()):
         say("no variant is calibrated: the model is not asked")
         write_calibration(target, answers=[], layers=())
         return

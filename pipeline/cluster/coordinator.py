@@ -93,9 +93,7 @@ def _needs(cell: Cell, params: Params, config: dict[str, Any] | None) -> dict[st
     # Return the Dask resources that a cell needs of a worker: bytes of memory and disk, and 1 of each feature.
     need = dict.fromkeys(cell.features, 1.0)
     variant = next((params.variants[name] for name in params.variants if cell.name.endswith(f"-{name}")), None)
-    on_device = (
-        cell.name.startswith("validate@") and not isinstance(variant, OnnxInt4) and not getattr(variant, "npu", None)
-    )
+    on_device = cell.name.startswith("validate@") and not (isinstance(variant, OnnxInt4) or (variant and variant.npu))
     if on_device and params.validate_.openvino_device != "CPU":
         need[params.validate_.openvino_device] = 1.0
     if config:
