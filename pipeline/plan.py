@@ -36,14 +36,14 @@ MEMORY = {
     "export_openvino": (0.74e9, 0.018),
     "quantize_openvino": (0.3e9, 0.0),
     "compile_npu": (0.33e9, 0.03),
-    "build_onnx": (0.6e9, 0.0),
+    "build_onnx": (0.1e9, 0.0),
     "validate": (0.5e9, 0.0),
     "report": (0.1e9, 0.0),
 }
 # Memory on top of that. The first two are the numbers of copies of the largest matrix, in float32, that are in memory
 # at the same time. The solver holds SQUARES copies of the widest matrix's statistics, or SLICES copies of the rows that
 # it solves at a time.
-OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 2.8, "cpu": 5.8}
+OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 6.3, "cpu": 8.5}
 SQUARES, SLICES = 3, 6
 CHAT, STATES = 60, 3  # tokens of a calibration prompt with its chat template; copies of the hidden states in memory
 PROMPT = 4096  # tokens of the longest prompt that validate reads

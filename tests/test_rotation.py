@@ -11,10 +11,11 @@ from pipeline import onnx_genai
 from pipeline.artifact import asked
 from pipeline.calibration import Calibration
 from pipeline.checkpoint import read_json, to_float16
+from pipeline.errors import PipelineError
 from pipeline.hessians import hessians, write_calibration
 from pipeline.openvino import build_int4, export_fp16
 from pipeline.params import OnnxInt4, OpenvinoInt4
-from pipeline.rotation import Rotation
+from pipeline.rotation import Rotation, _orthogonal
 from pipeline.runtimes import OnnxGenai, OpenvinoLogits
 from pipeline.solver import Grid
 from pipeline.source_model import Torch
@@ -80,6 +81,20 @@ def test_statistics(checkpoint, calibrated, tmp_path):
         )
     assert found.largest() == pytest.approx(expected.largest(), rel=1e-2)
     assert found.largest() != pytest.approx(Calibration(calibrated, checkpoint).largest(), rel=1e-2)
+
+
+@pytest.mark.parametrize("size", [2, 12, 20, 32, 96, 576, 3072, 5120])
+def test_a_rotation_spreads_evenly(size):
+    """The rotation is orthogonal, and each column of the model goes in equal parts to all columns."""
+    rotation = _orthogonal(size, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(rotation.abs(), torch.full((size, size), size**-0.5))
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(size), atol=1e-5, rtol=0)
+
+
+def test_a_width_without_a_rotation():
+    """A width for which no rotation is known is refused with a sentence."""
+    with pytest.raises(PipelineError, match=r"rotated: no rotation of 7 columns is known here.*: set rotated: false\."):
+        _orthogonal(7, torch.Generator())
 
 
 def test_a_model_whose_head_is_its_embedding(tmp_path, capsys):
