@@ -65,8 +65,8 @@ ONNX: dict[str, dict[str, Any]] = {
 }
 # Models that compute the same with other weights, and the changes to each variant's default recipe to build from them.
 TWINS: dict[str, tuple[Change, dict[str, dict[str, bool]]]] = {
-    "head of its own": (untie, {SOLVER: {}, ROTATED: {"rotated": True}}),
-    "off the 4-bit grid": (leave_the_grid, {"plain": {"calibrated": False}, SOLVER: {}}),
+    "head of its own": (untie, {SOLVER: {"rotated": False}, ROTATED: {"rotated": True}}),
+    "off the 4-bit grid": (leave_the_grid, {"plain": {"calibrated": False, "rotated": False}, SOLVER: {}}),
 }
 
 
@@ -100,13 +100,13 @@ def make_twin(change: Change, folder: Path) -> Source:
 def recipes() -> dict[str, dict[str, OpenvinoInt4 | OnnxInt4]]:
     """Return the recipes to compare, by variant and label."""
     found: dict[str, dict[str, OpenvinoInt4 | OnnxInt4]] = {}
+    params = load_params()
     for variant, shape in SHAPES.items():
         plain = OpenvinoInt4(stage="quantize_openvino", symmetric=True, **shape)
-        found[variant] = {PLAIN: plain, FORMER: plain, SOLVER: plain.model_copy(update={"calibrated": True})}
+        found[variant] = {PLAIN: plain, FORMER: plain, SOLVER: _without_npu(params.get_variant(variant))}
     fixed = {"stage": "build_onnx", "algorithm": "rtn", "symmetric": False, "block_size": 32, "int8": []}
     for variant, provider in {"onnx-directml-int4": "dml", "onnx-cpu-int4": "cpu"}.items():
         found[variant] = {k: OnnxInt4(execution_provider=provider, **fixed | v) for k, v in ONNX.items()}
-    params = load_params()
     for twin, (_, options) in TWINS.items():
         for variant in (*SHAPES, "onnx-directml-int4", "onnx-cpu-int4"):
             default = _without_npu(params.get_variant(variant))
