@@ -119,10 +119,11 @@ def _without_npu(recipe: Any) -> Any:
 
 
 @contextmanager
-def calibrated_by_nncf(variant: str, calibration: Calibration) -> Iterator[None]:
-    """In this context NNCF calibrates `variant` with its former default options, on the answers of `calibration`."""
+def calibrated_by_nncf(variant: str, source: Source) -> Iterator[None]:
+    """In this context NNCF calibrates `variant` with its former default options, on the answers of `source`."""
     compress = nncf.compress_weights
-    answers = [model_inputs(ids) for ids in calibration.summary.answers]
+    summary = Calibration(source.calibration, source.checkpoint).summary
+    answers = [model_inputs(ids) for ids in summary.answers]
     options = NNCF[variant] | {"dataset": nncf.Dataset(answers)}
     nncf.compress_weights = lambda model, **own: compress(model, **own | options)
     try:
@@ -144,8 +145,7 @@ def measure(
     if recipe.calibrated:
         calibration = Calibration(source.calibration, source.checkpoint, rotated=recipe.rotated)
     if isinstance(recipe, OpenvinoInt4):
-        former = Calibration(source.calibration, source.checkpoint)
-        with calibrated_by_nncf(variant, former) if label == FORMER else nullcontext():
+        with calibrated_by_nncf(variant, source) if label == FORMER else nullcontext():
             openvino.build_int4(
                 source.checkpoint,
                 source.fp16,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from bench.fidelity import EMBEDDED, FORMER, calibrated_by_nncf
+from bench.fidelity import EMBEDDED, FORMER, Source, calibrated_by_nncf
 from bench.make_checkpoint import SHAPE
 from bench.measure import Cost, made_by, measure
 from pipeline import onnx_genai, openvino, plan
@@ -120,9 +120,10 @@ def _calibrate() -> None:
 @click.argument("label")
 def _quantize(variant: str, label: str) -> None:
     shutil.rmtree(WORK / "built", ignore_errors=True)
-    calibration = Calibration(WORK / "calibration", WORK / "checkpoint")
-    with calibrated_by_nncf(variant, calibration) if label == FORMER else nullcontext():
-        quantize(WORK, variant, calibration if label == "solver" else None)
+    source = Source(WORK / "checkpoint", WORK / "fp16", WORK / "calibration")
+    calibration = Calibration(source.calibration, source.checkpoint) if label == "solver" else None
+    with calibrated_by_nncf(variant, source) if label == FORMER else nullcontext():
+        quantize(WORK, variant, calibration)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """dvc.yaml, stages/, params.yaml, the schema and the README say the same."""
 
-import ast
 import json
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from pipeline.artifact import TOOLS
 from pipeline.manifest import tool_versions
 from pipeline.params import Npu, OpenvinoInt4, json_schema, load_params
 from tests.conftest import ROOT
+from tests.test_imports import imported_names
 
 CONTENT = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = CONTENT["stages"]
@@ -24,18 +24,12 @@ LIBRARIES = "libraries.lock"
 
 def imported_modules(file: Path, seen: set[Path]) -> set[Path]:
     """Add to `seen` the project's modules that `file` imports, directly or not."""
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            path = ROOT / name.replace(".", "/")
-            for module in (path.with_suffix(".py"), path / "__init__.py"):
-                if name.startswith("pipeline.") and name not in UNWATCHED and module.exists() and module not in seen:
-                    seen.add(module)
-                    imported_modules(module, seen)
+    for name in imported_names(file):
+        path = ROOT / name.replace(".", "/")
+        for module in (path.with_suffix(".py"), path / "__init__.py"):
+            if name.startswith("pipeline.") and name not in UNWATCHED and module.exists() and module not in seen:
+                seen.add(module)
+                imported_modules(module, seen)
     return seen
 
 
