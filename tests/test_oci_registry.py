@@ -8,11 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from urllib3.util import Retry
 
 from pipeline.pull import check
+from pipeline.registry import open_registry
+from pipeline.registry.oci import OciRegistry
 from tests.conftest import ROOT, run
 from tests.oci_registry_server import Registry
-from tests.release_project import NAME, build, run_and_kill
+from tests.release_project import NAME, build, publish_version, run_and_kill
 from tests.release_project import project as project
 
 pytestmark = pytest.mark.slow
@@ -87,6 +90,32 @@ def test_two_publishers_at_once(registry):
         results = list(pool.map(lambda _: registry.phi3(*command, check=False), range(3)))
     assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
     registry.phi3("pull", registry.url, NAME, "--to", "model")
+    assert Path("model/openvino_model.bin").read_bytes() == BIG
+
+
+def test_a_blob_that_is_being_written(registry, monkeypatch):
+    """A manifest that the registry refuses, since another publisher is writing one of its blobs, is sent again."""
+    put, sleep, refused = OciRegistry._put, Retry.sleep, []
+
+    def put_meanwhile(self, manifest, tag):
+        sha256 = hashlib.sha256(BIG).hexdigest()
+        (link,) = registry.root.rglob(f"_layers/sha256/{sha256}/link")
+        content = link.read_bytes()
+
+        def finish(retry, response=None):
+            refused.append(response.status)
+            link.write_bytes(content)
+            sleep(retry, response)
+
+        monkeypatch.setattr(Retry, "sleep", finish)
+        link.write_bytes(b"")  # as docker-registry does before it writes the link
+        put(self, manifest, tag)
+
+    monkeypatch.setattr(OciRegistry, "_put", put_meanwhile)
+    build(BIG)
+    publish_version(registry=open_registry(registry.url), aliases=())
+    assert refused == [400]
+    registry.phi3("pull", registry.url, f"{NAME}@1.0.0", "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 
 

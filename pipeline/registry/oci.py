@@ -204,8 +204,10 @@ def _sentences(url: str) -> Iterator[None]:
 def _client(container: Container, *, url: str) -> Any:
     # Return oras-py's client, set up for the kind of login that the registry asks for; oras-py cannot find that out.
     insecure = container.registry.split(":")[0] in ("localhost", "127.0.0.1")
-    # A registry answers with status 500 while a tag is being written.
-    retries = HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504)))
+    # A registry answers with status 500 while somebody else writes a tag, and with 400 to a manifest while somebody
+    # else writes one of its blobs.
+    retry = Retry(total=3, backoff_factor=0.5, status_forcelist=(400, 500, 502, 503, 504), raise_on_status=False)
+    retries = HTTPAdapter(max_retries=retry)
     with _sentences(url), requests.Session() as session:
         prefix = "http" if insecure else "https"
         session.mount(f"{prefix}://", retries)
