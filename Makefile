@@ -93,7 +93,7 @@ wine:
 # 1.8 GB of the user's cache.
 directml: $(VENV)/.installed
 	@[ "$$(uname -sm)" != "Linux x86_64" ] || command -v debootstrap >/dev/null || $(call apt,debootstrap debian-archive-keyring,DirectML in software needs a chroot)
-	python -m pipeline.directml
+	python -m pipeline.check.directml
 
 chromium:
 	@{ command -v chromium || command -v google-chrome; } >/dev/null || $(call apt,chromium,The tests of the report need Chromium)

@@ -21,9 +21,9 @@ from bench.full_size import ROOT, clone_project
 from bench.make_checkpoint import SHAPE
 from bench.measure import made_by
 from pipeline import plan
+from pipeline.common.manifest import replace_file
+from pipeline.common.params import load_params
 from pipeline.graph import read_cells
-from pipeline.manifest import replace_file
-from pipeline.params import load_params
 
 RESULTS = Path(__file__).with_suffix(".json")
 SECOND, LAYERS = "phi-3-shaped", 2

@@ -18,17 +18,18 @@ import click
 import nncf
 
 from bench.twins import Change, leave_the_grid, untie, write_twin
-from pipeline import onnx_genai, openvino, paths
-from pipeline.backend import backend
-from pipeline.calibration import Calibration
-from pipeline.fidelity import compare, read_distributions
-from pipeline.hessians import hessians, write_calibration
-from pipeline.ir_inputs import model_inputs
-from pipeline.manifest import replace_file, tool_versions
-from pipeline.measurement import load_runtime, load_scorer
-from pipeline.params import OnnxInt4, OpenvinoInt4, load_params
-from pipeline.reference import read_reference
-from pipeline.source_model import Torch
+from pipeline.check.fidelity import compare, read_distributions
+from pipeline.check.measurement import load_runtime, load_scorer
+from pipeline.check.reference import read_reference
+from pipeline.common import paths
+from pipeline.common.manifest import replace_file, tool_versions
+from pipeline.common.params import OnnxInt4, OpenvinoInt4, load_params
+from pipeline.convert import onnx_genai, openvino
+from pipeline.convert.backend import backend
+from pipeline.convert.calibration import Calibration
+from pipeline.convert.hessians import hessians, write_calibration
+from pipeline.run.ir_inputs import model_inputs
+from pipeline.run.source_model import Torch
 
 MODEL = "smol-phi3"
 RESULTS = Path(__file__).with_suffix(".json")
@@ -102,11 +103,13 @@ def recipes() -> dict[str, dict[str, OpenvinoInt4 | OnnxInt4]]:
     found: dict[str, dict[str, OpenvinoInt4 | OnnxInt4]] = {}
     params = load_params()
     for variant, shape in SHAPES.items():
-        plain = OpenvinoInt4(stage="quantize_openvino", symmetric=True, **shape)
-        found[variant] = {PLAIN: plain, FORMER: plain, SOLVER: _without_npu(params.get_variant(variant))}
+        default = params.get_variant(variant)
+        plain = OpenvinoInt4(stage="quantize_openvino", limits=default.limits, symmetric=True, **shape)
+        found[variant] = {PLAIN: plain, FORMER: plain, SOLVER: _without_npu(default)}
     fixed = {"stage": "build_onnx", "algorithm": "rtn", "symmetric": False, "block_size": 32, "int8": []}
     for variant, provider in {"onnx-directml-int4": "dml", "onnx-cpu-int4": "cpu"}.items():
-        found[variant] = {k: OnnxInt4(execution_provider=provider, **fixed | v) for k, v in ONNX.items()}
+        fixed |= {"execution_provider": provider, "limits": params.get_variant(variant).limits}
+        found[variant] = {name: OnnxInt4(**fixed | options) for name, options in ONNX.items()}
     for twin, (_, options) in TWINS.items():
         for variant in (*SHAPES, "onnx-directml-int4", "onnx-cpu-int4"):
             default = _without_npu(params.get_variant(variant))
@@ -166,9 +169,8 @@ def measure(
     for answer in reference.continuations[: QUESTIONS + 1]:
         speeds.append(1 / runtime.generate(answer.prompt_ids, max_new_tokens=32).time_per_token)
     del runtime
-    comparison = compare(
-        load_scorer(directory, variant=recipe), reference.continuations, read_distributions(paths.distributions(MODEL))
-    )
+    scorer = load_scorer(directory, variant=recipe, context={})  # none of the models has LongRoPE
+    comparison = compare(scorer, reference.continuations, read_distributions(paths.distributions(MODEL)))
     metrics = comparison.metrics()
     chosen = ("kl_mean", "kl_p99", "top1_agreement", "perplexity_ratio", "common_prefix_tokens")
     return {

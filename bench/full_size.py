@@ -17,10 +17,11 @@ from typing import Any
 import click
 
 from bench.measure import Cost, disk_used, made_by, measure
-from pipeline import onnx_genai, openvino, plan
-from pipeline.checkpoint import read_json
-from pipeline.manifest import digest, replace_file
-from pipeline.params import load_params
+from pipeline import plan
+from pipeline.common.checkpoint import read_json
+from pipeline.common.manifest import digest, replace_file
+from pipeline.common.params import load_params
+from pipeline.convert import onnx_genai, openvino
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_suffix(".json")

@@ -16,10 +16,11 @@ import click
 from bench.fidelity import EMBEDDED, FORMER, Source, calibrated_by_nncf
 from bench.make_checkpoint import SHAPE
 from bench.measure import Cost, made_by, measure
-from pipeline import onnx_genai, openvino, plan
-from pipeline.calibration import Calibration
-from pipeline.manifest import replace_file
-from pipeline.params import OnnxInt4, OpenvinoInt4, load_params
+from pipeline import plan
+from pipeline.common.manifest import replace_file
+from pipeline.common.params import OnnxInt4, OpenvinoInt4, load_params
+from pipeline.convert import onnx_genai, openvino
+from pipeline.convert.calibration import Calibration
 
 RESULTS = Path(__file__).with_suffix(".json")
 WORK = Path("bench/work")
@@ -32,8 +33,8 @@ def calibrate(checkpoint: Path, target: Path) -> None:
     """Write the calibration of `checkpoint` on random answers."""
     import torch
 
-    from pipeline.hessians import hessians, write_calibration
-    from pipeline.source_model import Torch
+    from pipeline.convert.hessians import hessians, write_calibration
+    from pipeline.run.source_model import Torch
 
     answers = torch.randint(SHAPE.vocab_size, (ANSWERS, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
     write_calibration(target, answers=answers, layers=hessians(Torch(checkpoint), answers))

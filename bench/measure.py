@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.manifest import tool_versions
+from pipeline.common.manifest import tool_versions
 
 INTERVAL = 0.5  # seconds between samples
 STAGE = re.compile(r"-m stages\.(.+)$")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pipeline.checkpoint import CONFIG_FILES, open_weights, read_json, tensor_shapes
+from pipeline.common.checkpoint import CONFIG_FILES, open_weights, read_json, tensor_shapes
 
 Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
 

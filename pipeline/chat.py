@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.context import pipeline_options, room
-from pipeline.errors import PipelineError, lines
-from pipeline.manifest import read_manifest
-from pipeline.pull import verify_any
+from pipeline.common.context import pipeline_options, room
+from pipeline.common.errors import PipelineError, lines
+from pipeline.common.manifest import read_manifest
+from pipeline.release.pull import verify_any
 
 MAX_NEW_TOKENS = 512
 
@@ -59,7 +59,7 @@ class OpenvinoChat:
 
         self._pipeline: Any
         if npu and device is None:
-            from pipeline.npu.load import load_pipeline
+            from pipeline.run.blobs import load_pipeline
 
             self._pipeline, self.device = load_pipeline(directory)
         else:

@@ -8,12 +8,14 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from pipeline.device import TARGETS, Target
-from pipeline.errors import PipelineError, full_disk
-from pipeline.params import json_schema, load_params
-from pipeline.paths import PARAMS_FILE
-from pipeline.pull import pull, suggest, verify_any
-from pipeline.registry import open_registry
+from pipeline.common.errors import PipelineError, full_disk
+from pipeline.common.manifest import replace_file
+from pipeline.common.params import json_schema, load_params
+from pipeline.common.paths import PARAMS_FILE
+from pipeline.dvc_yaml import DVC_FILE, render
+from pipeline.release.device import TARGETS, Target
+from pipeline.release.pull import pull, suggest, verify_any
+from pipeline.release.registry import open_registry
 
 KEY = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -60,7 +62,7 @@ def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, .
 
     Example: phi3 publish smol-phi3/openvino-int4 --to dir:/srv/models --version 1.0.0
     """
-    from pipeline.publish import publish
+    from pipeline.release.publish import publish
 
     model, _, variant = artifact.partition("/")
     release = publish(
@@ -136,9 +138,10 @@ def _say(line: str) -> None:
 
 @main.command("params")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema instead, for editors.")
+@click.option("--write", is_flag=True, help="Write the lists of dvc.yaml that follow from params.yaml.")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path), default=PARAMS_FILE)
-def params_command(file: Path, schema: bool) -> None:
-    """Check FILE (by default params.yaml) and say what it builds.
+def params_command(file: Path, schema: bool, write: bool) -> None:
+    """Check FILE (by default params.yaml) and the dvc.yaml beside it, and say what they build.
 
     Example: phi3 params
     """
@@ -146,6 +149,12 @@ def params_command(file: Path, schema: bool) -> None:
         click.echo(json.dumps(json_schema(), indent=2))
         return
     params = load_params(file)
+    if (dvc_file := file.parent / DVC_FILE).exists():
+        content = render(params, root=file.parent)
+        if write:
+            replace_file(dvc_file, content.rstrip())
+        elif content != dvc_file.read_text("utf-8"):
+            raise PipelineError(f"{dvc_file} does not fit {file}: run `phi3 params --write`.")
     click.echo(f"builds {', '.join(params.build)} as {', '.join(params.variants)}")
 
 

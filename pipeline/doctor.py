@@ -79,8 +79,8 @@ def _onnxruntime() -> Iterator[Finding]:
 
 
 def _npu_compiler() -> Iterator[Finding]:
-    from pipeline import npu
-    from pipeline.npu import wine
+    from pipeline.convert import npu
+    from pipeline.convert.npu import wine
 
     if npu.has_native_compiler():
         yield Finding("NPU compiler", "native")

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import PipelineError
+from pipeline.common.errors import PipelineError
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,16 @@ from typing import Any
 
 import psutil
 
-from pipeline import paths
-from pipeline.backend import backend
-from pipeline.checkpoint import read_json
-from pipeline.errors import PipelineError
+from pipeline.common import paths
+from pipeline.common.checkpoint import read_json
+from pipeline.common.errors import PipelineError
+from pipeline.common.matrices import Matrix, matrices
+from pipeline.common.params import Model, OnnxInt4, OpenvinoInt4, Params, Variant, load_params
+from pipeline.convert.backend import backend
+from pipeline.convert.rotation import can_rotate
+from pipeline.convert.solver import ROWS
 from pipeline.graph import changed, read_cells
-from pipeline.params import Model, OnnxInt4, OpenvinoInt4, Params, Variant, load_params
-from pipeline.prompts import load_prompts
-from pipeline.recipe import Matrix, matrices
-from pipeline.rotation import can_rotate
-from pipeline.solver import ROWS
+from pipeline.run.prompts import load_prompts
 
 IGNORE = "PHI3_IGNORE_PLAN"
 CONFIG = "config.json"
@@ -46,6 +46,7 @@ MEMORY = {
 OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 6.3, "cpu": 8.5}
 SQUARES, SLICES = 3, 6
 CHAT, STATES = 60, 3  # tokens of a calibration prompt with its chat template; copies of the hidden states in memory
+ONNX_PACKED = 1.75  # the file with packed weights of an ONNX model for CPUs takes this many times its weights
 PROMPT = 4096  # tokens of the longest prompt that validate reads
 GGUF = 2.7  # rewriting a GGUF file takes this many times the memory of the FP16 weights
 # Seconds: a constant, and seconds per GB of FP16 weights.
@@ -141,18 +142,22 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     elif stage == "export_openvino":
         size = temporary = fp16  # the second is a float16 copy of the checkpoint
     elif stage == "validate":
-        # Memory holds one loaded model at a time, with its weights rearranged for the processor, and the KV cache of
-        # the longest prompt.
+        # Memory holds one loaded model at a time, with its weights packed for the processor, and the KV cache of the
+        # longest prompt. Keys and values take 16 bits each, except in the ONNX model for CPUs, where they take 32.
         head = config["hidden_size"] // config["num_attention_heads"]
-        # Keys and values take 16 bits each, except in the ONNX model for CPUs, where they take 32.
         variant = _variant(rest, name, params)
         bytes_each = 4.0 if isinstance(variant, OnnxInt4) and not variant.directml else 2.0
         prompt = min(PROMPT, config["max_position_embeddings"])
-        if isinstance(variant, OnnxInt4):  # it computes logits at all positions of the prompt
-            memory += 4.0 * config["vocab_size"] * prompt
-        cache = 2 * bytes_each * config["num_hidden_layers"] * config["num_key_value_heads"] * head
-        memory += _size(variant, name, source, params=params, config=config)
-        memory += cache * prompt
+        cache = 2 * bytes_each * config["num_hidden_layers"] * config["num_key_value_heads"] * head * prompt
+        weights = _size(variant, name, source, params=params, config=config)
+        if isinstance(variant, OnnxInt4):  # it computes logits at all positions of a prompt that it answers
+            cache += 4.0 * config["vocab_size"] * prompt
+        if isinstance(variant, OnnxInt4) and not variant.directml:
+            # The packed weights are in memory until they are in a file, from which the model that answers maps them.
+            temporary = ONNX_PACKED * weights
+            memory += max(weights, cache)
+        else:
+            memory += weights + cache
     elif stage in ("quantize_openvino", "build_onnx"):
         variant = _variant(rest, name, params)
         size = _size(variant, name, source, params=params, config=config)
@@ -177,11 +182,6 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         layer = sum(matrix.elements for matrix in source if ".layers.0." in matrix.name)
         tokens = len(load_prompts("calibration")) * (CHAT + params.calibrate.max_new_tokens)
         memory += 4.0 * (layer + SQUARES * widest**2 + STATES * tokens * config["hidden_size"])
-    elif stage == "compile_npu":
-        variant_name, _, platform = rest.removeprefix(f"{name}-").rpartition("-")
-        npu = params.get_variant(variant_name).npu
-        if npu is None or int(platform) not in npu.platforms:
-            return IDLE
     return Cost(size + OTHER_FILES, temporary, memory, seconds)
 
 

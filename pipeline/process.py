@@ -14,11 +14,11 @@ from pathlib import Path
 import click
 from filelock import FileLock, Timeout
 
-from pipeline.errors import PipelineError, full_disk, lines
-from pipeline.memory import anonymous_peak, peak_memory
-from pipeline.paths import ARTIFACTS, log
-from pipeline.programs import KILLED, end_with_parent
-from pipeline.progress import logged, say
+from pipeline.common.errors import PipelineError, full_disk, lines
+from pipeline.common.memory import anonymous_peak, peak_memory
+from pipeline.common.paths import ARTIFACTS, log
+from pipeline.common.programs import KILLED, end_with_parent
+from pipeline.common.progress import logged, say
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc's manual, "Memory Allocation Tunables"
 LOCK_TIMEOUT = 2  # seconds, enough for a killed stage to end

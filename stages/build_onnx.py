@@ -1,10 +1,11 @@
 """Stage build_onnx."""
 
-from pipeline import onnx_genai, paths
-from pipeline.artifact import building_variant
-from pipeline.calibration import open_calibration
-from pipeline.errors import PipelineError
-from pipeline.params import OnnxInt4, load_params
+from pipeline.common import paths
+from pipeline.common.errors import PipelineError
+from pipeline.common.params import OnnxInt4, load_params
+from pipeline.convert import onnx_genai
+from pipeline.convert.calibration import open_calibration
+from pipeline.convert.variant import building_variant
 from pipeline.process import stage_command
 
 

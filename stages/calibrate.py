@@ -1,12 +1,12 @@
 """Stage calibrate."""
 
-from pipeline import paths
-from pipeline.hessians import hessians, make_calibration, write_calibration
-from pipeline.params import load_params
+from pipeline.common import paths
+from pipeline.common.params import load_params
+from pipeline.common.progress import say
+from pipeline.convert.hessians import hessians, make_calibration, write_calibration
 from pipeline.process import stage_command
-from pipeline.progress import say
-from pipeline.prompts import load_prompts
-from pipeline.source_model import Torch
+from pipeline.run.prompts import load_prompts
+from pipeline.run.source_model import Torch
 
 
 @stage_command

@@ -1,8 +1,8 @@
 """Stage compile_npu."""
 
-from pipeline.errors import PipelineError
-from pipeline.npu.artifact import build_blob
-from pipeline.params import OpenvinoInt4, load_params
+from pipeline.common.errors import PipelineError
+from pipeline.common.params import OpenvinoInt4, load_params
+from pipeline.convert.npu.build import build_blob
 from pipeline.process import stage_command
 
 

@@ -1,9 +1,9 @@
 """Stage download."""
 
-from pipeline import paths
-from pipeline.checkpoint import eos_token_ids, read_json
-from pipeline.manifest import Manifest, building, seal, tool_versions
-from pipeline.params import load_params
+from pipeline.common import paths
+from pipeline.common.checkpoint import eos_token_ids, read_json
+from pipeline.common.manifest import Manifest, building, seal, tool_versions
+from pipeline.common.params import load_params
 from pipeline.process import stage_command
 from pipeline.source import fetch_checkpoint
 

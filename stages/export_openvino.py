@@ -1,8 +1,9 @@
 """Stage export_openvino."""
 
-from pipeline import openvino, paths
-from pipeline.artifact import building_variant
-from pipeline.params import load_params
+from pipeline.common import paths
+from pipeline.common.params import load_params
+from pipeline.convert import openvino
+from pipeline.convert.variant import building_variant
 from pipeline.process import stage_command
 
 

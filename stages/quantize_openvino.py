@@ -1,10 +1,11 @@
 """Stage quantize_openvino."""
 
-from pipeline import openvino, paths
-from pipeline.artifact import building_variant
-from pipeline.calibration import open_calibration
-from pipeline.errors import PipelineError
-from pipeline.params import OpenvinoInt4, load_params
+from pipeline.common import paths
+from pipeline.common.errors import PipelineError
+from pipeline.common.params import OpenvinoInt4, load_params
+from pipeline.convert import openvino
+from pipeline.convert.calibration import open_calibration
+from pipeline.convert.variant import building_variant
 from pipeline.process import stage_command
 
 FP16 = "openvino-fp16"

@@ -4,17 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import paths
-from pipeline.checkpoint import read_json
-from pipeline.context import limits
-from pipeline.fidelity import Distributions, concatenate, distributions, write_distributions
-from pipeline.long_context import record
-from pipeline.manifest import read_manifest, replace_file
-from pipeline.params import load_params
+from pipeline.check.fidelity import Distributions, concatenate, distributions, write_distributions
+from pipeline.check.long_context import record
+from pipeline.check.reference import answer_questions, make_reference
+from pipeline.common import paths
+from pipeline.common.checkpoint import read_json
+from pipeline.common.context import limits
+from pipeline.common.manifest import read_manifest, replace_file
+from pipeline.common.params import load_params
+from pipeline.common.progress import say
 from pipeline.process import stage_command
-from pipeline.progress import say
-from pipeline.reference import answer_questions, make_reference
-from pipeline.source_model import Torch
+from pipeline.run.source_model import Torch
 
 
 @stage_command

@@ -1,10 +1,11 @@
 """Stage report."""
 
-from pipeline import paths, report
-from pipeline.manifest import replace_file
-from pipeline.params import load_params
+from pipeline.check import report
+from pipeline.common import paths
+from pipeline.common.manifest import replace_file
+from pipeline.common.params import load_params
+from pipeline.common.progress import say
 from pipeline.process import stage_command
-from pipeline.progress import say
 
 
 @stage_command

@@ -2,14 +2,14 @@
 
 import json
 
-from pipeline import paths
-from pipeline.errors import PipelineError
-from pipeline.fidelity import read_distributions
-from pipeline.manifest import replace_file
-from pipeline.params import load_params
+from pipeline.check.fidelity import read_distributions
+from pipeline.check.reference import read_reference
+from pipeline.check.validation import validate
+from pipeline.common import paths
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import replace_file
+from pipeline.common.params import load_params
 from pipeline.process import stage_command
-from pipeline.reference import read_reference
-from pipeline.validation import validate
 
 
 @stage_command
@@ -20,7 +20,6 @@ def main(model: str, variant: str) -> None:
         paths.variant(model, variant),
         variant=params.get_variant(variant),
         model=params.get_model(model),
-        limits=params.limits[variant],
         source=paths.source(model),
         reference=read_reference(paths.reference(model)),
         distributions=read_distributions(paths.distributions(model)),

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from pipeline.common.params import Limits
+
 ROOT = Path(__file__).parents[1]
 # A shell makes background programs ignore Ctrl-C, and the programs that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,6 +21,7 @@ TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+LIMITS = Limits(kl_mean=1, kl_p99=9, top1_agreement=0.1, perplexity_ratio=2)  # of variants that are not judged
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0] * 16, "short_factor": [1.0] * 16}
 STYLES = {
     "phi-3-4k": {"sliding_window": 2047, "tie_word_embeddings": False},
@@ -137,6 +140,13 @@ def run(*arguments: object, cwd: Path, check: bool = True, **environment: str) -
     )
 
 
+def edit(file: Path, old: str, new: str) -> None:
+    """Replace every `old` in `file` by `new`; fail when there is none."""
+    content = file.read_text("utf-8")
+    assert old in content
+    file.write_text(content.replace(old, new), "utf-8")
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random checkpoint in the style of Phi-3-mini-4k."""
@@ -164,9 +174,8 @@ def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
         (project / file).write_bytes((ROOT / file).read_bytes())
     source = f"source: {{path: {json.dumps(str(tiny_checkpoint))}}}"
     tiny = f"  tiny:\n    {source}\n    license: MIT\n    group_size_fallback: error\n"
-    params = (project / "params.yaml").read_text("utf-8")
-    params = params.replace("build: [smol-phi3]", "build: [tiny]").replace("models:\n", f"models:\n{tiny}")
-    (project / "params.yaml").write_text(params, "utf-8")
+    edit(project / "params.yaml", "build: [smol-phi3]", "build: [tiny]")
+    edit(project / "params.yaml", "models:\n", f"models:\n{tiny}")
     run("git", "init", "-q", cwd=project)
     run("git", "add", "-A", cwd=project)
     run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start", cwd=project)

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from pipeline import paths, publish, pull
-from pipeline.manifest import Manifest, building, seal
-from pipeline.registry import open_registry
-from pipeline.report import FIGURES
+from pipeline.check.report import FIGURES
+from pipeline.common import paths
+from pipeline.common.manifest import Manifest, building, seal
+from pipeline.release import publish, pull
+from pipeline.release.registry import open_registry
 from tests.conftest import run
 
 MODEL, VARIANT = "tiny", "openvino-int4"

@@ -5,9 +5,9 @@ import json
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.params import json_schema
+from pipeline.common.params import json_schema
+from tests.common.test_manifest import artifact  # noqa: F401
 from tests.conftest import ROOT
-from tests.test_manifest import artifact  # noqa: F401
 
 
 def test_verify(artifact):  # noqa: F811

@@ -16,7 +16,7 @@ from urllib.request import urlopen
 import pytest
 from ruamel.yaml import YAML
 
-from tests.conftest import run
+from tests.conftest import edit, run
 
 pytestmark = pytest.mark.slow
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
@@ -78,8 +78,7 @@ TEXT = "".join(f"validate-{variant}{variant}download" for variant in ("openvino-
 @pytest.fixture
 def quick(project: Path) -> Path:
     """A project whose cells take no time, with a DVC remote that .dvc/config names."""
-    params = (project / "params.yaml").read_text("utf-8").replace("build: [tiny]", f"build: [{MODEL}]")
-    (project / "params.yaml").write_text(params, "utf-8")
+    edit(project / "params.yaml", "build: [tiny]", f"build: [{MODEL}]")
     (project / "dvc.yaml").write_text(DVC_YAML, "utf-8")
     (project / "cell.py").write_text(CELL.format(ran=str(project.parent / "ran")), "utf-8")
     (project.parent / "ran").touch()
@@ -140,8 +139,7 @@ def test_a_killed_worker(quick):
     commit(quick)  # metrics and dvc.lock; the other outputs are only on the remote
     clone = quick.parent / "clone"
     run("git", "clone", "-q", quick, clone, cwd=quick)
-    dvc = clone / "dvc.yaml"
-    dvc.write_text(dvc.read_text().replace("cell.py report ", "cell.py another "))
+    edit(clone / "dvc.yaml", "cell.py report ", "cell.py another ")
     refused = build(clone, "local:2", check=False)
     assert refused.stderr.startswith("Error: dvc.yaml differs from the last commit, which workers build: commit or")
     assert ran(quick) == before
@@ -237,9 +235,8 @@ def test_a_killed_scheduler(quick, tmp_path):
 def test_tls_and_what_a_cell_needs(quick, tmp_path):
     """With certificates in Dask's configuration all traffic is encrypted and a client without them gets no answer; a
     cell that needs Windows goes to a worker that offers it."""
-    dvc = quick / "dvc.yaml"
     report = "    cmd: python cell.py report"
-    dvc.write_text(dvc.read_text().replace(report, "    meta: {needs: [windows]}\n" + report))
+    edit(quick / "dvc.yaml", report, "    meta: {needs: [windows]}\n" + report)
     commit(quick)
     publish(quick)
     subject = ("-subj", "/CN=localhost", "-days", "1", "-nodes", "-keyout", "key.pem", "-out", "cert.pem")

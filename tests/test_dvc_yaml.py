@@ -1,44 +1,56 @@
-"""dvc.yaml, stages/, params.yaml, the schema and the README say the same."""
+"""dvc.yaml names code, variants and libraries as they are, and DVC reads it as meant."""
 
 import json
-from pathlib import Path
 
 import pytest
+from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from pipeline.artifact import TOOLS
-from pipeline.manifest import tool_versions
-from pipeline.params import Npu, OpenvinoInt4, json_schema, load_params
-from tests.conftest import ROOT
-from tests.test_imports import imported_names
+from pipeline.common.manifest import tool_versions
+from pipeline.common.params import OnnxInt4, OpenvinoInt4, json_schema, load_params
+from pipeline.convert.variant import TOOLS
+from pipeline.dvc_yaml import LIBRARIES, render
+from tests.conftest import ROOT, edit, run
 
-CONTENT = YAML(typ="safe").load(ROOT / "dvc.yaml")
-STAGES = CONTENT["stages"]
-# These modules cannot change the output of a stage: they hold messages, paths, processes and the reading of params,
-# whose values DVC watches. A change in them reruns nothing.
-UNWATCHED = tuple(
-    f"pipeline.{name}" for name in ("errors", "memory", "params", "paths", "plan", "process", "programs", "progress")
-)
-LIBRARIES = "libraries.lock"
+STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+PARAMS = load_params(ROOT / "params.yaml")
 
 
-def imported_modules(file: Path, seen: set[Path]) -> set[Path]:
-    """Add to `seen` the project's modules that `file` imports, directly or not."""
-    for name in imported_names(file):
-        path = ROOT / name.replace(".", "/")
-        for module in (path.with_suffix(".py"), path / "__init__.py"):
-            if name.startswith("pipeline.") and name not in UNWATCHED and module.exists() and module not in seen:
-                seen.add(module)
-                imported_modules(module, seen)
-    return seen
+def test_dvc_yaml_is_current():
+    """dvc.yaml is what `phi3 params --write` writes: each stage depends on the modules that it imports."""
+    assert (ROOT / "dvc.yaml").read_text("utf-8") == render(PARAMS, root=ROOT)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_depends_on_the_code_it_runs(stage):
-    """dvc.yaml lists, for each stage, the file of the same name and exactly the modules that it imports."""
-    modules = imported_modules(ROOT / f"stages/{stage}.py", {ROOT / f"stages/{stage}.py"})
-    listed = [dependency for dependency in STAGES[stage]["deps"] if dependency.endswith(".py")]
-    assert listed == sorted(path.relative_to(ROOT).as_posix() for path in modules)
+def test_a_new_variant_is_one_block(project, monkeypatch):
+    """With a new block in params.yaml `phi3 params` asks for --write; then DVC builds, validates and compiles it."""
+    params = project / "params.yaml"
+    run("phi3", "params", "--write", cwd=project)  # the artifacts of this project's model
+    run("phi3", "params", cwd=project)
+    block = params.read_text("utf-8").partition("  npu-int4-group128:\n")[2].partition("  onnx-directml-int4:\n")[0]
+    edit(params, "  onnx-directml-int4:\n", f"  my-npu:\n{block}  onnx-directml-int4:\n")
+    refused = run("phi3", "params", cwd=project, check=False)
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "Error: dvc.yaml does not fit params.yaml: run `phi3 params --write`.\n",
+    )
+    run("phi3", "params", "--write", cwd=project)
+    run("phi3", "params", cwd=project)
+    monkeypatch.chdir(project)
+    names = {stage.addressing for stage in Repo().index.stages}
+    new = {"quantize_openvino@tiny-my-npu", "compile_npu@tiny-my-npu-4000", "validate@tiny-my-npu"}
+    assert {name for name in names if "my-npu" in name} == new
+    artifacts = YAML(typ="safe").load(project / "dvc.yaml")["artifacts"]
+    assert artifacts["tiny-my-npu"]["path"] == "artifacts/tiny/my-npu"
+
+
+def test_a_matrix_over_a_mapping_has_its_keys():
+    """DVC validates every key of the mapping `variants`, and compiles for every item of the list `npu_platforms`."""
+    names = {stage.name for stage in Repo(ROOT).index.stages}
+    validated = {name for name in names if name.startswith("validate@")}
+    assert validated == {f"validate@{model}-{name}" for model in PARAMS.build for name in PARAMS.variants}
+    compiled = {name for name in names if name.startswith("compile_npu@")}
+    npu = [name for name, variant in PARAMS.variants.items() if variant.npu]
+    assert compiled == {f"compile_npu@{model}-{name}-4000" for model in PARAMS.build for name in npu}
 
 
 def test_every_stage_depends_on_the_libraries():
@@ -59,42 +71,20 @@ def test_every_stage_has_a_description():
     assert all(stage.get("desc") for stage in STAGES.values())
 
 
-def test_variants_are_built_by_their_stage_and_validated():
-    """The variants of params.yaml are those that dvc.yaml builds, each in the stage its block names, and validates."""
-    variants = load_params(ROOT / "params.yaml").variants
-    built = {
-        variant: name
-        for name in STAGES
-        for variant in STAGES[name]["matrix"].get("variant", [])
-        if name not in ("validate", "compile_npu")
-    }
-    assert built == {name: variant.stage for name, variant in variants.items()}
-    assert STAGES["validate"]["matrix"]["variant"] == list(variants)
+def test_variants_are_built_by_their_stage():
+    """Each variant of params.yaml is in the matrix of the stage that its block names."""
+    building = ("export_openvino", "quantize_openvino", "build_onnx")
+    built = {variant: name for name in building for variant in STAGES[name]["matrix"]["variant"]}
+    assert built == {name: variant.stage for name, variant in PARAMS.variants.items()}
 
 
-def test_npu_variants_are_compiled_for_every_platform_that_params_take():
-    """compile_npu runs for all variants with an npu block and all platforms; quantize_openvino ignores that block."""
-    variants = load_params(ROOT / "params.yaml").variants
-    matrix = STAGES["compile_npu"]["matrix"]
-    assert matrix["variant"] == [name for name, variant in variants.items() if getattr(variant, "npu", None)]
-    accepted = Npu.model_fields["platforms"].annotation.__args__[0].__args__
-    assert matrix["platform"] == [str(platform) for platform in accepted]
-    listed = {key.rsplit(".", 1)[-1] for key in STAGES["quantize_openvino"]["params"] if key.startswith("variants.")}
-    assert listed == OpenvinoInt4.model_fields.keys() - {"npu"}
-
-
-def test_params_spell_out_what_dvc_watches():
-    """Every quantized IR's block in params.yaml has all keys, since DVC fails on a missing one, default or not."""
+@pytest.mark.parametrize("recipe", [OpenvinoInt4, OnnxInt4])
+def test_params_spell_out_what_dvc_watches(recipe):
+    """Every quantized variant's block in params.yaml has all keys, since DVC fails on a missing one, default or not."""
     blocks = YAML(typ="safe").load(ROOT / "params.yaml")["variants"]
-    for name in STAGES["quantize_openvino"]["matrix"]["variant"]:
-        assert blocks[name].keys() >= OpenvinoInt4.model_fields.keys() - {"npu"}
-
-
-def test_every_variant_is_an_artifact_for_dvc():
-    """Each variant of the embedded model has a name for `gto register` and `dvc artifacts get`."""
-    variants = load_params(ROOT / "params.yaml").variants
-    paths = {name: block["path"] for name, block in CONTENT["artifacts"].items()}
-    assert paths == {f"smol-phi3-{name}": f"artifacts/smol-phi3/{name}" for name in variants}
+    for name, variant in PARAMS.variants.items():
+        if isinstance(variant, recipe):
+            assert blocks[name].keys() >= recipe.model_fields.keys() - {"npu"}
 
 
 def test_schema_is_current():
@@ -106,12 +96,3 @@ def test_readme_table_of_stages():
     """The README's table of stages is generated from dvc.yaml."""
     table = "".join(f"| `{name}` | {stage['desc']} |\n" for name, stage in STAGES.items())
     assert f"| stage | what it does |\n| --- | --- |\n{table}" in (ROOT / "README.md").read_text("utf-8")
-
-
-def test_calibrate_knows_whether_anything_is_calibrated():
-    """The stage calibrate watches the key `calibrated` of each variant, since it has nothing to do without any."""
-    listed = [key for key in STAGES["calibrate"]["params"] if key.startswith("variants.")]
-    quantized = [
-        variant for name in ("quantize_openvino", "build_onnx") for variant in STAGES[name]["matrix"]["variant"]
-    ]
-    assert listed == [f"variants.{variant}.calibrated" for variant in quantized]

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.errors import PipelineError
-from pipeline.manifest import verify
-from pipeline.pull import check
-from tests.conftest import ROOT, run
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import verify
+from pipeline.release.pull import check
+from tests.conftest import ROOT, edit, run
 
 pytestmark = pytest.mark.slow
 # The cells in the order of the build; CELLS gives the directory that each makes and how often it is killed.
@@ -102,10 +102,10 @@ def plain(project: Path, hostile: Path, tiny_checkpoint: Path, tmp_path: Path) -
     Afterwards it asserts that the code never ran, and that no secret is in the files that the stages wrote.
     """
     params = project / "params.yaml"
-    text = params.read_text("utf-8").replace(json.dumps(str(tiny_checkpoint)), json.dumps(str(hostile)))
-    text = text.replace("max_prompt_len: 1024", "max_prompt_len: 256")  # the tiny model's context is short
-    text = text.replace("rotated: true", "rotated: false").replace("calibrated: true", "calibrated: false")
-    params.write_text(text, "utf-8")
+    edit(params, json.dumps(str(tiny_checkpoint)), json.dumps(str(hostile)))
+    edit(params, "max_prompt_len: 1024", "max_prompt_len: 256")  # the tiny model's context is short
+    edit(params, "rotated: true", "rotated: false")
+    edit(params, "calibrated: true", "calibrated: false")
     with pytest.MonkeyPatch.context() as patch:
         for name, secret in SECRETS.items():
             patch.setenv(name, secret)

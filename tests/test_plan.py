@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from pipeline import plan, process
-from pipeline.checkpoint import read_json, tensor_shapes
-from pipeline.errors import PipelineError
-from pipeline.params import load_params
-from pipeline.recipe import matrices
+from pipeline.common.checkpoint import read_json, tensor_shapes
+from pipeline.common.errors import PipelineError
+from pipeline.common.matrices import matrices
+from pipeline.common.params import load_params
 from tests.conftest import ROOT, STYLES, make_checkpoint, run
 
 PARAMS = load_params(ROOT / "params.yaml")

@@ -12,17 +12,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.errors import PipelineError
-from pipeline.programs import stream_lines
+from pipeline.common.errors import PipelineError
+from pipeline.common.programs import stream_lines
 from tests.conftest import ROOT
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 STAGE = """
 import sys, time
 sys.path.insert(0, {root!r})
-from pipeline.errors import PipelineError
+from pipeline.common.errors import PipelineError
 from pipeline.process import stage_command
-from pipeline.progress import Bar, say
+from pipeline.common.progress import Bar, say
 
 @stage_command
 def main(model: str, variant: str) -> None:
@@ -94,7 +94,7 @@ def test_errors_are_sentences(stage, body, message):
         ("raise MemoryError", "memory ran out"),
         ("raise RuntimeError('DefaultCPUAllocator: can\\'t allocate memory: ...')", "memory ran out"),
         (
-            "from pipeline.programs import stream_lines; list(stream_lines(['sh', '-c', 'kill -9 $$']))",
+            "from pipeline.common.programs import stream_lines; list(stream_lines(['sh', '-c', 'kill -9 $$']))",
             "memory ran out",
         ),
         (
@@ -137,7 +137,7 @@ def test_log(stage, tmp_path):
 
 def test_progress_without_a_terminal(stage):
     """Without a terminal a long loop prints plain lines with its progress and the time left."""
-    body = "import pipeline.progress as p; p.LINE_EVERY = 0; [i for i in Bar(range(10), desc='counting')]"
+    body = "import pipeline.common.progress as p; p.LINE_EVERY = 0; [i for i in Bar(range(10), desc='counting')]"
     output, errors = stage(body).communicate(timeout=30)
     assert errors == ""
     lines = output.splitlines()[2:-1]
@@ -196,7 +196,7 @@ def test_one_at_a_time(stage):
 def test_ends_with_dvc(stage, tmp_path, shell):
     """When dvc is killed, the stage and the program that it runs end too, even if a shell between them lives on."""
     seconds = f"61.{len(shell)}"  # tests may run beside each other
-    body = "from pipeline.programs import stream_lines as run; list(run(['sleep', '" + seconds + "']))"
+    body = "from pipeline.common.programs import stream_lines as run; list(run(['sleep', '" + seconds + "']))"
     script = tmp_path / "work.py"
     script.write_text(STAGE.format(root=str(ROOT), body=body))
     command = [*shell, sys.executable, str(script), "m", "v"]

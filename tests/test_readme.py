@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.smoke import CHECKS
+from pipeline.check.checks import CHECKS
 from tests.conftest import ROOT, run
 
 PAGES = {

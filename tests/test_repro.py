@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import verify
-from tests.conftest import run
+from pipeline.common.manifest import verify
+from tests.conftest import edit, run
 
 pytestmark = pytest.mark.slow
 BUILDS = ("quantize_openvino",)
@@ -76,8 +76,7 @@ def test_build_then_nothing_then_one_branch(project):
     assert ran(again) == []
     assert again.endswith("Data and pipelines are up to date.\n")
 
-    params = project / "params.yaml"
-    params.write_text(params.read_text().replace("ratio: 0.6", "ratio: 0.8"))
+    edit(project / "params.yaml", "ratio: 0.6", "ratio: 0.8")
     assert ran(run("dvc", "repro", *BUILDS, cwd=project).stdout) == ["quantize_openvino@tiny-openvino-int4"]
 
 
@@ -109,10 +108,7 @@ def test_interrupted(project):
 
 def test_one_word_switches_the_model(project, tiny_checkpoint):
     """`dvc exp run -S 'build=[...]'` builds another model of the catalogue."""
-    params = project / "params.yaml"
-    text = params.read_text()
-    assert "build: [tiny]" in text
-    params.write_text(text.replace("build: [tiny]", "build: [smol-phi3]"))
+    edit(project / "params.yaml", "build: [tiny]", "build: [smol-phi3]")
     run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qam", "smol", cwd=project)
     result = run("dvc", "exp", "run", "-S", "build=[tiny]", "download", cwd=project)
     assert ran(result.stdout) == ["download@tiny"]
@@ -121,8 +117,7 @@ def test_one_word_switches_the_model(project, tiny_checkpoint):
 
 def test_bad_params_are_refused_before_any_work(project):
     """A typo in params.yaml stops the first stage with one sentence, and nothing is built."""
-    params = project / "params.yaml"
-    params.write_text(params.read_text().replace("min_recall", "min_recal"))
+    edit(project / "params.yaml", "min_recall", "min_recal")
     result = run("dvc", "repro", "download", cwd=project, check=False)
     assert result.returncode != 0
     assert (

@@ -5,8 +5,7 @@ import sys
 
 import onnxruntime_genai as og
 
-from pipeline.pull import pull
-from pipeline.registry import open_registry
+from pipeline import open_registry, pull
 
 MODEL = "smol-phi3/onnx-cpu-int4"
 

@@ -4,8 +4,7 @@ import sys
 
 import openvino_genai
 
-from pipeline.pull import pull
-from pipeline.registry import open_registry
+from pipeline import open_registry, pull
 
 MODEL = "smol-phi3/openvino-int4"
 

@@ -14,10 +14,10 @@ from dvc.exceptions import DvcException
 
 from pipeline import plan
 from pipeline.cluster.worker import LOCK, TOPIC, Origin, read_built, run_cell
-from pipeline.device import openvino_devices
-from pipeline.errors import PipelineError, lines
+from pipeline.common.errors import PipelineError, lines
+from pipeline.common.params import OnnxInt4, Params, load_params
 from pipeline.graph import Cell, changed, read_cells
-from pipeline.params import OnnxInt4, Params, load_params
+from pipeline.release.device import openvino_devices
 
 SCRATCH = Path(".dvc/tmp/cluster")  # on the project's disk, and ignored by git
 Say = Callable[[str], None]

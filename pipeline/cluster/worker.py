@@ -18,9 +18,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline.errors import PipelineError
+from pipeline.common.errors import PipelineError
+from pipeline.common.programs import stream_lines
 from pipeline.graph import Cell
-from pipeline.programs import stream_lines
 
 TOPIC = "phi3-build"
 LOCK = Path("dvc.lock")

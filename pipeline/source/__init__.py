@@ -4,10 +4,10 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.checkpoint import check, is_wanted
-from pipeline.errors import PipelineError
-from pipeline.manifest import Checkpoint, PathOrigin
-from pipeline.params import Source
+from pipeline.common.checkpoint import check, is_wanted
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import Checkpoint, PathOrigin
+from pipeline.common.params import Source
 from pipeline.source import hub, pypi
 
 

@@ -6,7 +6,7 @@ GGUF format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import PipelineError, full_disk
+from pipeline.common.errors import PipelineError, full_disk
 
 CONTROL_TOKEN = 3  # a value of tokenizer.ggml.token_type
 

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import is_wanted, read_json
-from pipeline.errors import PipelineError, lines
-from pipeline.manifest import HubOrigin, digest
-from pipeline.params import COMMIT, HubSource
-from pipeline.progress import Bar, say
+from pipeline.common.checkpoint import is_wanted, read_json
+from pipeline.common.errors import PipelineError, lines
+from pipeline.common.manifest import HubOrigin, digest
+from pipeline.common.params import COMMIT, HubSource
+from pipeline.common.progress import Bar, say
 
 CACHED_LFS_BLOB = re.compile(r"[0-9a-f]{64}")
 

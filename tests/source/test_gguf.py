@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipeline.checkpoint import check, eos_token_ids
-from pipeline.errors import PipelineError
+from pipeline.common.checkpoint import check, eos_token_ids
+from pipeline.common.errors import PipelineError
 from pipeline.source.gguf import convert_gguf
 from tests.conftest import make_tokenizer
 

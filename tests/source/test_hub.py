@@ -51,8 +51,8 @@ ARRIVED_DAMAGED = (
 FETCH = """
 import contextlib, io, json, sys, time
 from pathlib import Path
-from pipeline.errors import PipelineError
-from pipeline.params import Source
+from pipeline.common.errors import PipelineError
+from pipeline.common.params import Source
 from pipeline.source import fetch_checkpoint
 
 time.sleep = lambda seconds: None  # the client's pauses before it tries again

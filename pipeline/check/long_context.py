@@ -1,0 +1,106 @@
+"""Check a variant at every length that it claims: compare it with the source on prompts beyond each limit.
+
+Each prompt is the beginning of one text, made of the reference prompts. The application's pipeline first answers the
+prompt's first half and then the whole prompt, as in the second turn of a chat. The tokens that it then generates must
+be those that the variant's own logits prefer, and these logits must be near the source's at the prompt's last tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.check.fidelity import Distributions, concatenate, distributions, divergence
+from pipeline.check.reference import LongContext
+from pipeline.common.progress import Bar
+from pipeline.run.prompts import load_prompts
+from pipeline.run.runtimes import Runtime, Scorer
+from pipeline.run.source_model import Torch
+
+PROBED_TO_THE_END = 4096  # a longer context is probed at the largest of LADDER, and where its attention changes
+LADDER = (256, 512, 1024, 2048)
+BEYOND = 64  # tokens by which a prompt exceeds a limit
+ROWS, ANSWER = 8, 8  # tokens compared at a prompt's end; tokens generated after it
+
+
+Said = dict[int, list[int] | str]  # by the prompt's length: the ids generated, or the runtime's error
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a variant did with one prompt; `error` is the runtime's message when it failed."""
+
+    length: int  # of the prompt, in tokens
+    kl_mean: float = 0.0  # from the source's distributions, over the last ROWS tokens
+    departure: float = 0.0  # largest lead, in nats, of another token's logit over that of the one it generated
+    error: str = ""
+
+
+def lengths(limits: dict[str, int]) -> list[int]:
+    """Return the ascending lengths in tokens of the prompts for a model with `limits` (pipeline/common/context.py)."""
+    longest = limits["max_position_embeddings"]
+    wanted = {
+        *LADDER,
+        *(limits[n] + BEYOND for n in ("sliding_window", "original_max_position_embeddings") if n in limits),
+    }
+    if longest <= PROBED_TO_THE_END:
+        wanted.add(longest - ANSWER)
+    return sorted(length for length in wanted if length <= longest - ANSWER)
+
+
+def record(source: Torch, limits: dict[str, int]) -> tuple[LongContext, Distributions]:
+    """Return the prompts for a model with `limits`, and the `source` model's distributions at their last tokens."""
+    text = "\n\n".join(message["content"] for prompt in load_prompts("reference") for message in prompt.messages)
+    ids, found = source.encode(text), lengths(limits)
+    ids *= -(-found[-1] // len(ids))
+    rows = [distributions(source.logits(ids[:length], last=ROWS)) for length in Bar(found, desc="reading long prompts")]
+    return LongContext(ids=ids[: found[-1]], lengths=found), concatenate(rows)
+
+
+def choose(prompts: LongContext, limits: dict[str, int], *, most: int) -> list[int]:
+    """Return the lengths at which a variant that takes prompts of at most `most` tokens is probed, ascending.
+
+    They are the longest that it takes, and those just beyond a limit.
+    """
+    fitting = [length for length in prompts.lengths if length <= most]
+    return [length for length in fitting if length in {*fitting[-1:], *_beyond(limits)}]
+
+
+def _beyond(limits: dict[str, int]) -> set[int]:
+    changes = ("sliding_window", "original_max_position_embeddings")
+    return {limits[name] + BEYOND for name in changes if name in limits}
+
+
+def answer(runtime: Runtime, prompts: LongContext, chosen: Sequence[int]) -> Said:
+    """Return what `runtime` answers to each prompt of the `chosen` lengths, after its first half, or its error."""
+    said: Said = {}
+    for length in Bar(chosen, desc="answering long prompts"):
+        try:
+            runtime.generate(prompts.ids[: length // 2], max_new_tokens=ANSWER)
+            said[length] = runtime.generate(prompts.ids[:length], max_new_tokens=ANSWER).ids
+        except RuntimeError as error:
+            said[length] = str(error)
+    return said
+
+
+def compare(scorer: Scorer, prompts: LongContext, said: Said, source: Distributions) -> list[Found]:
+    """Return, for each prompt, how far the logits of `scorer`, the variant, are from `source` and from what was `said`.
+
+    The last rows of `source` are the distributions that `record` returned.
+    """
+    found = []
+    for length, ids in Bar(said.items(), desc="comparing long prompts"):
+        try:
+            if isinstance(ids, str):
+                raise RuntimeError(ids)
+            logits = scorer.logits(prompts.ids[:length] + ids[:-1], last=ROWS + len(ids) - 1)
+        except RuntimeError as error:
+            found.append(Found(length, error=" ".join(str(error).split())))
+            continue
+        start = len(source.ids) - ROWS * (len(prompts.lengths) - prompts.lengths.index(length))
+        rows = Distributions(source.ids[start : start + ROWS], source.log_probs[start : start + ROWS])
+        own = logits[ROWS - 1 :]
+        departure = (own.max(axis=1) - own[np.arange(len(ids)), ids]).max()
+        kl = divergence(logits[:ROWS], rows).mean()
+        found.append(Found(length, kl_mean=float(f"{kl:.3g}"), departure=float(f"{departure:.3g}")))
+    return found

@@ -1,0 +1,93 @@
+"""Measure what an application will see of an artifact on this machine, with its runtime's defaults.
+
+The measured figures do not decide whether the artifact passes validation.
+"""
+
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipeline.check.fidelity import Distributions, compare
+from pipeline.check.reference import Reference
+from pipeline.common.memory import peak_memory
+from pipeline.common.params import OnnxInt4, Variant
+from pipeline.run.runtimes import OnnxGenai, OpenvinoGenai, OpenvinoLogits, Precision, Runtime, Scorer
+
+
+def load_runtime(directory: Path, *, variant: Variant, device: str = "CPU", precision: Precision = "f32") -> Runtime:
+    """Return the artifact in the runtime that an application would use; `device` is for OpenVINO variants.
+
+    Here NPU variants run the NPU's static pipeline on the CPU, and DirectML variants run on the CPU provider.
+    """
+    if isinstance(variant, OnnxInt4):
+        return OnnxGenai(directory, precision=precision)
+    return OpenvinoGenai(directory, device=device, npu=variant.npu, precision=precision)
+
+
+def load_scorer(
+    directory: Path, *, variant: Variant, context: dict[str, int], device: str = "CPU", precision: Precision = "f32"
+) -> Scorer:
+    """Return a scorer that computes the logits of the artifact with the limits `context` (pipeline/common/context.py).
+
+    NPU variants run as a plain IR.
+    """
+    if isinstance(variant, OnnxInt4):
+        return OnnxGenai(directory, at_once="original_max_position_embeddings" in context)
+    return OpenvinoLogits(directory, device=device, precision=precision)
+
+
+def measure(directory: Path, *, variant: Variant, device: str, reference: Reference) -> dict[str, Any]:
+    """Return times in seconds and peak memory in bytes of loading the artifact and answering the reference's questions.
+
+    Memory is resident memory, so mapped weights count. The peak is that of the whole process, so measure before the
+    process does anything larger.
+
+    Raises RuntimeError when the runtime cannot load the artifact.
+    """
+    started = time.perf_counter()
+    runtime = load_runtime(directory, variant=variant, device=device, precision="default")
+    load_time = time.perf_counter() - started
+    found = [runtime.generate(answer.prompt_ids, max_new_tokens=len(answer.ids)) for answer in reference.answers]
+    paces = [generation.time_per_token for generation in found if len(generation.ids) > 1]
+    return {
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "runtime": runtime.name,
+        "device": runtime.device,
+        "load_time_s": round(load_time, 3),
+        "time_to_first_token_s": round(median(generation.time_to_first_token for generation in found), 4),
+        "tokens_per_second": round(1 / median(paces), 2) if paces else 0.0,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def measure_default_precision(
+    directory: Path,
+    *,
+    variant: Variant,
+    context: dict[str, int],
+    device: str,
+    reference: Reference,
+    distributions: Distributions,
+) -> dict[str, float]:
+    """Return the mean KL divergence from the source when the artifact runs in the precision of this machine's defaults.
+
+    onnxruntime-genai always computes in the model's own precision, so there is nothing to measure for its variants.
+    """
+    if isinstance(variant, OnnxInt4):
+        return {}
+    scorer = load_scorer(directory, variant=variant, context=context, device=device, precision="default")
+    return {"kl_mean_default": compare(scorer, reference.continuations, distributions).metrics()["kl_mean"]}
+
+
+def _processor() -> str:
+    # platform.processor() is empty on Linux.
+    if sys.platform == "linux":
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+        if names:
+            return str(names[0])
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""What all other packages of the pipeline use."""

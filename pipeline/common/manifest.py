@@ -1,0 +1,223 @@
+"""manifest.json: what an artifact is, how it was made, and the hash of every file in it.
+
+An artifact exists if and only if its manifest does: it is built in a sibling directory, the manifest is written last,
+and one rename gives the directory its name.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.common.errors import PipelineError
+from pipeline.common.paths import MANIFEST
+
+SCHEMA_VERSION = 1
+
+
+class File(BaseModel):
+    """One file of an artifact: size in bytes and SHA-256 in hexadecimal."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class HubOrigin(BaseModel):
+    """A repository of the Hugging Face Hub, at a commit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hub: str
+    revision: str
+
+
+class PypiOrigin(BaseModel):
+    """A GGUF file in a wheel of a package on PyPI."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    pypi: str
+    version: str
+    sha256: str
+    gguf: str
+
+
+class PathOrigin(BaseModel):
+    """A directory on the disk, recorded by its name alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+
+
+Checkpoint = HubOrigin | PypiOrigin | PathOrigin
+
+
+class IrOrigin(BaseModel):
+    """The IR that an NPU blob was compiled from: its name, the SHA-256 of its files, and its own checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variant: str
+    files: dict[str, str]
+    checkpoint: Checkpoint
+
+
+class Manifest(BaseModel):
+    """The content of manifest.json. Nothing in it depends on the time or the machine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    model: str
+    variant: str
+    source: Checkpoint | IrOrigin
+    license: str
+    recipe: dict[str, Any] = Field(
+        description="'asked' as in params.yaml, 'achieved' as read back from the built files"
+    )
+    eos_token_ids: list[int]
+    context: dict[str, int] = Field(description="limits in tokens")
+    runtime: dict[str, Any] = Field(description="what an application needs to load it")
+    not_compiled: str | None = Field(default=None, description="why a directory for an NPU blob holds none")
+    tools: dict[str, str] = Field(description="versions of the packages that made it")
+    files: dict[str, File] = Field(default={}, description="by path relative to the artifact, with '/'")
+
+
+@contextmanager
+def building(target: Path, *, resume: bool = False) -> Iterator[Path]:
+    """Yield a hidden sibling of `target` to build in; it becomes `target` when the block ends and `seal` was called.
+
+    Files that an earlier, killed build left there are removed, unless `resume` is true. After an error the sibling is
+    removed, unless `resume` is true.
+    """
+    build = target.with_name(f".{target.name}.partial")
+    if not resume:
+        shutil.rmtree(build, ignore_errors=True)
+    build.mkdir(parents=True, exist_ok=True)
+    try:
+        yield build
+        if not (build / MANIFEST).exists():
+            raise AssertionError(f"{target} was built without a manifest")
+        if target.exists():
+            (target / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(target)
+        build.rename(target)
+        _fsync(target.parent)
+    except BaseException:
+        if not resume:
+            shutil.rmtree(build, ignore_errors=True)
+        raise
+
+
+def seal(directory: Path, manifest: Manifest) -> None:
+    """Hash and flush every file in `directory`, then write `manifest` with the hashes as its last file."""
+    paths = _paths(directory)
+    with ThreadPoolExecutor() as pool:  # the disk writes while the processor hashes
+        flushed = pool.map(lambda path: _fsync(directory / path), paths)
+        files = dict(zip(paths, pool.map(lambda path: digest(directory / path), paths), strict=True))
+        list(flushed)  # raises the error when a flush failed
+    replace_file(directory / MANIFEST, manifest.model_copy(update={"files": files}).model_dump_json(indent=2))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write `text` and a newline to `path` so that a reader sees the old or the new content, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text + "\n", "utf-8")
+    _fsync(temporary)
+    temporary.replace(path)
+    _fsync(path.parent)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Return the manifest of the artifact in `directory`; raise PipelineError when it is missing or not readable."""
+    path = directory / MANIFEST
+    try:
+        content = path.read_bytes()
+        manifest = Manifest.model_validate_json(content)
+    except FileNotFoundError as error:
+        raise PipelineError(
+            f"{path} is missing: {directory} is not a finished artifact; build or pull it again."
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PipelineError(f"{path} is not a manifest ({where}: {first['msg']}): build or pull it again.") from error
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise PipelineError(
+            f"{path} has schema version {manifest.schema_version}, this phi3-pipeline reads {SCHEMA_VERSION}: "
+            "install the version that wrote it."
+        )
+    return manifest
+
+
+def verify(directory: Path) -> Manifest:
+    """Return the manifest of `directory` after hashing every file.
+
+    Raises PipelineError that lists all files which are missing, changed or not listed in the manifest.
+    """
+    manifest = read_manifest(directory)
+    if faults := compare_files(directory, manifest.files, besides={MANIFEST}):
+        raise PipelineError(f"{directory}: {'; '.join(faults)}. Build or pull it again.")
+    return manifest
+
+
+def compare_files(directory: Path, files: dict[str, File], *, besides: set[str]) -> list[str]:
+    """Return a sentence for each difference between `directory` and `files`, sorted; the paths `besides` are ignored.
+
+    Every file is hashed. A link or a device in the place of a file counts as a change, a directory as a missing file.
+    """
+    present = set(_paths(directory)) - besides
+    faults = [f"{path} is missing" for path in files.keys() - present]
+    faults += [f"{path} is not listed" for path in present - files.keys()]
+    faults += [
+        f"{path} has changed"
+        for path in present & files.keys()
+        if not is_regular(directory / path)
+        or (directory / path).stat().st_size != files[path].size
+        or digest(directory / path) != files[path]
+    ]
+    return sorted(faults)
+
+
+def is_regular(path: Path) -> bool:
+    """Return whether `path` is a regular file, not a link to one and not a device."""
+    return path.is_file() and not path.is_symlink()
+
+
+def digest(path: Path) -> File:
+    """Return size and SHA-256 of the file `path`."""
+    with path.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return File(size=path.stat().st_size, sha256=sha256)
+
+
+def tool_versions(*packages: str) -> dict[str, str]:
+    """Return the installed version of each of `packages`."""
+    return {package: version(package) for package in packages}
+
+
+def _paths(directory: Path) -> list[str]:
+    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(directory).as_posix() for path in found)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a directory to flush its entries
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Convert and quantize a checkpoint."""

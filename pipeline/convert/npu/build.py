@@ -1,0 +1,74 @@
+"""The directory of an NPU blob: the blob and its manifest, or only a manifest that says why there is none."""
+
+from pathlib import Path
+
+from pipeline.common import paths
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import IrOrigin, Manifest, building, read_manifest, seal, tool_versions, verify
+from pipeline.common.params import Npu
+from pipeline.common.progress import say
+from pipeline.convert import npu
+from pipeline.convert.npu.blob import read_blob
+from pipeline.convert.openvino import MODEL
+
+
+def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> Manifest:
+    """Compile the IR of `variant` for `platform`, read the blob back, and return the manifest of its directory.
+
+    Without a compiler, or when it refuses the model, the directory has only a manifest, with the reason in
+    `not_compiled`; with `params.required` that is a PipelineError instead.
+
+    Raises PipelineError when the IR breaks a rule of the NPU, or the blob is not what was asked for.
+    """
+    directory = paths.variant(model, variant)
+    ir = read_manifest(directory)
+    npu.lint(ir, params)
+    hashes = {name: ir.files[name].sha256 for name in MODEL}
+    tools = tool_versions("openvino")
+    name = npu.blob_name(params, platform, tools["openvino"])
+    achieved, reason = {}, None
+    with building(paths.blob(directory, platform)) as build:
+        try:
+            verify(directory)
+            backend = npu.compile_blob(
+                directory / MODEL[0],
+                build / name,
+                properties=npu.properties(params, platform=platform, bank=hashes[MODEL[1]][:32]),
+            )
+            blob = read_blob(build / name)
+            _check(build / name, platform, blob.platform, tools["openvino"], blob.openvino)
+            if not params.weightless and (build / name).stat().st_size < ir.files[MODEL[1]].size:
+                raise npu.NotCompiledError(
+                    "without an NPU the compiler leaves weights out of a weight-bearing blob: set weightless: true"
+                )
+            achieved = vars(blob)
+            say(f"{name}: {(build / name).stat().st_size / 1e6:.1f} MB, {blob.compatibility}, backend {backend}")
+        except npu.NotCompiledError as error:
+            if params.required:
+                raise
+            (build / name).unlink(missing_ok=True)
+            reason = str(error)
+            say(f"not compiled: {reason}")
+        assert not isinstance(ir.source, IrOrigin)
+        manifest = Manifest(
+            name=f"{model}/{variant}-{platform}",
+            model=model,
+            variant=variant,
+            source=IrOrigin(variant=ir.name, files=hashes, checkpoint=ir.source),
+            license=ir.license,
+            recipe={"asked": params.model_dump(exclude={"required"}), "achieved": achieved},
+            eos_token_ids=ir.eos_token_ids,
+            context=ir.context | params.model_dump(include={"max_prompt_len", "min_response_len"}),
+            runtime={"requires": tool_versions("openvino-genai"), "devices": ["NPU"], "platform": platform},
+            not_compiled=reason,
+            tools=tools,
+        )
+        seal(build, manifest)
+    return manifest
+
+
+def _check(path: Path, *pairs: str) -> None:
+    for expected, actual in zip(pairs[::2], pairs[1::2], strict=True):
+        # The installed version is that of the release, followed by a build number.
+        if not expected.startswith(actual):
+            raise PipelineError(f"{path.name} should be for {expected}, it says {actual}: this compiler is not usable.")

@@ -1,0 +1,1 @@
+"""Publish artifacts to registries, and pull them."""

@@ -1,0 +1,64 @@
+"""Choose the published artifact that suits this machine.
+
+The module imports no ML library when it is loaded, since an application may have only one of the two runtimes.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pipeline.common.errors import PipelineError
+from pipeline.release.release import Release
+
+Target = Literal["auto", "cpu", "gpu", "npu", "directml"]
+TARGETS: tuple[Target, ...] = ("auto", "cpu", "gpu", "npu", "directml")
+
+
+def choose_release(releases: Iterable[Release], target: Target) -> tuple[Release, str]:
+    """Return the release for `target` among `releases` of one model, and the reason; `auto` looks at the machine.
+
+    When several suit, it is the smallest of them, because every published artifact has met its limits.
+
+    Raises PipelineError when none suits.
+    """
+    offered = list(releases)
+    wanted, reason = machine() if target == "auto" else (target, "asked for")
+    for device in (wanted, "cpu") if target == "auto" else (wanted,):
+        fitting = [release for release in offered if suits(release, device)]
+        if fitting:
+            best = min(fitting, key=lambda release: release.size)
+            return best, f"{reason}; the smallest of {len(fitting)} for {device}" if len(fitting) > 1 else reason
+    names = ", ".join(sorted(release.name for release in offered)) or "nothing"
+    raise PipelineError(f"nothing for {wanted} is published there, only {names}: name one of them.")
+
+
+def suits(release: Release, device: str) -> bool:
+    """Return whether `release` is made for `device`: cpu, gpu, npu or directml."""
+    directml = "onnxruntime-genai-winml" in release.requires
+    if device == "directml" or directml:
+        return directml and device == "directml"
+    return device.upper() in release.devices
+
+
+def machine() -> tuple[str, str]:
+    """Return the best device of this machine, and how it was recognised."""
+    if openvino := openvino_devices():
+        for device in ("NPU", "GPU"):
+            if device in openvino:
+                return device.lower(), f"OpenVINO sees {', '.join(openvino)}"
+        return "cpu", f"OpenVINO sees {', '.join(openvino)}"
+    if Path("/dev/accel/accel0").exists():
+        return "npu", "/dev/accel/accel0 is an NPU"
+    if sys.platform == "win32":
+        return "directml", "Windows has DirectML, and openvino is not installed to look for an NPU"
+    return "cpu", "no NPU was found, and openvino is not installed to look for a GPU"
+
+
+def openvino_devices() -> list[str]:
+    if importlib.util.find_spec("openvino") is None:
+        return []
+    import openvino
+
+    return [str(device).split(".")[0] for device in openvino.Core().available_devices]

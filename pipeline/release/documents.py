@@ -1,0 +1,158 @@
+"""The documents that a release has beside the artifact: model card, metrics, provenance and bill of materials."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pipeline.check.report import FIGURES, figure
+from pipeline.common import paths
+from pipeline.common.checkpoint import read_json
+from pipeline.common.context import describe
+from pipeline.common.manifest import HubOrigin, Manifest, read_manifest
+from pipeline.common.paths import MANIFEST
+
+CARD, METRICS, PROVENANCE, SBOM = "README.md", "metrics.json", "provenance.json", "sbom.cdx.json"
+
+
+def write_documents(directory: Path, *, model: str, variant: str, version: str) -> None:
+    """Write the documents of a release into `directory`.
+
+    The same artifact, commit and measurements give the same bytes. Measurements of other machines are not included.
+    """
+    manifest = read_manifest(paths.variant(model, variant))
+    metrics, measured = read_json(paths.metrics(model, variant)), paths.measured(model, variant)
+    machine = read_json(measured) if measured.exists() else {}
+    documents = {
+        METRICS: metrics | ({"measured": machine} if machine else {}),
+        PROVENANCE: provenance(manifest, version=version),
+        SBOM: bill_of_materials(manifest, version=version),
+    }
+    for name, content in documents.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    (directory / CARD).write_text(card(manifest, metrics, machine, version=version), "utf-8")
+
+
+def card(manifest: Manifest, metrics: dict[str, Any], measured: dict[str, Any], *, version: str) -> str:
+    """Return the model card: the Hub's metadata, the metrics of the variant, and the measurements of one machine.
+
+    Metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata
+    """
+    from huggingface_hub import ModelCardData
+
+    library = "openvino" if "openvino" in manifest.tools else "onnxruntime-genai"
+    base = manifest.source.hub if isinstance(manifest.source, HubOrigin) else None
+    data = ModelCardData(
+        license=manifest.license.lower(),
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=[library, manifest.variant, "phi3", *(device.lower() for device in manifest.runtime["devices"])],
+    )
+    formats = ", ".join(f"{share:.1%} {name}" for name, share in manifest.recipe["achieved"]["formats"].items())
+    requires = " ".join(f"{package}=={number}" for package, number in manifest.runtime["requires"].items())
+    source = ", ".join(f"{key} `{value}`" for key, value in manifest.source)
+    return f"""---
+{data.to_yaml()}
+---
+# {manifest.name} {version}
+
+Made from {source}. Weights: {formats}. For {", ".join(manifest.runtime["devices"])}, with `{requires}`.
+{describe(manifest.context)}
+
+{_table(f"judged in float32 on {metrics['device']} by {metrics['runtime']}", metrics)}
+
+KL divergence, agreement, perplexity and prefix compare it with the source model, token by token.
+{_machine(measured)}
+`{MANIFEST}` has the recipe matrix by matrix, `{METRICS}` all figures, `{PROVENANCE}` how it was made,
+`{SBOM}` with what.
+"""
+
+
+def _table(heading: str, figures: dict[str, Any]) -> str:
+    rows = [f"| {FIGURES[name][0]} | {figure(figures[name], name)} |" for name in FIGURES if name in figures]
+    return "\n".join([f"| {heading} | |", "| --- | --- |", *rows])
+
+
+def _machine(measured: dict[str, Any]) -> str:
+    if not measured:
+        return "Speed and memory were not measured where it was published."
+    heading = f"with the runtime's defaults, on {measured['device']}: {measured['machine']}"
+    explained = f"“{FIGURES['kl_mean_default'][0]}” is the mean KL divergence in that machine's default precision."
+    return "\n\n".join(["", _table(heading, measured), *[explained] * ("kl_mean_default" in measured)])
+
+
+def provenance(manifest: Manifest, *, version: str) -> dict[str, Any]:
+    """Return a statement of how the artifact was made, without time or machine.
+
+    Formats: https://in-toto.io/Statement/v1 and https://slsa.dev/spec/v1.0/provenance
+    """
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": path, "digest": {"sha256": file.sha256}} for path, file in manifest.files.items()],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {
+            "buildDefinition": {
+                "buildType": "urn:phi3-pipeline:dvc-repro:v1",
+                "externalParameters": {
+                    "name": manifest.name,
+                    "version": version,
+                    "recipe": manifest.recipe["asked"],
+                },
+                "internalParameters": {"tools": manifest.tools},
+                "resolvedDependencies": [
+                    {"name": "checkpoint", "annotations": manifest.source.model_dump()},
+                    {"name": "phi3-pipeline", "digest": {"gitCommit": commit()}},
+                ],
+            },
+            "runDetails": {"builder": {"id": "urn:phi3-pipeline:builder", "version": manifest.tools}},
+        },
+    }
+
+
+def bill_of_materials(manifest: Manifest, *, version: str) -> dict[str, Any]:
+    """Return the model and the packages that made it as a CycloneDX 1.6 document, without time or serial number."""
+    from cyclonedx.model import HashAlgorithm, HashType
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentType
+    from cyclonedx.output.json import JsonV1Dot6
+    from packageurl import PackageURL
+
+    model = Component(
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        name=manifest.name,
+        version=version,
+        bom_ref=manifest.name,
+        components=[
+            Component(
+                type=ComponentType.FILE,
+                name=path,
+                bom_ref=path,
+                hashes=[HashType(alg=HashAlgorithm.SHA_256, content=file.sha256)],
+            )
+            for path, file in manifest.files.items()
+        ],
+    )
+    tools = [
+        Component(
+            type=ComponentType.LIBRARY,
+            name=name,
+            version=number,
+            bom_ref=name,
+            purl=PackageURL("pypi", name=name, version=number),
+        )
+        for name, number in manifest.tools.items()
+    ]
+    bom = Bom(components=tools)
+    bom.metadata.component = model
+    bom.register_dependency(model, tools)
+    document: dict[str, Any] = json.loads(JsonV1Dot6(bom).output_as_string())
+    del document["serialNumber"], document["metadata"]["timestamp"]
+    return document
+
+
+def commit() -> str:
+    """Return the git commit that recorded the build: the last one that changed dvc.lock."""
+    command = ["git", "log", "-1", "--format=%H", "--", "dvc.lock"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

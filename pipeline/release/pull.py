@@ -1,0 +1,227 @@
+"""Pull a published artifact and check each file's hash before it gets its final name. Imports no ML library."""
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import Manifest, compare_files, digest, is_regular, replace_file, verify
+from pipeline.release.device import Target, choose_release
+from pipeline.release.registry.interface import Registry
+from pipeline.release.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
+from pipeline.release.signing import require_signature
+
+logger = logging.getLogger(__name__)
+CACHE_VARIABLE = "PHI3_CACHE"
+Progress = Callable[[int, int, str], None]  # bytes so far, bytes in all, file
+
+
+def cache() -> Path:
+    """Return the directory of the cache: PHI3_CACHE, or the system's cache directory for this user."""
+    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("phi3-pipeline"))
+
+
+def pull(
+    registry: Registry,
+    name: str,
+    *,
+    reference: str = "latest",
+    to: Path | None = None,
+    key: Path | None = None,
+    progress: Progress = lambda done, total, file: None,
+) -> Path:
+    """Return the directory of the release `reference` (a version or an alias) of `name`, complete and verified.
+
+    Without `to` the directory is in the cache. The cache stores contents by their hash, so none is fetched twice, and
+    files with the same content share disk space where the file system has hard links. When the registry cannot be
+    reached to resolve an alias, the version that the alias last stood for is taken.
+
+    If `key`, a file with a public key, is given, only a release that the owner of the key signed is accepted.
+
+    Raises PipelineError, and installs nothing, when anything is missing or differs from release.json.
+    """
+    model, _, variant = name.partition("/")
+    if not (re.fullmatch(NAME, model) and re.fullmatch(NAME, variant)):
+        raise PipelineError(f"'{name}' is no name: give MODEL/VARIANT.")
+    version = reference if re.fullmatch(VERSION, reference) else _resolve(registry, name, reference)
+    target = to or _home(registry, name) / version
+    if (target / RELEASE).exists():  # a version never changes, so no registry is needed
+        _require(check(target, key=key), name, version, origin=str(target))
+        return target
+    content = registry.read(name, version)
+    if content is None:
+        raise _unknown(registry, name, reference)
+    release = read_release(content[0], origin=registry.url)
+    _require(release, name, version, origin=registry.url)
+    if key:
+        require_signature(content[0], content[1], key, origin=f"{registry.url}: {name} {version}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if (target / RELEASE).exists():  # another process was faster
+            _require(check(target, key=key), name, version, origin=str(target))
+        elif target.exists() and any(target.iterdir()):
+            raise PipelineError(f"{target} is not empty: give another directory.")
+        else:
+            _install(registry, release, content, target, progress=progress)
+    return target
+
+
+def suggest(registry: Registry, model: str, *, reference: str, target: Target, say: Callable[[str], None]) -> str:
+    """Return the name of the release of `model` in `registry` that suits `target`, and say why.
+
+    Without `model` the registry must hold only one model. Raises PipelineError when the choice is not clear.
+    """
+    releases = []
+    for name in sorted(
+        {entry.name for entry in registry.entries() if entry.name.startswith(f"{model}/" if model else "")}
+    ):
+        version = registry.resolve(name, reference)
+        content = registry.read(name, version) if version else None
+        if content is not None:
+            releases.append(read_release(content[0], origin=registry.url))
+    if len(models := sorted({release.model for release in releases})) > 1:
+        raise PipelineError(f"{registry.url} has {', '.join(models)}: name the one you want.")
+    if not releases:
+        raise PipelineError(f"{registry.url} has no {model or 'release'} {reference}: see `phi3 list {registry.url}`.")
+    release, reason = choose_release(releases, target)
+    say(f"{release.name}: {reason}")
+    return release.name
+
+
+def verify_any(directory: Path, *, key: Path | None = None) -> Release | Manifest:
+    """Return the release of the pulled, or the manifest of the built artifact in `directory`, after hashing every file.
+
+    A pulled artifact is verified by `check`, a built one by `pipeline.common.manifest.verify`. With `key` it is always
+    `check`, since only pulled artifacts can be signed.
+    """
+    return check(directory, key=key) if key or (directory / RELEASE).exists() else verify(directory)
+
+
+def check(directory: Path, *, key: Path | None = None) -> Release:
+    """Return the release in `directory` after hashing every file and, given a public key, verifying the signature.
+
+    Raises PipelineError that lists all files which are missing, changed or not listed in the release.
+    """
+    path = directory / RELEASE
+    if not path.is_file():
+        raise PipelineError(f"{path} is missing: {directory} was not pulled from a registry.")
+    release = read_release(path.read_bytes(), origin=str(directory))
+    if key:
+        signature = directory / SIGNATURE
+        signed = signature.read_bytes() if is_regular(signature) else None
+        require_signature(path.read_bytes(), signed, key, origin=str(directory))
+    if faults := compare_files(directory, release.files, besides={RELEASE, SIGNATURE}):
+        raise PipelineError(f"{directory}: {'; '.join(faults)}. Remove it and pull it again.")
+    return release
+
+
+def _install(
+    registry: Registry, release: Release, content: tuple[bytes, bytes | None], target: Path, *, progress: Progress
+) -> None:
+    done = 0
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as folder:
+        build = Path(folder) / target.name
+        for path, file in release.files.items():
+            blob = _fetch(registry, release, path, progress=partial(_report, progress, done, release.size, path))
+            (build / path).parent.mkdir(parents=True, exist_ok=True)
+            _link(blob, build / path)
+            done += file.size
+        (build / RELEASE).write_bytes(content[0])
+        if content[1] is not None:
+            (build / SIGNATURE).write_bytes(content[1])
+        if target.exists():
+            target.rmdir()
+        build.rename(target)
+
+
+def _report(progress: Progress, before: int, total: int, path: str, size: int) -> None:
+    progress(before + size, total, path)
+
+
+def _fetch(registry: Registry, release: Release, path: str, *, progress: Callable[[int], None]) -> Path:
+    # Return the cached file with the content. It is hashed before it is used, and after a download before it gets its
+    # final name.
+    file = release.files[path]
+    blob = cache() / "blobs" / file.sha256[:2] / file.sha256
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(blob.with_name(f".{blob.name}.lock")):
+        if blob.is_file() and digest(blob) == file:
+            return blob
+        part = blob.with_name(f".{blob.name}.partial")
+        have = part.stat().st_size if part.exists() else 0
+        if have > file.size:
+            part.unlink()
+            have = 0
+        _require_space(part.parent, file.size - have)
+        with part.open("ab") as stream:
+            for chunk in registry.download(release, path, offset=have):
+                have += len(chunk)
+                if have > file.size:
+                    break
+                stream.write(chunk)
+                progress(have)
+        if digest(part) != file:
+            part.unlink()
+            raise PipelineError(
+                f"{registry.url} gave other bytes for {path} than {RELEASE} says: nothing was installed; try again, "
+                "and tell whoever keeps the registry when it stays so."
+            )
+        part.replace(blob)
+    return blob
+
+
+def _resolve(registry: Registry, name: str, alias: str) -> str:
+    known = _home(registry, name) / f"{alias}.alias"
+    try:
+        version = registry.resolve(name, alias)
+    except PipelineError as error:
+        if not known.exists():
+            raise
+        version = known.read_text("utf-8").strip()
+        logger.warning("%s Taking %s %s as it was: %s.", error, name, alias, version)
+        return version
+    if version is None or not re.fullmatch(VERSION, version):
+        raise _unknown(registry, name, alias)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(known.with_name(f".{known.name}.lock")):  # another pull may record it at the same time
+        replace_file(known, version)
+    return version
+
+
+def _unknown(registry: Registry, name: str, reference: str) -> PipelineError:
+    return PipelineError(f"{registry.url} has no {name} {reference}: see `phi3 list {registry.url}`.")
+
+
+def _home(registry: Registry, name: str) -> Path:
+    # Each registry has its own directory, since releases of the same name and version may differ between registries.
+    return cache() / "releases" / hashlib.sha256(registry.url.encode()).hexdigest()[:16] / name
+
+
+def _require(release: Release, name: str, version: str, *, origin: str) -> None:
+    if (release.name, release.version) != (name, version):
+        raise PipelineError(f"{origin} has {release.name} {release.version}, not {name} {version}: it is refused.")
+
+
+def _link(blob: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(blob)
+    except OSError:
+        shutil.copyfile(blob, target)
+
+
+def _require_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise PipelineError(
+            f"{directory} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed: free some space, or set "
+            f"{CACHE_VARIABLE} to a directory on a larger disk."
+        )

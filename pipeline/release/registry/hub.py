@@ -1,0 +1,174 @@
+"""A repository of the Hugging Face Hub as the registry of one artifact: a commit and a tag per version.
+
+Aliases are in aliases.json on the main branch, since the Hub cannot move a tag in one step.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    HfFileSystem,
+    constants,
+    errors,
+    get_session,
+    hf_hub_url,
+)
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+from pipeline.common.errors import PipelineError, lines
+from pipeline.common.manifest import File
+from pipeline.release.registry.interface import Entry, require_own
+from pipeline.release.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
+
+ALIASES = "aliases.json"
+MAIN = "main"
+CHUNK = 8 << 20
+ALIAS_TRIES = 5
+
+
+class HubRegistry:
+    """The repository `repo` of the Hub or of the server in HF_ENDPOINT; HF_TOKEN gives access to private ones."""
+
+    def __init__(self, repo: str) -> None:
+        self.url = f"hf:{repo}"
+        self._repo, self._api = repo, HfApi()
+        self._uploads: dict[str, CommitOperationAdd] = {}
+
+    def entries(self) -> list[Entry]:
+        found = []
+        aliases = self._aliases()
+        for version in self._versions():
+            content = self._file(RELEASE, version)
+            if content is not None:
+                release = read_release(content, origin=self.url)
+                found.append(Entry(release.name, version, sorted(a for a, v in aliases.items() if v == version)))
+        return sorted(found, key=lambda entry: entry.order)
+
+    def resolve(self, name: str, reference: str) -> str | None:
+        if re.fullmatch(VERSION, reference):
+            return reference if reference in self._versions() else None
+        return self._aliases().get(reference)
+
+    def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
+        content = self._file(RELEASE, version)
+        return None if content is None else (content, self._file(SIGNATURE, version))
+
+    def prepare(self, name: str) -> None:
+        with self._sentences():
+            self._api.create_repo(self._repo, exist_ok=True)
+        require_own(self._file(RELEASE, MAIN), name, url=self.url)
+
+    def has(self, name: str, file: File) -> bool:
+        return False  # the client itself asks the Hub, and sends only contents that it lacks
+
+    def upload(self, name: str, path: str, local: Path, file: File) -> None:
+        with self._sentences():
+            operation = CommitOperationAdd(path_in_repo=path, path_or_fileobj=local)
+            self._api.preupload_lfs_files(self._repo, [operation], free_memory=False)
+        self._uploads[path] = operation
+
+    def publish(self, release: Release, signature: bytes | None) -> None:
+        documents = {RELEASE: release.content()} | ({} if signature is None else {SIGNATURE: signature})
+        operations: list[Any] = [*self._uploads.values()]
+        operations += [
+            CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in documents.items()
+        ]
+        with self._sentences(), _races():
+            head = self._api.repo_info(self._repo, revision=MAIN)
+            kept = {operation.path_in_repo for operation in operations} | {ALIASES, ".gitattributes"}
+            old = [sibling.rfilename for sibling in head.siblings or [] if sibling.rfilename not in kept]
+            operations += [CommitOperationDelete(path_in_repo=path) for path in old]
+            commit = self._api.create_commit(
+                self._repo,
+                operations,
+                commit_message=f"{release.name} {release.version}",
+                parent_commit=head.sha,
+            )
+            self._api.create_tag(self._repo, tag=release.version, revision=commit.oid)
+
+    def point(self, name: str, alias: str, version: str) -> None:
+        for _ in range(ALIAS_TRIES):
+            with self._sentences(), suppress(FileExistsError), _races():  # another alias moved: look again
+                head = self._api.repo_info(self._repo, revision=MAIN).sha
+                aliases = self._aliases()
+                if aliases.get(alias) == version:
+                    return
+                content = json.dumps(aliases | {alias: version}, indent=2, sort_keys=True) + "\n"
+                self._api.create_commit(
+                    self._repo,
+                    [CommitOperationAdd(path_in_repo=ALIASES, path_or_fileobj=content.encode())],
+                    commit_message=f"{alias} is {version}",
+                    parent_commit=head,
+                )
+        if self._aliases().get(alias) != version:
+            raise PipelineError(f"others publish to {self.url} all the time: run again to move {alias}.")
+
+    def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
+        with self._sentences():
+            files = HfFileSystem(skip_instance_cache=True)
+            with files.open(f"{self._repo}/{path}", "rb", revision=release.version, block_size=CHUNK) as stream:
+                stream.seek(offset)
+                while chunk := stream.read(CHUNK):
+                    yield chunk
+
+    def _versions(self) -> list[str]:
+        with self._sentences():
+            try:
+                refs = self._api.list_repo_refs(self._repo)
+            except errors.RepositoryNotFoundError:
+                return []
+        return [tag.name for tag in refs.tags if re.fullmatch(VERSION, tag.name)]
+
+    def _aliases(self) -> dict[str, str]:
+        content = self._file(ALIASES, MAIN)
+        try:
+            aliases = json.loads(content or b"{}")
+            return {a: v for a, v in aliases.items() if re.fullmatch(NAME, a) and re.fullmatch(VERSION, v)}
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise PipelineError(f"{self.url}: {ALIASES} is not valid: pull a version by its number.") from error
+
+    def _file(self, path: str, revision: str) -> bytes | None:
+        # This does not use hf_hub_download, because its cache returns old content when the Hub fails.
+        address = hf_hub_url(self._repo, path, revision=revision, endpoint=self._api.endpoint)
+        session, headers = get_session(), build_hf_headers()
+        with self._sentences():
+            try:
+                with session.stream("GET", address, headers=headers, follow_redirects=True) as response:
+                    hf_raise_for_status(response)
+                    return next(response.iter_bytes(MAX_RELEASE + 1), b"")
+            except (errors.EntryNotFoundError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError):
+                return None
+
+    @contextmanager
+    def _sentences(self) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise  # the disk failed, not the Hub
+            reason = lines(error)[0]
+            raise PipelineError(
+                f"{self.url}: {constants.ENDPOINT} failed ({reason}): check the network and HF_TOKEN, then run again."
+            ) from error
+
+
+@contextmanager
+def _races() -> Iterator[None]:
+    # Raise FileExistsError for the Hub's answers to the slower of two publishers: another commit came first, or the tag
+    # exists.
+    try:
+        yield
+    except errors.HfHubHTTPError as error:
+        if error.response.status_code in (httpx.codes.CONFLICT, httpx.codes.PRECONDITION_FAILED):
+            raise FileExistsError from error
+        raise

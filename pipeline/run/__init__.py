@@ -1,0 +1,1 @@
+"""Load models in their runtimes."""

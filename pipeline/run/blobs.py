@@ -1,0 +1,92 @@
+"""For applications: choose between the blob and the IR of an NPU variant, on the machine at hand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.common import paths
+from pipeline.common.context import pipeline_options
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import IrOrigin, Manifest, read_manifest, verify
+
+RELEASED_BLOBS = "blobs"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to load an NPU variant, as openvino_genai.LLMPipeline(directory, device, **options), and the reason."""
+
+    device: str
+    options: dict[str, str | int]
+    reason: str
+
+
+def choose(directory: Path, *, architecture: str | None = None, openvino: str | None = None) -> Choice:
+    """Return how to load the NPU variant in `directory`: its blob where one fits, else its IR, compiled on loading.
+
+    Blobs are looked for in `blobs/<platform>`, where a release has them, and in `../blobs/<variant>-<platform>`, where
+    they are built. A blob fits when it is for this NPU's `architecture` (such as "4000"), was made by this version of
+    `openvino`, and was compiled from exactly this IR. If `architecture` or `openvino` is not given, OpenVINO is asked
+    for it. Without an NPU the IR is loaded on the CPU.
+
+    Raises PipelineError when the directory is no finished artifact or the blob's bytes have changed.
+    """
+    if architecture is None or openvino is None:
+        import openvino as ov
+
+        openvino = openvino or ov.__version__
+        core = ov.Core()
+        if architecture is None and "NPU" in core.available_devices:
+            architecture = str(core.get_property("NPU", "DEVICE_ARCHITECTURE"))
+    ir = read_manifest(directory)
+    if not architecture:
+        return Choice("CPU", {}, "this machine has no NPU, or no driver for it: the IR runs on the CPU")
+    places = (directory / RELEASED_BLOBS / architecture, paths.blob(directory, architecture))
+    blob_directory = next((place for place in places if place.is_dir()), None)
+    if blob_directory is None:
+        return Choice("NPU", {}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
+    blob = verify(blob_directory)
+    if reason := _mismatch(blob, ir, openvino):
+        return Choice(
+            "NPU", {}, f"the blob for NPU {architecture} does not fit, {reason}: the IR is compiled on loading"
+        )
+    (name,) = blob.files
+    options: dict[str, str | int] = {"BLOB_PATH": str(blob_directory / name)}
+    if blob.recipe["asked"]["weightless"]:
+        options["WEIGHTS_PATH"] = str(directory / "openvino_model.bin")
+    return Choice(
+        "NPU", options, f"the blob is for NPU {architecture} and OpenVINO {blob.recipe['achieved']['openvino']}"
+    )
+
+
+def _mismatch(blob: Manifest, ir: Manifest, openvino: str) -> str | None:
+    if blob.not_compiled:
+        return f"it was not compiled ({blob.not_compiled})"
+    made_by = blob.recipe["achieved"]["openvino"]
+    if openvino.split("-")[0] != made_by:
+        return f"it was made by OpenVINO {made_by} and this is {openvino}"
+    return None if belongs(blob, ir) else "it belongs to another IR"
+
+
+def belongs(blob: Manifest, ir: Manifest) -> bool:
+    """Return whether `blob` was compiled from exactly the files of `ir`."""
+    assert isinstance(blob.source, IrOrigin)
+    return all(ir.files[name].sha256 == sha256 for name, sha256 in blob.source.files.items())
+
+
+def load_pipeline(directory: Path, **options: str | int) -> tuple[object, str]:
+    """Return an openvino_genai.LLMPipeline for the NPU variant in `directory`, and how it was loaded and why.
+
+    When the driver refuses the blob the IR is loaded instead. `options` go to the pipeline in either case, such as
+    MAX_PROMPT_LEN for the IR.
+    """
+    import openvino_genai
+
+    choice = choose(directory)
+    given = choice.options | (pipeline_options(directory) if choice.device == "CPU" else {})
+    try:
+        return openvino_genai.LLMPipeline(directory, choice.device, **given, **options), choice.reason
+    except RuntimeError as error:
+        if not choice.options:
+            raise PipelineError(f"{directory} cannot be loaded on {choice.device}: {error}") from error
+        pipeline = openvino_genai.LLMPipeline(directory, choice.device, **options)
+        return pipeline, f"the driver refused the blob ({str(error).splitlines()[-1]}): the IR was compiled on loading"

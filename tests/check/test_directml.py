@@ -1,0 +1,111 @@
+"""The DirectML variant runs on DirectML in software; tests of it are skipped unless `make directml` has set it up."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+from pipeline.check.directml import wine
+from pipeline.check.directml.operators import find_faults
+from pipeline.check.directml.runtime import DEVICE, Recorded, Request, check_directml, run
+from pipeline.check.reference import read_reference
+from pipeline.common.errors import PipelineError
+from pipeline.common.params import load_params
+from pipeline.convert.onnx_genai import MODEL
+from pipeline.run.runtimes import OnnxGenai
+from tests.conftest import ROOT
+from tests.convert.test_conversion import undivided
+
+PARAMS = load_params(ROOT / "params.yaml")
+VARIANT = "onnx-directml-int4"
+
+
+def test_recorded():
+    """Recorded logits are found by their ids, and the last rows asked for are returned."""
+    logits = np.arange(6.0).reshape(3, 2)
+    recorded = Recorded([Request([1, 2, 3], last=3)], [logits])
+    np.testing.assert_array_equal(recorded.logits([1, 2, 3], last=2), logits[1:])
+
+
+@pytest.mark.parametrize(
+    ("system", "user", "reason"),
+    [
+        ("Windows", 0, "DirectML is run in software on Linux x86-64, not on Windows x86_64"),
+        ("Linux", 1000, "DirectML in software needs a chroot, which only root can enter"),
+    ],
+)
+def test_unavailable(monkeypatch, system, user, reason):
+    """A machine that cannot run DirectML gets the reason in one sentence, with which `make directml` ends."""
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    assert wine.unavailable() == reason
+    with pytest.raises(PipelineError, match=reason):
+        wine.install()
+
+
+def copy(embedded, tmp_path):
+    """Return a copy of the DirectML variant that a test may break."""
+    shutil.copytree(embedded / VARIANT, tmp_path / VARIANT, copy_function=shutil.copyfile)
+    return tmp_path / VARIANT
+
+
+needs_directml = pytest.mark.skipif(wine.unavailable() is not None, reason=f"{wine.unavailable()}")
+
+
+@pytest.mark.slow
+@needs_directml
+def test_runs_on_directml(embedded):
+    """The variant passes on DirectML: its logits are those of the CPU provider, and its answer is the source's."""
+    directory = embedded / VARIANT
+    failures, metrics = check_directml(
+        directory,
+        cpu=OnnxGenai(directory),
+        reference=read_reference(embedded / "reference.json"),
+        limits=PARAMS.variants[VARIANT].limits,
+        params=PARAMS.validate_,
+    )
+    assert (failures, metrics["device"]) == ([], DEVICE)
+
+
+@pytest.mark.slow
+@needs_directml
+def test_an_undivided_stream_overflows(embedded, tmp_path):
+    """If the residual stream is not divided, the logits on DirectML are far from those of the CPU provider."""
+    directory = copy(embedded, tmp_path)
+    model = undivided(onnx.load(directory / MODEL[0]))
+    (directory / MODEL[1]).unlink()
+    onnx.save(model, directory / MODEL[0], save_as_external_data=True, location=MODEL[1])
+    ids = read_reference(embedded / "reference.json").answers[0].prompt_ids
+    logits, _ = run(directory, [Request(ids, last=1)])
+    expected = OnnxGenai(directory).logits(ids, last=1)
+    assert not np.allclose(logits[0], expected, atol=1)
+
+
+@pytest.mark.slow
+@needs_directml
+def test_an_operator_that_directml_lacks(embedded, tmp_path):
+    """A graph with GatherBlockQuantized, which the CPU provider runs, is refused, and so is any fallback to the CPU."""
+    directory = copy(embedded, tmp_path)
+    model = onnx.load(directory / MODEL[0], load_external_data=False)
+    (gather,) = (node for node in model.graph.node if node.name == "/model/embed_tokens/Gather")
+    rows, columns = 49152, 576
+    tables = {"codes": np.zeros((rows, columns), np.uint8), "scales": np.zeros((rows, columns // 32), np.float16)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(table, name) for name, table in tables.items())
+    attributes = {"bits": 8, "block_size": 32, "gather_axis": 0, "quantize_axis": 1}
+    gather.CopyFrom(
+        onnx.helper.make_node(
+            "GatherBlockQuantized",
+            ["codes", "input_ids", "scales"],
+            gather.output,
+            name=gather.name,
+            domain="com.microsoft",
+            **attributes,
+        )
+    )
+    onnx.save(model, directory / MODEL[0])
+    assert find_faults(directory / MODEL[0]) == [f"{gather.name}: GatherBlockQuantized is not registered for DirectML"]
+    assert OnnxGenai(directory).logits([1, 2, 3], last=1).shape == (1, rows)
+    with pytest.raises(PipelineError, match=r"CreateModel failed: .*"):
+        run(directory, [Request([1, 2, 3], last=1)])

@@ -1,0 +1,112 @@
+"""Checkpoints are read without trusting their files."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.common import checkpoint
+from pipeline.common.errors import PipelineError
+from pipeline.common.matrices import Matrix, matrices
+
+
+def test_shapes_of_a_real_checkpoint(tiny_checkpoint):
+    """The shards' headers give every tensor's dtype and shape, and from these the weight matrices and their roles."""
+    tensors = checkpoint.tensor_shapes(tiny_checkpoint)
+    assert tensors["model.layers.1.mlp.gate_up_proj.weight"] == ("BF16", [512, 128])
+    assert matrices(tensors)[0] == Matrix("lm_head.weight", "head", 320, 128)
+    assert [matrix.role for matrix in matrices(tensors)].count("layer") == 8
+    checkpoint.check(tiny_checkpoint)
+
+
+def test_to_float16_streams_every_tensor(tiny_checkpoint, tmp_path):
+    """The float16 copy has all tensors, and its config names float16."""
+    checkpoint.to_float16(tiny_checkpoint, tmp_path)
+    written = {name: tensor for shard in checkpoint.shards(tmp_path) for name, tensor in load_file(shard).items()}
+    source = load_file(tiny_checkpoint / "model.safetensors")
+    assert {name: tensor.half().tolist() for name, tensor in source.items()} == {
+        name: tensor.tolist() for name, tensor in written.items()
+    }
+    assert checkpoint.read_json(tmp_path / "config.json")["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("value", [70000.0, -70000.0, float("nan")])
+def test_values_beyond_float16(tmp_path, value):
+    """A weight that float16 cannot hold is refused by name instead of becoming infinite."""
+    (tmp_path / "half").mkdir()
+    save_file({"w": torch.tensor([[1.0, value, 2.0]])}, tmp_path / "model.safetensors")
+    with pytest.raises(PipelineError, match=r"w has values beyond float16 \(±65504\)"):
+        checkpoint.to_float16(tmp_path, tmp_path / "half")
+
+
+HEADER = json.dumps({"w": {"dtype": "F16", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\1\0\0",
+        struct.pack("<Q", 2**63) + HEADER,
+        struct.pack("<Q", len(HEADER)) + HEADER + b"1234567",
+        struct.pack("<Q", len(HEADER)) + HEADER + b"123456789",
+        struct.pack("<Q", 4) + b"[[[[",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 7) + b'{"w":1}',
+    ],
+)
+def test_a_damaged_shard(tmp_path, content):
+    """Truncated, oversized and malformed shards are refused with a sentence, from their headers alone."""
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(PipelineError, match=r"model\.safetensors is damaged \(.*\): download it again\."):
+        checkpoint.tensor_shapes(tmp_path)
+
+
+def test_pickle_weights_are_no_weights(tmp_path):
+    """A checkpoint with only pickle weights is refused, and so is an index that leads out of the folder."""
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(PipelineError, match=r"lacks model\.safetensors: .* pickle weights \(\.bin, \.pt\) are refused"):
+        checkpoint.shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../model.safetensors"}}')
+    with pytest.raises(PipelineError, match=r"lacks \.\./model\.safetensors"):
+        checkpoint.shards(tmp_path)
+
+
+def test_another_architecture(tiny_checkpoint, tmp_path):
+    """A checkpoint of another architecture is refused before any work."""
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(PipelineError, match=r"says architectures \['LlamaForCausalLM'\]: this pipeline builds Phi3"):
+        checkpoint.check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ids"),
+    [([32007, 32000], 2, [32000, 32007]), (7, 2, [7]), (None, 2, [2])],
+)
+def test_eos_token_ids(tmp_path, generation, config, ids):
+    """All eos ids of generation_config.json count; without them the one of config.json does."""
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    assert checkpoint.eos_token_ids(tmp_path) == ids
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("model-00001-of-00002.safetensors", True),
+        ("tokenizer.json", True),
+        ("LICENSE", True),
+        ("pytorch_model.bin", False),
+        ("model.pt", False),
+        ("modeling_phi3.py", False),
+        ("onnx/model.safetensors", False),
+        ("adapter.safetensors", False),
+        ("README.md", False),
+    ],
+)
+def test_wanted_files(name, wanted):
+    """Only weights as safetensors, configs, tokenizer and licence belong to a checkpoint."""
+    assert checkpoint.is_wanted(name) is wanted

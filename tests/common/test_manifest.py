@@ -1,0 +1,105 @@
+"""An artifact exists if and only if its manifest does, and every byte is accounted for."""
+
+import json
+
+import pytest
+
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import File, Manifest, PathOrigin, building, read_manifest, seal, verify
+
+MANIFEST = Manifest(
+    name="m/v",
+    model="m",
+    variant="v",
+    source=PathOrigin(path="x"),
+    license="MIT",
+    recipe={},
+    eos_token_ids=[1],
+    context={},
+    runtime={},
+    tools={},
+)
+HELLO = File(size=5, sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824")
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    """A sealed artifact of two files."""
+    with building(tmp_path / "v") as build:
+        (build / "a.bin").write_text("hello")
+        (build / "sub").mkdir()
+        (build / "sub/b.bin").write_text("hello")
+        seal(build, MANIFEST)
+    return tmp_path / "v"
+
+
+def test_building_seals_and_names(artifact):
+    """After a build the directory holds the files and a manifest with their hashes, and nothing else is left."""
+    assert [path.name for path in artifact.parent.iterdir()] == ["v"]
+    assert verify(artifact) == MANIFEST.model_copy(update={"files": {"a.bin": HELLO, "sub/b.bin": HELLO}})
+
+
+def test_two_builds_give_the_same_manifest(artifact, tmp_path):
+    """Nothing in a manifest depends on the time."""
+    with building(tmp_path / "again") as build:
+        (build / "a.bin").write_text("hello")
+        (build / "sub").mkdir()
+        (build / "sub/b.bin").write_text("hello")
+        seal(build, MANIFEST)
+    assert (tmp_path / "again/manifest.json").read_bytes() == (artifact / "manifest.json").read_bytes()
+
+
+def test_a_failed_build_leaves_the_old_artifact(artifact):
+    """An error in the middle of a rebuild changes nothing and leaves no temporary data."""
+    before = (artifact / "manifest.json").read_bytes()
+
+    def fail(build):
+        (build / "a.bin").mkdir()
+        (build / "a.bin").write_text("other")
+
+    with pytest.raises(IsADirectoryError), building(artifact) as build:
+        fail(build)
+    assert (artifact / "manifest.json").read_bytes() == before
+    assert [path.name for path in artifact.parent.iterdir()] == ["v"]
+
+
+def test_a_killed_build_is_swept_or_resumed(tmp_path):
+    """The next build removes what a killed build left behind, or receives it if it can continue."""
+    (tmp_path / ".v.partial").mkdir()
+    (tmp_path / ".v.partial/shard").touch()
+    with building(tmp_path / "v", resume=True) as build:
+        assert [path.name for path in build.iterdir()] == ["shard"]
+        seal(build, MANIFEST)
+    (tmp_path / ".v.partial").mkdir()
+    (tmp_path / ".v.partial/shard").touch()
+    with building(tmp_path / "v") as build:
+        assert list(build.iterdir()) == []
+        seal(build, MANIFEST)
+
+
+def test_verify_lists_every_fault(artifact):
+    """Missing, changed (even with the same size) and additional files are all named in one sentence."""
+    (artifact / "a.bin").write_text("hellO")
+    (artifact / "sub/b.bin").unlink()
+    (artifact / "c.bin").touch()
+    with pytest.raises(PipelineError) as refused:
+        verify(artifact)
+    assert str(refused.value) == (
+        f"{artifact}: a.bin has changed; c.bin is not listed; sub/b.bin is missing. Build or pull it again."
+    )
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"schema_version": 1}', "[" * 100_000])
+def test_a_damaged_manifest(artifact, content):
+    """A truncated or foreign manifest is refused with a sentence."""
+    (artifact / "manifest.json").write_text(content)
+    with pytest.raises(PipelineError, match=r"manifest\.json is not a manifest \(.*\): build or pull it again\."):
+        read_manifest(artifact)
+
+
+def test_a_newer_manifest(artifact):
+    """A manifest of another schema version is refused by its number."""
+    content = json.loads((artifact / "manifest.json").read_text())
+    (artifact / "manifest.json").write_text(json.dumps(content | {"schema_version": 2}))
+    with pytest.raises(PipelineError, match="has schema version 2, this phi3-pipeline reads 1: install the version"):
+        read_manifest(artifact)

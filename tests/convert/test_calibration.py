@@ -1,0 +1,233 @@
+"""Calibration data are the model's own answers and statistics of each matrix's inputs; quantization uses them."""
+
+import json
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.common.checkpoint import open_weights, read_json
+from pipeline.common.errors import PipelineError
+from pipeline.common.params import OnnxInt4, OpenvinoInt4
+from pipeline.convert import onnx_genai
+from pipeline.convert.calibration import Calibration, fold, unfold
+from pipeline.convert.hessians import hessians, make_calibration, write_calibration
+from pipeline.convert.onnx_builder import RESIDUAL_SCALE
+from pipeline.convert.openvino import export_fp16, quantize_int4
+from pipeline.convert.solver import Grid
+from pipeline.run.prompts import load_prompts
+from pipeline.run.source_model import Torch
+from tests.conftest import LIMITS, STYLES, make_checkpoint
+
+ANSWERS = [[20 + (7 * i + j * j) % 200 for j in range(30 + i)] for i in range(4)]
+LAYERS = ("model.layers.0", "model.layers.1")
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_checkpoint, tmp_path_factory):
+    """A calibration directory of the tiny checkpoint."""
+    target = tmp_path_factory.mktemp("calibrated") / "calibration"
+    write_calibration(target, answers=ANSWERS, layers=hessians(Torch(tiny_checkpoint), ANSWERS))
+    return target
+
+
+def test_chat_and_answer(tiny_checkpoint):
+    """Each sequence is a rendered chat with the model's answer to it."""
+    source, prompts = Torch(tiny_checkpoint), load_prompts("calibration")[:3]
+    sequences = make_calibration(source, prompts, max_new_tokens=8)
+    for prompt, sequence in zip(prompts, sequences, strict=True):
+        rendered = source.encode(source.render_chat(prompt.messages))
+        assert sequence == rendered + source.generate(rendered, max_new_tokens=8).ids
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_statistics(tmp_path, style, capsys):
+    """Every matrix's H is X'X over its inputs in the whole model, for all answers; too few tokens are reported."""
+    source = Torch(make_checkpoint(tmp_path / "checkpoint", style))
+    write_calibration(tmp_path / "calibration", answers=ANSWERS, layers=hessians(source, ANSWERS))
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in source.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda module, given, name=name: inputs.setdefault(name, []).append(given[0][0].double())
+            )
+    with torch.inference_mode():
+        for ids in ANSWERS:
+            source.model(torch.tensor([ids]))
+    expected = {name: torch.cat(parts).T @ torch.cat(parts) for name, parts in inputs.items()}
+    found = {}
+    for path in (tmp_path / "calibration").glob("*.safetensors"):
+        found |= {name: unfold(folded) for name, folded in load_file(path).items()}
+    assert found.keys() == expected.keys()
+    for name, h in found.items():
+        torch.testing.assert_close(h.double(), expected[name], rtol=1e-3, atol=1e-3 * float(expected[name].abs().max()))
+    summary = json.loads((tmp_path / "calibration/summary.json").read_text())
+    assert summary["answers"] == ANSWERS
+    assert summary["largest"] == {name: float(h.diagonal().max()) for name, h in found.items()}
+    assert (
+        "calibrated on 126 tokens, and the widest matrix has 256 columns: 512 tokens would be b"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("size", [2, 6, 8])
+def test_half_of_a_symmetric_matrix(size):
+    """A folded matrix holds each number of the upper triangle once, and unfolding restores it exactly."""
+    numbers = torch.rand(size, size)
+    symmetric = numbers.triu() + numbers.triu(1).T
+    folded = fold(symmetric)
+    assert sorted(folded.flatten().tolist()) == sorted(numbers[numbers.triu() > 0].tolist())
+    assert torch.equal(unfold(folded), symmetric)
+
+
+def test_without_calibration(tmp_path):
+    """Without calibration data the error names the stage that makes them; an interrupted calibration leaves none."""
+    with pytest.raises(PipelineError, match=r"summary\.json is missing: run the stage calibrate first"):
+        Calibration(tmp_path, tmp_path)
+    write_calibration(tmp_path, answers=[], layers=())
+    with pytest.raises(RuntimeError, match="killed"):
+        write_calibration(tmp_path, answers=[], layers=killed())
+    assert not (tmp_path / "summary.json").exists()
+
+
+def killed():
+    """Layers that end in an error."""
+    yield "model.layers.0", {"model.layers.0.mlp.down_proj": torch.eye(4)}
+    raise RuntimeError("killed")
+
+
+def constants(directory):
+    """Return the constants of the IR in `directory`: type, shape and bytes, by name."""
+    return {
+        node.get_friendly_name(): (str(node.get_output_element_type(0)), list(node.shape), node.data.tobytes())
+        for node in openvino.Core().read_model(directory / "openvino_model.xml").get_ops()
+        if node.get_type_name() == "Constant" and len(node.shape) > 1
+    }
+
+
+def unpacked(data, *, signed=False):
+    """Return the 4-bit numbers of packed bytes, the low half first."""
+    packed = np.frombuffer(data, np.uint8)
+    codes = np.stack([packed & 0xF, packed >> 4], -1).reshape(-1).astype(np.int64)
+    return codes - 16 * (codes > 7) if signed else codes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_openvino_stores_what_was_solved(tiny_checkpoint, calibrated, tmp_path, symmetric, group_size):
+    """In an IR the layers' codes, scales and zero points are the solver's, and everything else is NNCF's."""
+    (tmp_path / "fp16").mkdir()
+    export_fp16(tiny_checkpoint, tmp_path / "fp16")
+    calibration = Calibration(calibrated, tiny_checkpoint)
+    recipe = OpenvinoInt4(
+        stage="quantize_openvino", limits=LIMITS, symmetric=symmetric, group_size=group_size, ratio=1.0
+    )
+    for name, known in {"plain": None, "solved": calibration}.items():
+        (tmp_path / name).mkdir()
+        quantize_int4(tmp_path / "fp16", tmp_path / name, recipe=recipe, adjust_group_size=False, calibration=known)
+    texts = [(tmp_path / name / "openvino_model.xml").read_text() for name in ("plain", "solved")]
+    assert texts[0].count("<layer ") == texts[1].count("<layer ")
+    plain, solved = constants(tmp_path / "plain"), constants(tmp_path / "solved")
+    assert {name: value[:2] for name, value in plain.items()} == {name: value[:2] for name, value in solved.items()}
+    grid = Grid(bits=4, group_size=group_size, symmetric=symmetric, scale_dtype=torch.float16)
+    for layer in LAYERS:
+        for part in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            matrix = f"{layer}.{part}"
+            weight = next(name for name in solved if name.startswith(f"self.{matrix}.") and "/" not in name)
+            _, shape, codes = solved.pop(weight)
+            _, _, scales = solved.pop(f"{weight}/scale")
+            codes = unpacked(codes, signed=symmetric).reshape(shape)
+            if not symmetric:
+                _, zero_shape, zeros = solved.pop(f"{weight}/zero_point")
+                codes = codes - unpacked(zeros)[: np.prod(zero_shape)].reshape(zero_shape)
+            values = codes.astype(np.float32) * np.frombuffer(scales, np.float16).astype(np.float32).reshape(
+                *shape[:-1], 1
+            )
+            expected = calibration.quantize(matrix, grid).weights()
+            np.testing.assert_array_equal(values.reshape(expected.shape), expected)
+    assert solved == {name: plain[name] for name in solved}
+
+
+@pytest.mark.slow
+def test_the_layers_with_the_largest_inputs_stay_int8(tiny_checkpoint, calibrated, tmp_path):
+    """With a ratio below 1 the matrices with the largest inputs are INT8, as many as the ratio requires."""
+    (tmp_path / "fp16").mkdir()
+    export_fp16(tiny_checkpoint, tmp_path / "fp16")
+    calibration = Calibration(calibrated, tiny_checkpoint)
+    calibration.summary.largest["model.layers.1.mlp.down_proj"] = 1e9
+    recipe = OpenvinoInt4(stage="quantize_openvino", limits=LIMITS, symmetric=True, group_size=32, ratio=0.95)
+    (tmp_path / "int4").mkdir()
+    quantize_int4(tmp_path / "fp16", tmp_path / "int4", recipe=recipe, adjust_group_size=False, calibration=calibration)
+    bits = {
+        name: kind
+        for name, (kind, _, _) in constants(tmp_path / "int4").items()
+        if name.startswith("self.model.layers") and "/" not in name
+    }
+    assert [name.split(".weight")[0].split("._openvino")[0] for name, kind in bits.items() if "uint8" in kind] == [
+        "self.model.layers.1.mlp.down_proj"
+    ]
+    assert len(bits) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("style", "provider", "options"),
+    [
+        ("phi-3-4k", "dml", {"symmetric": False, "algorithm": "rtn", "block_size": 32, "int8": ["mixed_layers"]}),
+        ("phi-4-mini", "cpu", {"symmetric": True, "algorithm": "default", "block_size": 128, "int8": []}),
+        ("phi-3-128k", "dml", {"symmetric": True, "algorithm": "default", "block_size": 32, "int8": []}),
+        ("phi-3-128k", "cpu", {"symmetric": False, "algorithm": "rtn", "block_size": 32, "int8": ["last_matmul"]}),
+    ],
+)
+def test_onnx_stores_what_was_solved(tmp_path, style, provider, options):
+    """In an ONNX model the INT4 matrices' codes, scales and zero points are the solver's; for DirectML, scales of those
+    that write to the residual stream are divided; everything else is the builder's."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", style)
+    write_calibration(tmp_path / "calibration", answers=ANSWERS, layers=hessians(Torch(checkpoint), ANSWERS))
+    calibration = Calibration(tmp_path / "calibration", checkpoint)
+    recipe = OnnxInt4(stage="build_onnx", limits=LIMITS, execution_provider=provider, **options)
+    models = []
+    for name, known in {"plain": None, "solved": calibration}.items():
+        (tmp_path / name).mkdir()
+        onnx_genai.build_int4(checkpoint, tmp_path / name, recipe=recipe, trust_remote_code=False, calibration=known)
+        models.append(onnx.load(tmp_path / name / "model.onnx"))
+    plain, solved = ({t.name: t for t in model.graph.initializer} for model in models)
+    config = read_json(checkpoint / "config.json")
+    weights = open_weights(checkpoint)
+    count = 0
+    for node in models[1].graph.node:
+        attributes = {attribute.name: attribute.i for attribute in node.attribute}
+        if node.op_type != "MatMulNBits" or attributes["bits"] != 4:
+            continue
+        count += 1
+        matrix, rows = onnx_genai._origin(onnx_genai._name(node.name), config)
+        columns, block = attributes["K"], attributes["block_size"]
+        blocks = -(-columns // block)
+        names = [name for name in node.input[1:] if name]
+        codes, scales, *zeros = (onnx.numpy_helper.to_array(solved.pop(name)) for name in names)
+        codes = unpacked(codes.tobytes()).reshape(-1, blocks, block)
+        zero = 8
+        if zeros:
+            zero = unpacked(zeros[0].tobytes()).reshape(len(codes), -1)[:, :blocks, None]
+        values = (codes - zero).astype(np.float32) * scales.astype(np.float32).reshape(len(codes), blocks, 1)
+        values = values.reshape(len(codes), -1)[:, :columns]
+        divisor = RESIDUAL_SCALE if provider == "dml" and matrix.endswith(("o_proj", "down_proj")) else 1
+        grid = Grid(
+            bits=4,
+            group_size=block,
+            symmetric=not zeros,
+            scale_dtype=torch.float16 if provider == "dml" else torch.float32,
+            scale_divisor=divisor,
+        )
+        expected = calibration.quantize(matrix, grid, rows=rows).weights().numpy()
+        np.testing.assert_array_equal(values * divisor, expected)
+        # These are the right rows of the fused matrix.
+        own = weights(f"{matrix}.weight")[rows].numpy()
+        assert np.corrcoef(values.ravel(), own.ravel())[0, 1] > 0.95
+        assert attributes["N"] == len(own)
+    assert count >= 6
+    assert solved == {name: plain[name] for name in solved}

@@ -1,0 +1,273 @@
+"""NPU blobs: the NPU's rules, the compiler's reasons, real binaries that are read back, and the pipeline on the CPU."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from pipeline.check.reference import read_reference
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import IrOrigin, Manifest, PathOrigin, building, read_manifest, seal, verify
+from pipeline.common.params import OWN_PROPERTIES, Npu
+from pipeline.convert import npu
+from pipeline.convert.npu.blob import read_blob
+from pipeline.convert.npu.build import build_blob
+from pipeline.run.blobs import Choice, choose, load_pipeline
+from pipeline.run.ir_inputs import model_inputs
+from pipeline.run.runtimes import F32, OpenvinoLogits
+from tests.conftest import ROOT, run
+
+NPU = Npu(max_prompt_len=256, min_response_len=64)
+VARIANT = "npu-int4-channelwise"
+REFUSAL = r"""openvino 2026.4.1-22982-e213a147257-releases/2026/4
+[ERROR] 12:45:02.815 [vpux-compiler] UnrollPermuteDMA Pass failed : The size of sub output shape [256, 64] is not 3
+[ERROR] 12:45:02.816 [vpux-compiler] Failed Pass UnrollPermuteDMA on Operation loc(fused<{name = "main"}>["main"])
+compiling failed: Exception from src\inference\src\cpp\core.cpp:135:
+Exception from src\plugins\intel_npu\src\compiler_adapter\src\compiler_impl.cpp:323:
+Compilation failed. vclAllocatedExecutableCreate4 result: 0x78000004 - [NPU_VCL] Compiler returned msg:
+Compilation failed
+
+
+"""
+# This program loads a model as an application does, and answers a question and prompts of the given lengths.
+ASK = """
+import json, sys, numpy, openvino, openvino_genai
+directory, options, lengths = json.loads(sys.argv[1])
+pipeline = openvino_genai.LLMPipeline(directory, "NPU", NPU_USE_NPUW="YES", NPUW_DEVICES="CPU", **options)
+texts = [pipeline.generate("What is the capital of Japan?", max_new_tokens=40)]
+for length in lengths:
+    ids = numpy.full((1, length), 260, dtype=numpy.int64)
+    inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(numpy.ones_like(ids)))
+    try:
+        texts.append(len(pipeline.generate(inputs, max_new_tokens=2, ignore_eos=True).tokens[0]))
+    except RuntimeError as error:
+        texts.append(str(error).strip().splitlines()[-1])
+print(json.dumps(texts))
+"""
+
+
+def manifest(**fields):
+    """Return a manifest of an NPU variant's IR, with `fields` changed."""
+    recipe = {"asked": {"symmetric": True, "group_size": -1}, "achieved": {"int4_ratio": 1.0}}
+    common = {
+        "name": f"m/{VARIANT}",
+        "model": "m",
+        "variant": VARIANT,
+        "source": PathOrigin(path="x"),
+        "license": "MIT",
+    }
+    common |= {"recipe": recipe, "eos_token_ids": [1], "runtime": {}, "tools": {}}
+    return Manifest(**common | {"context": {"max_position_embeddings": 4096}} | fields)
+
+
+def test_lint_takes_what_the_npu_takes():
+    """A symmetric, channel-wise IR that is INT4 throughout passes."""
+    npu.lint(manifest(), NPU)
+
+
+@pytest.mark.parametrize(
+    ("asked", "achieved", "context", "reason"),
+    [
+        ({"symmetric": False, "group_size": -1}, 1.0, 4096, "its INT4 weights must be symmetric"),
+        ({"symmetric": True, "group_size": -1}, 0.6, 4096, "all layers must be INT4, ratio 1.0, and 0.6 are"),
+        ({"symmetric": True, "group_size": 64}, 1.0, 4096, "group size must be -1 or 128, not 64"),
+        (
+            {"symmetric": True, "group_size": 128},
+            1.0,
+            256,
+            "max_prompt_len + min_response_len is 320, beyond the model's context of 256",
+        ),
+    ],
+)
+def test_lint_refuses(asked, achieved, context, reason):
+    """Each rule of the NPU that an IR breaks is named before any compilation."""
+    recipe = {"asked": asked, "achieved": {"int4_ratio": achieved}}
+    with pytest.raises(PipelineError) as error:
+        npu.lint(manifest(recipe=recipe, context={"max_position_embeddings": context}), NPU)
+    assert str(error.value) == (
+        f"m/{VARIANT} cannot be compiled for the NPU: {reason}: correct its block in params.yaml."
+    )
+
+
+def test_params_refuse_as_hints_what_the_pipeline_sets():
+    """The hints that params refuse are the NPUW properties that a compilation sets itself."""
+    assert {key for key in npu.properties(NPU, platform="4000", bank="x") if key.startswith("NPUW_")} == OWN_PROPERTIES
+
+
+def test_reason_of_a_refusal():
+    """A compiler's output is shortened to the lines that matter, without time stamps and C++ files."""
+    assert npu.reason_of(REFUSAL) == (
+        "[vpux-compiler] UnrollPermuteDMA Pass failed : The size of sub output shape [256, 64] is not 3 / "
+        '[vpux-compiler] Failed Pass UnrollPermuteDMA on Operation loc(fused<{name = "main"}>["main"]) / '
+        "Compilation failed. vclAllocatedExecutableCreate4 result: 0x78000004 - [NPU_VCL] Compiler returned msg:"
+    )
+    assert npu.reason_of("") == "it gave no reason"
+
+
+def test_a_file_that_is_no_blob(tmp_path):
+    """A file of another kind, or an export without an NPU binary, is refused as an NPU blob."""
+    path = tmp_path / "x.blob"
+    path.write_bytes(b"hello")
+    with pytest.raises(PipelineError, match="is not a blob that OpenVINO's NPUW exported"):
+        read_blob(path)
+    path.write_bytes(b"\x13\x37npuwLLMCMO" + bytes(100))
+    with pytest.raises(PipelineError, match="should hold NPU binaries of one kind, it has none"):
+        read_blob(path)
+
+
+@pytest.fixture
+def variant(tmp_path):
+    """An NPU variant's directory with a blob for platform 4000 beside it; the files have no real content."""
+    with building(tmp_path / VARIANT) as build:
+        (build / "openvino_model.bin").write_text("weights")
+        seal(build, manifest())
+    sha256 = read_manifest(tmp_path / VARIANT).files["openvino_model.bin"].sha256
+    recipe = {"asked": {"weightless": True}, "achieved": {"openvino": "2026.4.1"}}
+    origin = IrOrigin(variant=f"tiny/{VARIANT}", files={"openvino_model.bin": sha256}, checkpoint=PathOrigin(path="x"))
+    with building(tmp_path / "blobs" / f"{VARIANT}-4000") as build:
+        (build / "x.blob").write_text("blob")
+        seal(build, manifest(recipe=recipe, source=origin))
+    return tmp_path / VARIANT
+
+
+def test_choose_the_blob_that_fits(variant):
+    """A blob is chosen on its platform and OpenVINO version, with the weights of its IR."""
+    choice = choose(variant, architecture="4000", openvino="2026.4.1-22982-x")
+    blob = variant.parent / "blobs" / f"{VARIANT}-4000/x.blob"
+    assert choice.device == "NPU"
+    assert choice.options == {"BLOB_PATH": str(blob), "WEIGHTS_PATH": str(variant / "openvino_model.bin")}
+    assert choice.reason == "the blob is for NPU 4000 and OpenVINO 2026.4.1"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "openvino", "device", "reason"),
+    [
+        ("", "2026.4.1", "CPU", "this machine has no NPU, or no driver for it: the IR runs on the CPU"),
+        ("5010", "2026.4.1", "NPU", "there is no blob for NPU 5010: the IR is compiled on loading"),
+        (
+            "4000",
+            "2026.5.0-1-x",
+            "NPU",
+            "the blob for NPU 4000 does not fit, it was made by OpenVINO 2026.4.1 and this is 2026.5.0-1-x: the IR is "
+            "compiled on loading",
+        ),
+    ],
+)
+def test_choose_the_ir_and_say_why(variant, architecture, openvino, device, reason):
+    """Without an NPU, for another platform or another OpenVINO, the IR is chosen, with the reason."""
+    choice = choose(variant, architecture=architecture, openvino=openvino)
+    assert (choice.device, choice.options, choice.reason) == (device, {}, reason)
+
+
+def test_choose_refuses_a_changed_blob_and_another_ir(variant):
+    """A blob of another IR is not used, and one whose bytes have changed is an error."""
+    with building(variant) as build:
+        (build / "openvino_model.bin").write_text("others")
+        seal(build, manifest())
+    assert "it belongs to another IR" in choose(variant, architecture="4000", openvino="2026.4.1").reason
+    (variant.parent / "blobs" / f"{VARIANT}-4000/x.blob").write_text("BLOB")
+    with pytest.raises(PipelineError, match=r"x\.blob has changed"):
+        choose(variant, architecture="4000", openvino="2026.4.1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [VARIANT, "npu-int4-group128"])
+def test_the_blobs_of_the_embedded_model(embedded, name):
+    """`dvc repro` makes blobs with NPU 4000 binaries and describes them."""
+    directory = embedded / "blobs" / f"{name}-4000"
+    built = verify(directory)
+    if built.not_compiled:
+        pytest.skip(built.not_compiled)
+    assert list(built.files) == ["openvino_model-npu4000-2026.4.1-p1024.blob"]
+    blob = read_blob(directory / "openvino_model-npu4000-2026.4.1-p1024.blob")
+    assert (blob.openvino, blob.platform, blob.images > 1) == ("2026.4.1", "4000", True)
+    assert blob.compatibility.startswith(f"compiler={blob.compiler};npu=4000;")
+    assert built.recipe["achieved"] == vars(blob)
+    ir = read_manifest(embedded / name)
+    assert built.source.files == {file: ir.files[file].sha256 for file in ("openvino_model.xml", "openvino_model.bin")}
+    assert choose(embedded / name, architecture="4000", openvino="2026.4.1").options["BLOB_PATH"].endswith("p1024.blob")
+
+
+@pytest.mark.slow
+def test_a_refused_model_is_not_compiled(embedded, project, monkeypatch, capfd):
+    """When the compiler refuses the embedded model on 3720, its reason is shown and kept and no blob is left; with
+    `required` the refusal is an error."""
+    if (reason := npu.wine.unavailable()) and not npu.has_native_compiler():
+        pytest.skip(reason)
+    monkeypatch.chdir(project)
+    (project / "artifacts").mkdir(exist_ok=True)
+    target = project / "artifacts/smol-phi3"
+    target.mkdir()
+    (target / VARIANT).symlink_to(embedded / VARIANT)
+    built = build_blob("smol-phi3", VARIANT, "3720", params=NPU)
+    assert "UnrollPermuteDMA Pass failed" in built.not_compiled
+    shown = capfd.readouterr().out
+    assert "compiler_impl.cpp" in shown
+    assert shown.endswith(f"not compiled: {built.not_compiled}\n")
+    assert [path.name for path in (target / "blobs" / f"{VARIANT}-3720").iterdir()] == ["manifest.json"]
+    required = NPU.model_copy(update={"required": True})
+    with pytest.raises(PipelineError, match="UnrollPermuteDMA"):
+        build_blob("smol-phi3", VARIANT, "3720", params=required)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weightless", [True, False])
+def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, weightless):
+    """A blob with subgraphs compiled for the CPU, imported in a new process, gives its IR's answer; it takes prompts up
+    to max_prompt_len and refuses longer ones."""
+    params = NPU.model_copy(update={"weightless": weightless})
+    directory, blob = embedded / VARIANT, tmp_path / "cpu.blob"
+    properties = npu.properties(params, platform="", device="CPU", bank="test")
+    backend = npu.compile_blob(directory / "openvino_model.xml", blob, properties=properties)
+    assert backend == "native"
+    with pytest.raises(PipelineError, match="it has none: it is no NPU blob"):
+        read_blob(blob)
+    options = {"BLOB_PATH": str(blob)} | ({"WEIGHTS_PATH": str(directory / "openvino_model.bin")} if weightless else {})
+
+    def ask(options, lengths=()):
+        return json.loads(
+            run(sys.executable, "-c", ASK, json.dumps([str(directory), options, lengths]), cwd=ROOT).stdout
+        )
+
+    answer, below, limit, above = ask(options, [255, 256, 257])
+    assert [answer] == ask({"MAX_PROMPT_LEN": 256, "MIN_RESPONSE_LEN": 64})
+    assert "Tokyo" in answer
+    assert (below, limit) == (2, 2)
+    assert above.strip() == 'Set the "MAX_PROMPT_LEN" config option to increase the limit.'
+
+
+@pytest.mark.slow
+def test_the_static_pipeline_computes_what_the_ir_does(embedded):
+    """The NPU's static pipeline gives only the logits of a prompt's last token; they equal those of the plain CPU, with
+    which fidelity is measured."""
+    import openvino
+
+    directory = embedded / VARIANT
+    static = openvino.Core().compile_model(
+        directory / "openvino_model.xml", "NPU", npu.properties(NPU, platform="", device="CPU", bank="test") | F32
+    )
+    request, plain = static.create_infer_request(), OpenvinoLogits(directory, device="CPU")
+    short = [
+        answer for answer in read_reference(embedded / "reference.json").continuations if len(answer.prompt_ids) < 250
+    ]
+    for answer in short[::8]:
+        request.reset_state()
+        inputs = model_inputs(answer.prompt_ids)
+        logits = np.array(request.infer(inputs)["logits"][0, -1:], dtype=np.float64)
+        p, q = (log_softmax(x, axis=1) for x in (plain.logits(answer.prompt_ids, last=1).astype(float), logits))
+        assert (np.exp(p) * (p - q)).sum() < 1e-4
+
+
+@pytest.mark.slow
+def test_a_blob_that_the_driver_refuses_gives_way_to_the_ir(embedded, tmp_path, monkeypatch):
+    """When a blob cannot be imported, `load_pipeline` compiles the IR instead and says why."""
+    blob = tmp_path / "damaged.blob"
+    blob.write_bytes(b"\x13\x37npuwLLMCMO" + bytes(1000))
+    monkeypatch.setattr("pipeline.run.blobs.choose", lambda _: Choice("NPU", {"BLOB_PATH": str(blob)}, "it fits"))
+    options = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU", "MAX_PROMPT_LEN": 256, "MIN_RESPONSE_LEN": 64}
+    pipeline, how = load_pipeline(embedded / VARIANT, **options)
+    assert how.startswith("the driver refused the blob (")
+    assert how.endswith("): the IR was compiled on loading")
+    assert "Tokyo" in pipeline.generate("What is the capital of Japan?", max_new_tokens=40)

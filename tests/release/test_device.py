@@ -1,0 +1,63 @@
+"""The artifact that suits a device is found, and the choice is explained."""
+
+import pytest
+
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import File
+from pipeline.release import device
+from pipeline.release.device import choose_release, machine, suits
+from pipeline.release.release import Release
+
+
+def release(variant, size, devices, package="openvino-genai"):
+    """A release of `size` bytes for `devices`."""
+    return Release(
+        model="m",
+        variant=variant,
+        version="1.0.0",
+        devices=devices,
+        requires={package: "1"},
+        files={"x": File(size=size, sha256="0" * 64)},
+    )
+
+
+FP16, INT4 = release("openvino-fp16", 8, ["CPU", "GPU"]), release("openvino-int4", 3, ["CPU", "GPU"])
+NPU = release("npu-int4", 2, ["NPU"])
+DIRECTML = release("onnx-directml-int4", 2, ["GPU"], "onnxruntime-genai-winml")
+ALL = [FP16, INT4, NPU, DIRECTML]
+
+
+@pytest.mark.parametrize(("target", "chosen"), [("cpu", INT4), ("gpu", INT4), ("npu", NPU), ("directml", DIRECTML)])
+def test_asked_for(target, chosen):
+    """A device gets the smallest release made for it; DirectML's models suit DirectML alone."""
+    assert choose_release(ALL, target)[0] == chosen
+    assert [suits(DIRECTML, name) for name in ("cpu", "gpu", "npu", "directml")] == [False, False, False, True]
+
+
+def test_nothing_suits():
+    """When no release suits a device, the message names those that are published."""
+    with pytest.raises(PipelineError, match="nothing for npu is published there, only m/openvino-fp16: name one"):
+        choose_release([FP16], "npu")
+
+
+@pytest.mark.parametrize(
+    ("devices", "platform", "chosen"),
+    [
+        (["CPU", "GPU.0", "NPU"], "linux", ("npu", "OpenVINO sees CPU, GPU, NPU")),
+        (["CPU", "GPU.0", "GPU.1"], "linux", ("gpu", "OpenVINO sees CPU, GPU, GPU")),
+        (["CPU"], "win32", ("cpu", "OpenVINO sees CPU")),
+        ([], "win32", ("directml", "Windows has DirectML, and openvino is not installed to look for an NPU")),
+        ([], "linux", ("cpu", "no NPU was found, and openvino is not installed to look for a GPU")),
+    ],
+)
+def test_auto_looks_at_the_machine(devices, platform, chosen, monkeypatch):
+    """The best device that OpenVINO sees is chosen; without OpenVINO the operating system decides."""
+    monkeypatch.setattr(device, "openvino_devices", lambda: [name.split(".")[0] for name in devices])
+    monkeypatch.setattr(device.sys, "platform", platform)
+    assert machine() == chosen
+
+
+def test_auto_falls_back_to_the_cpu(monkeypatch):
+    """When nothing is published for the best device, the CPU's release is chosen."""
+    monkeypatch.setattr(device, "machine", lambda: ("npu", "there is one"))
+    assert choose_release([FP16, INT4], "auto") == (INT4, "there is one; the smallest of 2 for cpu")

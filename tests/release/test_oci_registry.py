@@ -1,0 +1,174 @@
+"""A real OCI client publishes to Debian's docker-registry and pulls from it, on loopback."""
+
+import contextlib
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+from urllib3.util import Retry
+
+from pipeline.release.pull import check
+from pipeline.release.registry import open_registry
+from pipeline.release.registry.oci import OciRegistry
+from tests.conftest import ROOT, run
+from tests.oci_registry_server import Registry
+from tests.release_project import NAME, build, publish_version, run_and_kill
+from tests.release_project import project as project
+
+pytestmark = pytest.mark.slow
+BIG = bytes(range(256)) * 100
+
+
+@pytest.fixture
+def registry(tmp_path):
+    """An empty registry without passwords."""
+    registry = Registry(tmp_path / "oci")
+    yield registry
+    registry.stop()
+
+
+def test_publish_list_pull(registry, tmp_path):
+    """A version is a ModelPack manifest with a layer per file; what is pulled is what was published; aliases move."""
+    build(BIG)
+    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0", "--alias", "latest", "--alias", "stage")
+    build(BIG + b"newer")
+    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.1.0")
+    assert registry.phi3("list", registry.url).stdout == f"{NAME} 1.0.0 stage\n{NAME} 1.1.0 latest\n"
+    registry.phi3("pull", registry.url, f"{NAME}@stage", "--to", "model")
+    assert check(tmp_path / "model").version == "1.0.0"
+    assert (tmp_path / "model/openvino_model.bin").read_bytes() == BIG
+    address = f"http://{registry.host}/v2/models/tiny/manifests/1.0.0"
+    manifest = requests.get(address, headers={"Accept": "application/vnd.oci.image.manifest.v1+json"}, timeout=9).json()
+    assert manifest["artifactType"] == "application/vnd.cncf.model.manifest.v1+json"
+    assert manifest["config"]["mediaType"] == "application/vnd.cncf.model.config.v1+json"
+    kinds = {layer["annotations"]["org.cncf.model.filepath"]: layer["mediaType"] for layer in manifest["layers"]}
+    assert kinds["openvino_model.bin"] == "application/vnd.cncf.model.weight.v1.raw"
+    assert kinds["tokenizer.json"] == "application/vnd.cncf.model.weight.config.v1.raw"
+    assert kinds["README.md"] == kinds["LICENSE"] == "application/vnd.cncf.model.doc.v1.raw"
+
+
+def test_published_again(registry):
+    """The same bytes change nothing, and other bytes are a conflict."""
+    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    again = registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0").stdout
+    assert "is there already, with the same bytes" in again
+    build(BIG)
+    refused = registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0", check=False)
+    assert (refused.returncode, "with other bytes (manifest.json, openvino_model.bin" in refused.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "calls", "after"),
+    [("upload", 1, False), ("upload", 5, True), ("publish", 1, False), ("publish", 1, True), ("point", 1, True)],
+)
+def test_a_killed_publisher(registry, method, calls, after):
+    """If a publisher is killed at any phase, readers see the whole old version until the tag exists; a retry works."""
+    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    build(BIG)
+    program = run_and_kill(f"pipeline.release.registry.oci:OciRegistry.{method}", calls=calls, after=after)
+    publish = ("publish", NAME, "--to", registry.url, "--version", "2.0.0")
+    assert registry.phi3(*publish, program=program, check=False).returncode == 9
+    tagged = method == "point" or (method == "publish" and after)
+    versions = [line.split()[1] for line in registry.phi3("list", registry.url).stdout.splitlines()]
+    assert versions == (["1.0.0", "2.0.0"] if tagged else ["1.0.0"])
+    registry.phi3("pull", registry.url, NAME, "--to", "latest")
+    assert Path("latest/openvino_model.bin").read_bytes() == (BIG if method == "point" else b"weights")
+    again = registry.phi3(*publish).stdout
+    assert ("uploading openvino_model.bin" in again) == (method == "upload" and not after)
+    registry.phi3("pull", registry.url, NAME, "--to", "newer")
+    assert Path("newer/openvino_model.bin").read_bytes() == BIG
+
+
+def test_two_publishers_at_once(registry):
+    """Publishers of the same bytes at the same time all succeed, and the release is whole."""
+    build(BIG)
+    command = ("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda _: registry.phi3(*command, check=False), range(3)))
+    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
+    registry.phi3("pull", registry.url, NAME, "--to", "model")
+    assert Path("model/openvino_model.bin").read_bytes() == BIG
+
+
+def test_a_blob_that_is_being_written(registry, monkeypatch):
+    """A manifest that the registry refuses, since another publisher is writing one of its blobs, is sent again."""
+    put, sleep, refused = OciRegistry._put, Retry.sleep, []
+
+    def put_meanwhile(self, manifest, tag):
+        sha256 = hashlib.sha256(BIG).hexdigest()
+        (link,) = registry.root.rglob(f"_layers/sha256/{sha256}/link")
+        content = link.read_bytes()
+
+        def finish(retry, response=None):
+            refused.append(response.status)
+            link.write_bytes(content)
+            sleep(retry, response)
+
+        monkeypatch.setattr(Retry, "sleep", finish)
+        link.write_bytes(b"")  # as docker-registry does before it writes the link
+        put(self, manifest, tag)
+
+    monkeypatch.setattr(OciRegistry, "_put", put_meanwhile)
+    build(BIG)
+    publish_version(registry=open_registry(registry.url), aliases=())
+    assert refused == [400]
+    registry.phi3("pull", registry.url, f"{NAME}@1.0.0", "--to", "model")
+    assert Path("model/openvino_model.bin").read_bytes() == BIG
+
+
+def test_a_corrupt_content(registry):
+    """A content replaced by other bytes of the same length is refused, and nothing is installed."""
+    build(BIG)
+    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    sha256 = hashlib.sha256(BIG).hexdigest()
+    (data,) = registry.root.rglob(f"blobs/sha256/{sha256[:2]}/{sha256}/data")
+    data.write_bytes(bytes(len(BIG)))
+    refused = registry.phi3("pull", registry.url, NAME, "--to", "model", check=False)
+    assert refused.returncode == 1
+    assert "gave other bytes for openvino_model.bin than release.json says" in refused.stderr
+    assert not Path("model").exists()
+
+
+def command_lines():
+    """Return the command line of every process."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            yield " ".join(process.cmdline())
+
+
+def test_password(tmp_path):
+    """The password of `docker login` is used; a missing or wrong one ends with a sentence without the secret, which no
+    command line shows."""
+    registry = Registry(tmp_path / "oci", password=True)
+    try:
+        refused = registry.phi3("list", registry.url, check=False)
+        sentence = f"Error: {registry.url} wants a password: run `docker login {registry.host}` first.\n"
+        assert (refused.returncode, refused.stderr) == (1, sentence)
+        registry.login("wr0ng")
+        refused = registry.phi3("list", registry.url, check=False)
+        assert refused.returncode == 1
+        assert "docker login" in refused.stderr
+        assert "wr0ng" not in refused.stderr
+        registry.login("s3cret")
+        with ThreadPoolExecutor() as pool:
+            published = pool.submit(registry.phi3, "publish", NAME, "--to", registry.url, "--version", "1.0.0")
+            commands = set()
+            while not published.done():
+                commands |= set(command_lines())
+        assert published.result().returncode == 0
+        assert any("publish" in command for command in commands)
+        assert not any("s3cret" in command for command in commands)
+        registry.phi3("pull", registry.url, NAME, "--to", "model")
+        assert check(Path("model")).name == NAME
+    finally:
+        registry.stop()
+
+
+def test_a_registry_that_is_not_there():
+    """A host that does not answer ends the command with one sentence."""
+    refused = run("phi3", "list", "oci:127.0.0.1:9/models/tiny", cwd=Path.cwd(), check=False, PYTHONPATH=str(ROOT))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("Error: oci:127.0.0.1:9/models/tiny failed (")

@@ -1,0 +1,257 @@
+"""Publishing to a directory is complete, immutable and atomic, and takes only validated artifacts."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.common import paths
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import IrOrigin, PathOrigin, building, read_manifest, seal, verify
+from pipeline.release import publish
+from pipeline.release.pull import check
+from pipeline.release.registry import open_registry
+from pipeline.release.registry.directory import DirectoryRegistry
+from pipeline.release.registry.interface import Entry, require_own
+from pipeline.run.blobs import choose
+from tests.conftest import run
+from tests.release_project import (
+    MEASURED,
+    METRICS,
+    MODEL,
+    NAME,
+    VARIANT,
+    build,
+    exit_codes,
+    publish_version,
+    pull_latest,
+    validate,
+)
+from tests.release_project import project as project
+
+
+def blobs():
+    """Return the names of the registry's contents and of any files left behind there."""
+    return sorted(
+        path.name for path in Path("registry").rglob("*") if path.is_file() and path.parent.parent.name == "sha256"
+    )
+
+
+def test_publish_then_pull(tmp_path):
+    """A pull returns the artifact with licence, model card, metrics, provenance and bill of materials."""
+    release = publish_version()
+    directory = pull_latest()
+    assert directory.is_relative_to(tmp_path / "cache/releases")
+    assert directory.parts[-3:] == (*NAME.split("/"), "1.0.0")
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "LICENSE",
+        "README.md",
+        "manifest.json",
+        "metrics.json",
+        "openvino_model.bin",
+        "provenance.json",
+        "release.json",
+        "sbom.cdx.json",
+        "tokenizer.json",
+    ]
+    assert check(directory) == release
+    assert (directory / "openvino_model.bin").read_bytes() == b"weights"
+    card = (directory / "README.md").read_text()
+    assert card.startswith("---\nbase_model: microsoft/Phi-3-mini-4k-instruct\nlibrary_name: openvino\nlicense: mit\n")
+    assert "\nbase_model_relation: quantized\n---\n" in card
+    rule, by = "\n| --- | --- |\n", "on CPU by openvino-genai"
+    assert f"| judged in float32 {by} | |{rule}| size | 1e-07 MB |\n| mean KL | 0.1000 nats |" in card
+    assert f"| with the runtime's defaults, on GPU: a laptop, 4 cores | |{rule}| mean KL here | 0.3000 nats |" in card
+    assert json.loads((directory / "metrics.json").read_text()) == METRICS | {"measured": MEASURED}
+    statement = json.loads((directory / "provenance.json").read_text())
+    weights = hashlib.sha256(b"weights").hexdigest()
+    assert {"name": "openvino_model.bin", "digest": {"sha256": weights}} in statement["subject"]
+    head = run("git", "rev-parse", "HEAD", cwd=tmp_path).stdout.strip()
+    assert statement["predicate"]["buildDefinition"]["resolvedDependencies"][1]["digest"] == {"gitCommit": head}
+    assert (
+        json.loads((directory / "sbom.cdx.json").read_text())["components"][0]["purl"] == "pkg:pypi/openvino@2026.4.1"
+    )
+
+
+def test_versions_and_aliases():
+    """Versions sort by number; aliases move; a version or an alias can be pulled."""
+    for number, version in enumerate(("1.9.0", "1.10.0")):
+        build(b"weights %d" % number)
+        publish_version(version, aliases=("latest", "stage") if version == "1.9.0" else ("latest",))
+    assert open_registry("dir:registry").entries() == [
+        Entry(NAME, "1.9.0", ["stage"]),
+        Entry(NAME, "1.10.0", ["latest"]),
+    ]
+    assert (pull_latest() / "openvino_model.bin").read_bytes() == b"weights 1"
+    assert (pull_latest(reference="stage") / "openvino_model.bin").read_bytes() == b"weights 0"
+    with pytest.raises(PipelineError, match=r"registry has no tiny/openvino-int4 2\.0\.0: see `phi3 list"):
+        pull_latest(reference="2.0.0")
+
+
+def test_the_same_again_is_nothing_and_other_bytes_are_a_conflict():
+    """Publishing the same bytes changes nothing; other bytes under the same version are refused and change nothing."""
+    publish_version()
+    before = {path: path.stat().st_mtime_ns for path in Path("registry").rglob("*") if "aliases" not in path.parts}
+    publish_version()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    build(b"others")
+    with pytest.raises(PipelineError, match=r"1\.0\.0 with other bytes \(manifest\.json, openvino_model\.bin, prov"):
+        publish_version()
+    assert (pull_latest() / "openvino_model.bin").read_bytes() == b"weights"
+
+
+def test_only_what_was_validated(tmp_path):
+    """An artifact that failed, was never validated, was rebuilt since, or has changed is not published."""
+    validate(["check 'fidelity' failed"])
+    with pytest.raises(PipelineError, match=r"did not pass validation \(check 'fidelity' failed\): it stays here"):
+        publish_version()
+    paths.validation(MODEL, VARIANT).unlink()
+    with pytest.raises(
+        PipelineError, match="has not been validated: run `dvc repro validate@tiny-openvino-int4` first"
+    ):
+        publish_version()
+    validate()
+    evidence = paths.validation(MODEL, VARIANT).read_text()
+    build(b"anew")
+    paths.validation(MODEL, VARIANT).write_text(evidence)
+    with pytest.raises(PipelineError, match="was built anew since it was validated"):
+        publish_version()
+    (paths.variant(MODEL, VARIANT) / "tokenizer.json").write_text("[]")
+    with pytest.raises(PipelineError, match=r"tokenizer\.json has changed"):
+        publish_version()
+    assert not Path("registry").exists()
+
+
+@pytest.mark.parametrize("version", ["1.0", "v1.0.0", "1.0.0\n", "../1.0.0", "01.0.0"])
+def test_a_wrong_version(version):
+    """A version must be three numbers; anything else is refused."""
+    with pytest.raises(PipelineError, match="is no version: give three numbers"):
+        publish_version(version)
+
+
+class Dies(DirectoryRegistry):
+    """A registry whose publisher is killed when it calls `method` for the n-th time."""
+
+    def __init__(self, method, calls, *, after):
+        super().__init__(Path("registry"))
+        original, left = getattr(self, method), [calls]
+
+        def call(*arguments):
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                os._exit(9)
+            result = original(*arguments)
+            if left[0] == 0:
+                os._exit(9)
+            return result
+
+        setattr(self, method, call)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(("method", "calls"), [("upload", 1), ("upload", 5), ("publish", 1), ("point", 1)])
+def test_a_killed_publisher(method, calls, after):
+    """When a publisher is killed at any phase, readers see a whole version; a retry uploads only what is missing."""
+    publish_version("1.0.0")
+    build(b"newer")
+    assert exit_codes(publish_version, "2.0.0", Dies(method, calls, after=after), processes=1) == [9]
+    visible = [entry.version for entry in open_registry("dir:registry").entries()]
+    assert visible == (["1.0.0", "2.0.0"] if method == "point" or (method == "publish" and after) else ["1.0.0"])
+    moved = method == "point" and after
+    assert (pull_latest() / "openvino_model.bin").read_bytes() == (b"newer" if moved else b"weights")
+    uploaded = set(blobs())
+    registry = open_registry("dir:registry")
+    sent = []
+    original = registry.upload
+    registry.upload = lambda name, path, local, file: sent.append(file.sha256) or original(name, path, local, file)
+    publish_version("2.0.0", registry)
+    assert not set(sent) & uploaded
+    assert (pull_latest() / "openvino_model.bin").read_bytes() == b"newer"
+
+
+def test_two_publishers_at_once():
+    """Several publishers of a version succeed if their bytes are the same; one with other bytes is refused."""
+    assert exit_codes(publish_version, processes=4) == [0] * 4
+    assert check(pull_latest()).version == "1.0.0"
+
+    class Late(DirectoryRegistry):
+        def read(self, name, version):
+            found = super().read(name, version)
+            self.read = super().read  # as if the other publisher came after this check
+            return None if found else found
+
+    build(b"others")
+    with pytest.raises(PipelineError, match="with other bytes"):
+        publish_version(registry=Late(Path("registry")))
+
+
+def make_blob(platform, *, compiled=True, ir="weights"):
+    """Build a blob's directory for `platform`; by its manifest it was compiled from an IR with the weights `ir`."""
+    manifest = read_manifest(paths.variant(MODEL, VARIANT))
+    with building(paths.blob(paths.variant(MODEL, VARIANT), platform)) as build_:
+        if compiled:
+            (build_ / "x.blob").write_text(f"blob for {platform}")
+        hashes = {"openvino_model.bin": hashlib.sha256(ir.encode()).hexdigest()}
+        source = IrOrigin(variant="x", files=hashes, checkpoint=PathOrigin(path="x"))
+        reason = None if compiled else "the NPU compiler refused"
+        recipe = {"asked": {"weightless": True}, "achieved": {"openvino": "2026.4.1"}}
+        seal(build_, manifest.model_copy(update={"source": source, "not_compiled": reason, "recipe": recipe}))
+
+
+def test_blobs_come_along():
+    """A release has the compiled blobs of its variant, which an application then finds; a missing one is named, and one
+    compiled from another IR is refused."""
+    make_blob("4000")
+    make_blob("3720", compiled=False)
+    said = []
+    release = publish.publish(
+        MODEL,
+        VARIANT,
+        registry=open_registry("dir:registry"),
+        version="1.0.0",
+        aliases=("latest",),
+        progress=said.append,
+    )
+    assert [path for path in release.files if "blob" in path] == ["blobs/4000/manifest.json", "blobs/4000/x.blob"]
+    assert "without a blob for NPU 3720: the NPU compiler refused" in said
+    directory = pull_latest()
+    choice = choose(directory, architecture="4000", openvino="2026.4.1-1")
+    assert choice.options == {
+        "BLOB_PATH": str(directory / "blobs/4000/x.blob"),
+        "WEIGHTS_PATH": str(directory / "openvino_model.bin"),
+    }
+    make_blob("4000", ir="other")
+    with pytest.raises(PipelineError, match=r"tiny/blobs/openvino-int4-4000 was compiled from another IR"):
+        publish_version("2.0.0")
+
+
+def test_a_registry_of_another_artifact():
+    """A registry for one artifact refuses others, while an empty one takes any."""
+    release = publish_version().content()
+    require_own(None, "tiny/other", url="hf:a/b")
+    require_own(release, NAME, url="hf:a/b")
+    with pytest.raises(PipelineError, match=f"hf:a/b is the registry of {NAME}: give tiny/other a repository of its"):
+        require_own(release, "tiny/other", url="hf:a/b")
+
+
+def test_the_commands(tmp_path):
+    """publish, list, pull and verify work from the command line; a wrong registry is one sentence."""
+    output = run("phi3", "publish", NAME, "--to", "dir:registry", "--version", "1.0.0", cwd=tmp_path).stdout
+    assert output.endswith("MB, as latest\n")
+    assert run("phi3", "list", "dir:registry", cwd=tmp_path).stdout == f"{NAME} 1.0.0 latest\n"
+    directory = run("phi3", "pull", "dir:registry", NAME, "--to", "model", cwd=tmp_path).stdout.strip()
+    assert directory == "model"
+    verify(paths.variant(MODEL, VARIANT))
+    assert run("phi3", "verify", "model", cwd=tmp_path).stdout.startswith(f"{NAME}: 8 files, 0.0 MB, all as in")
+    chosen = run("phi3", "pull", "dir:registry", "--for", "gpu", "--to", "chosen", cwd=tmp_path)
+    assert (chosen.stdout, chosen.stderr.splitlines()[0]) == ("chosen\n", f"{NAME}: asked for")
+    refused = run("phi3", "pull", "dir:registry", "--for", "npu", cwd=tmp_path, check=False)
+    sentence = f"Error: nothing for npu is published there, only {NAME}: name one of them.\n"
+    assert (refused.returncode, refused.stderr) == (1, sentence)
+    refused = run("phi3", "list", "ftp://x", cwd=tmp_path, check=False)
+    assert (refused.returncode, refused.stderr) == (
+        1,
+        "Error: 'ftp://x' is no registry: give dir:PATH, hf:OWNER/REPOSITORY or oci:HOST/NAME.\n",
+    )

@@ -1,0 +1,282 @@
+"""Pulling: every byte is checked, hostile releases are refused, and nothing wrong is installed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.common import paths
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import digest
+from pipeline.release import pull
+from pipeline.release.pull import check
+from pipeline.release.registry import open_registry
+from pipeline.release.registry.directory import DirectoryRegistry
+from pipeline.release.release import RELEASE, read_release, unsafe
+from tests.conftest import ROOT, run
+from tests.release_project import MODEL, NAME, VARIANT, build, exit_codes, publish_version, pull_latest, quiet
+from tests.release_project import project as project
+
+
+def test_two_pulls_at_once():
+    """Pulls of the same release at the same time all succeed, and fetch each content once."""
+    publish_version()
+    assert exit_codes(pull_latest, processes=4) == [0] * 4
+    check(pull_latest())
+
+
+def resolve_often():
+    """Ask what an alias stands for again and again, as many pulls would."""
+    for _ in range(50):
+        pull._resolve(open_registry("dir:registry"), NAME, "latest")
+
+
+def test_an_alias_resolved_at_once():
+    """Processes that record what an alias stands for at the same time do not disturb each other."""
+    publish_version()
+    assert exit_codes(resolve_often, processes=4) == [0] * 4
+
+
+def test_contents_are_shared():
+    """Two releases with the same tokenizer store it once, in the registry and on the consumer's disk."""
+    publish_version("1.0.0")
+    first = pull_latest()
+    build(b"newer")
+    publish_version("2.0.0")
+    second = pull_latest()
+    assert first != second
+    assert (first / "tokenizer.json").stat().st_ino == (second / "tokenizer.json").stat().st_ino
+
+
+def test_a_pull_continues():
+    """An interrupted download continues at the byte where it stopped."""
+    publish_version()
+    offsets = []
+
+    class Cut(DirectoryRegistry):
+        def download(self, release, path, *, offset):
+            offsets.append((path, offset))
+            for chunk in super().download(release, path, offset=offset):
+                if path == "openvino_model.bin" and not offset:
+                    yield chunk[:3]
+                    raise OSError("the network is down")
+                yield chunk
+
+    registry = Cut(Path("registry"))
+    with pytest.raises(OSError, match="the network is down"):
+        pull.pull(registry, NAME, reference="latest", to=Path("model"), progress=quiet)
+    assert not Path("model").exists()
+    pull.pull(registry, NAME, reference="latest", to=Path("model"), progress=quiet)
+    assert [offset for path, offset in offsets if path == "openvino_model.bin"] == [0, 3]
+    check(Path("model"))
+
+
+def blob_of(path):
+    """Return the registry's file with the content of `path`, a file of the artifact."""
+    sha256 = digest(paths.variant(MODEL, VARIANT) / path).sha256
+    return Path("registry/blobs/sha256") / sha256[:2] / sha256
+
+
+@pytest.mark.parametrize("content", [b"Weights", b"weights and more", b""])
+def test_a_corrupt_content_in_the_registry(content):
+    """Bytes that differ from release.json are refused, nothing is installed, and publishing again repairs them."""
+    publish_version()
+    blob_of("openvino_model.bin").write_bytes(content)
+    with pytest.raises(PipelineError, match=r"gave other bytes for openvino_model\.bin than release\.json says"):
+        pull_latest(to=Path("model"))
+    assert not Path("model").exists()
+    publish_version("1.0.1")
+    check(pull_latest(to=Path("model")))
+
+
+def test_a_corrupt_file_in_the_cache():
+    """A changed file in the cache is found before it is used, and downloaded again."""
+    publish_version()
+    directory = pull_latest()
+    (directory / "openvino_model.bin").chmod(0o644)
+    (directory / "openvino_model.bin").write_bytes(b"wEights")
+    with pytest.raises(PipelineError, match=r"openvino_model\.bin has changed\. Remove it and pull it again"):
+        pull_latest()
+    check(pull_latest(to=Path("model")))
+
+
+def test_what_is_no_longer_the_release():
+    """Anything additional, missing, changed or replaced by a link in a pulled directory is found."""
+    publish_version()
+    directory = pull_latest(to=Path("model"))
+    (directory / "extra").write_text("x")
+    (directory / "README.md").unlink()
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.json").symlink_to("LICENSE")
+    with pytest.raises(PipelineError) as refused:
+        check(directory)
+    assert str(refused.value) == (
+        "model: README.md is missing; extra is not listed; tokenizer.json has changed. Remove it and pull it again."
+    )
+
+
+def hostile(**changes):
+    """Publish a release.json with `changes`, as a hostile registry would; return the refusal of a pull."""
+    release = publish_version()
+    content = json.loads(release.content()) | changes
+    Path("registry/releases", NAME, "1.0.0", RELEASE).write_text(json.dumps(content))
+    with pytest.raises(PipelineError) as refused:
+        pull_latest(to=Path("model"))
+    assert not Path("model").exists()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../x", "/etc/x", "a/../../x", "a//x", "C:/x", "a\\x", "nul", "com1.txt", "x.", "x ", "x\n", "release.json", ""],
+)
+def test_hostile_paths(path):
+    """A path that leaves the directory, or that an operating system treats specially, is refused before any write."""
+    assert unsafe(path)
+    file = {"size": 1, "sha256": "0" * 64}
+    assert "release.json is refused (files: the path " in hostile(files={path: file})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"version": "0.9.0"}, "has tiny/openvino-int4 0.9.0, not tiny/openvino-int4 1.0.0"),
+        ({"variant": "openvino-fp16"}, "has tiny/openvino-fp16 1.0.0, not tiny/openvino-int4 1.0.0"),
+        ({"schema_version": 2}, "is of another schema; install the phi3-pipeline that published it"),
+        ({"files": {}}, "release.json is refused (files: "),
+        ({"files": {"x": {"size": 10**13, "sha256": "0" * 64}}}, "the files have 10000 GB"),
+        (
+            {"files": {"a": {"size": 1, "sha256": "0" * 64}, "A": {"size": 1, "sha256": "0" * 64}}},
+            "differ in upper and",
+        ),
+        ({"surprise": 1}, "release.json is refused (surprise: Extra inputs are not permitted)"),
+    ],
+)
+def test_hostile_releases(changes, reason):
+    """An older version under a newer name, another variant or schema, absurd sizes and unknown keys are refused."""
+    assert reason in hostile(**changes)
+
+
+def test_content_that_is_not_json():
+    """Rubbish, deep nesting and sheer size end with one sentence."""
+    for content in (b"\xff", b"[" * 100_000, b" " * 2_000_000):
+        with pytest.raises(PipelineError, match=r"^here: release\.json is "):
+            read_release(content, origin="here")
+
+
+def test_a_target_that_is_taken(tmp_path):
+    """A directory with other files in it is left as it is."""
+    publish_version()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("x")
+    with pytest.raises(PipelineError, match="mine is not empty: give another directory"):
+        pull_latest(to=tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("only root can mount a small file system")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_too_little_space(small_disk, monkeypatch):
+    """A disk that is too small is an error with figures, before anything is downloaded."""
+    build(bytes(2 << 20))
+    publish_version()
+    monkeypatch.setenv("PHI3_CACHE", str(small_disk / "cache"))
+    with pytest.raises(
+        PipelineError, match=r"has 0\.0 GB free, 0\.0 GB are needed: free some space, or set PHI3_CACHE"
+    ):
+        pull_latest(to=Path("model"))
+    assert not Path("model").exists()
+
+
+def test_a_full_disk(small_disk, tmp_path):
+    """A disk that fills up during a pull or a publication ends it with one sentence, and nothing is installed or
+    visible; once there is space the next run continues."""
+    build(random.Random(0).randbytes(700_000))
+    publish_version()
+    cache = {"PHI3_CACHE": str(small_disk / "cache")}
+    program = """
+from pathlib import Path
+from pipeline.release import pull
+from pipeline.cli import main
+def fill(directory, needed):
+    Path("disk/filler").write_bytes(bytes(500_000))  # another program's, after the space was checked
+    pull._require_space = lambda directory, needed: None
+pull._require_space = fill
+main()
+"""
+    command = ("pull", "dir:registry", NAME, "--to", "disk/model")
+    refused = run(sys.executable, "-c", program, *command, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT), **cache)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("Error: the disk is full (")
+    assert not (small_disk / "model").exists()
+    (small_disk / "filler").unlink()
+    run("phi3", *command, cwd=tmp_path, PYTHONPATH=str(ROOT), **cache)
+    check(small_disk / "model")
+
+    publish = ("publish", NAME, "--to", f"dir:{small_disk}/registry", "--version", "1.0.0")
+    refused = run("phi3", *publish, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("Error: the disk is full (")
+    assert open_registry(f"dir:{small_disk}/registry").entries() == []
+
+
+@pytest.mark.parametrize("kind", ["link", "device", "pipe", "directory"])
+@pytest.mark.parametrize("part", ["content", "release", "alias"])
+def test_what_is_no_plain_file(part, kind):
+    """Links, devices, pipes and directories in the place of a registry's files are refused without being read."""
+    publish_version()
+    releases = Path("registry/releases", NAME)
+    path = {
+        "content": blob_of("openvino_model.bin"),
+        "release": releases / "1.0.0" / RELEASE,
+        "alias": releases / "aliases/latest",
+    }[part]
+    path.rename("moved")
+    if kind == "link":
+        path.symlink_to(Path("moved").absolute())
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    refusal = "is missing, or no plain file" if part == "content" else f"has no {NAME} latest"
+    with pytest.raises(PipelineError, match=refusal):
+        pull_latest(to=Path("model"))
+    assert not Path("model").exists()
+
+
+def test_offline(caplog):
+    """When the registry is out of reach, what was pulled is still found by version and by alias, and verified."""
+    publish_version()
+    directory = pull_latest()
+    Path("registry").rename("gone")
+    assert pull_latest(reference="1.0.0") == directory
+    assert caplog.text == ""
+    assert pull_latest() == directory
+    assert "is not there: is the share mounted? Taking tiny/openvino-int4 latest as it was: 1.0.0." in caplog.text
+    with pytest.raises(PipelineError, match="is not there"):
+        pull_latest(reference="stage")
+
+
+def test_registries_do_not_mix():
+    """The same name and version in another registry are a different release."""
+    publish_version()
+    first = pull_latest()
+    build(b"another's")
+    publish_version(registry=open_registry("dir:other"))
+    second = pull.pull(open_registry("dir:other"), NAME, progress=quiet)
+    assert [(path / "openvino_model.bin").read_bytes() for path in (first, second)] == [b"weights", b"another's"]

@@ -1,0 +1,129 @@
+"""The runtimes that judge variants compute in float32: other CPUs give the same figures, and the source's tokens."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+
+from pipeline.check.measurement import load_runtime, load_scorer
+from pipeline.common.params import Npu, OnnxInt4, OpenvinoFp16, OpenvinoInt4
+from pipeline.convert import onnx_genai
+from pipeline.convert.openvino import export_fp16
+from pipeline.run.runtimes import OnnxGenai, OpenvinoGenai, OpenvinoLogits, piece_size
+from pipeline.run.source_model import Torch
+from tests.conftest import LIMITS, ROOT, run
+
+pytestmark = pytest.mark.slow
+FP16 = OpenvinoFp16(stage="export_openvino", limits=LIMITS)
+# This program prints a variant's figures on the first reference answers.
+FIGURES = """
+import json, sys
+from pathlib import Path
+from pipeline.check.fidelity import compare, read_distributions
+from pipeline.check.reference import read_reference
+from pipeline.run.runtimes import OpenvinoLogits
+folder = Path("artifacts/smol-phi3")
+answers = read_reference(folder / "reference.json").continuations[:6]
+scorer = OpenvinoLogits(folder / sys.argv[1], device="CPU")
+print(json.dumps(compare(scorer, answers, read_distributions(folder / "reference.npz")).metrics()))
+"""
+
+
+@pytest.fixture(scope="module")
+def fp16(tiny_checkpoint, tmp_path_factory):
+    """The FP16 IR of the tiny random checkpoint."""
+    directory = tmp_path_factory.mktemp("fp16")
+    export_fp16(tiny_checkpoint, directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("variant", "isa"), [("openvino-fp16", "AVX512_CORE"), ("openvino-int4", "AVX512_CORE"), ("openvino-fp16", "AVX2")]
+)
+def test_older_cpus_give_the_same_figures(embedded, variant, isa):
+    """Without newer CPUs' instructions every judging figure stays the same. oneDNN does not support INT4 on AVX2."""
+    here, there = (
+        json.loads(run(sys.executable, "-c", FIGURES, variant, cwd=ROOT, **environment).stdout.splitlines()[-1])
+        for environment in ({}, {"ONEDNN_MAX_CPU_ISA": isa})
+    )
+    assert there == pytest.approx(here, rel=1e-4, abs=1e-6)
+
+
+def test_the_default_precision_shows_beside_the_verdict_alone(embedded):
+    """On a CPU with bfloat16, OpenVINO's default there, the FP16 IR's measured loss is larger, not its judged one."""
+    metrics, measured = (
+        json.loads((embedded / f"{kind}/openvino-fp16.json").read_bytes()) for kind in ("metrics", "measured")
+    )
+    assert (metrics["passed"], metrics["kl_mean"] < 1e-5) == (True, True)
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert measured["kl_mean_default"] > 1e-4
+    assert not measured.keys() & metrics.keys() - {"runtime", "device"}
+
+
+@pytest.mark.parametrize("npu", [None, Npu(max_prompt_len=64, min_response_len=64)], ids=["plain", "npu"])
+def test_greedy_tokens_are_the_sources(tiny_checkpoint, fp16, npu):
+    """60 greedy tokens of a random model, which hardly prefers any token, are those of torch."""
+    prompt = list(range(30, 70))
+    runtime = OpenvinoGenai(fp16, device="CPU", npu=npu)
+    found = runtime.generate(prompt, max_new_tokens=60)
+    assert found.ids == Torch(tiny_checkpoint).generate(prompt, max_new_tokens=60).ids
+
+
+def test_a_prompt_read_in_pieces(tiny_checkpoint, fp16):
+    """The logits at the last positions are the source's, however long the prompt is."""
+    source, scorer = Torch(tiny_checkpoint), OpenvinoLogits(fp16, device="CPU")
+    ids = [20 + (7 * i) % 200 for i in range(500)]
+    for length, last in ((500, 500), (500, 3), (257, 1), (256, 1), (4, 4)):
+        logits = scorer.logits(ids[:length], last=last)
+        np.testing.assert_allclose(logits, source.logits(ids[:length], last=last), atol=2e-3)
+
+
+def test_each_variant_in_its_runtime(fp16):
+    """The plain IR and the NPU's load in the runtimes that params ask for; both are scored as a plain IR on the CPU."""
+    npu = OpenvinoInt4(
+        stage="quantize_openvino",
+        limits=LIMITS,
+        symmetric=True,
+        group_size=-1,
+        ratio=1.0,
+        npu=Npu(max_prompt_len=64, min_response_len=8),
+    )
+    assert load_runtime(fp16, variant=FP16).device == "CPU"
+    assert load_runtime(fp16, variant=npu).device == "CPU (NPU static pipeline)"
+    assert isinstance(load_scorer(fp16, variant=npu, context={}), OpenvinoLogits)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "pieces"), [(1, 1, 1), (256, 256, 1), (257, 129, 2), (2048, 147, 14), (4088, 137, 30)]
+)
+def test_pieces(tokens, size, pieces):
+    """A prompt is read in 1, 2, 6, 14 or 30 pieces, so that the doubling cache ends up just as long as the prompt."""
+    assert piece_size(tokens) == size
+    assert -(-tokens // size) == pieces
+
+
+def test_packed_weights(tiny_checkpoint, tmp_path):
+    """The judge maps packed weights from a file that is deleted at once, and gives the same logits as an application's
+    session."""
+    recipe = OnnxInt4(
+        stage="build_onnx",
+        limits=LIMITS,
+        symmetric=False,
+        block_size=32,
+        algorithm="rtn",
+        int8=[],
+        execution_provider="cpu",
+    )
+    directory = tmp_path / "model"
+    directory.mkdir()
+    onnx_genai.build_int4(tiny_checkpoint, directory, recipe=recipe, trust_remote_code=False, calibration=None)
+    default, judge = (OnnxGenai(directory, precision=precision) for precision in ("default", "f32"))
+    assert list(tmp_path.iterdir()) == [directory]
+    if sys.platform == "linux":
+        mapped = re.findall(r"/\.packed-\w+/model\.onnx\.data \(deleted\)", Path("/proc/self/maps").read_text("utf-8"))
+        assert mapped
+    np.testing.assert_array_equal(judge.logits([1, 2, 3], last=3), default.logits([1, 2, 3], last=3))
