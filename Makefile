@@ -6,44 +6,26 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine directml chromium docker-registry repro models variants validations test test-fast lint audit bench bench-cluster bench-fidelity bench-width clean
+.PHONY: wine directml chromium docker-registry repro test test-fast lint audit bench bench-cluster bench-fidelity bench-width clean
 
-repro: variants
+repro: $(VENV)/.installed wine
 	dvc repro
 	@dvc metrics show
 
-# Much of a build keeps only one core busy, so stages whose speed is not measured run two at a time, each on one core,
-# since OpenMP's threads wait for each other by spinning. A later `dvc repro` builds what is still missing, or fails.
-two_at_a_time = -dvc stage list --name-only $(1) | OMP_NUM_THREADS=1 xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
-
-# Stages that other stages need run first.
-models: $(VENV)/.installed
-	dvc repro download
-	$(call two_at_a_time,calibrate export_openvino $(beside))
-	$(call two_at_a_time,build_onnx quantize_openvino)
-
-variants: beside = reference
-variants: models wine
-
-# CI runs this target, since it does not need the measured speeds.
-validations: variants
-	$(call two_at_a_time,validate)
-
+# Two tests at a time share two cores: OpenMP's threads wait for each other by spinning, so each test gets one.
 test: $(VENV)/.installed wine chromium docker-registry
-	pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/.installed
-	pytest -m "not slow"
+	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/.installed
 	ruff check .
 	ruff format --check .
 	mypy
 
-# A known vulnerability of an installed package is an error; a service that cannot be reached only prints a message.
 audit: $(VENV)/.installed
-	@pip-audit --skip-editable --progress-spinner off > $(VENV)/audit.txt 2>&1 || { ! grep -A99 "known vulnerabilit" $(VENV)/audit.txt; }
-	@echo "$$(grep -c 'could not be audited' $(VENV)/audit.txt) packages could not be audited; $$(grep -o 'No known vulner.*' $(VENV)/audit.txt || tail -n 1 $(VENV)/audit.txt)"
+	python .ci/audit.py
 
 bench: $(VENV)/.installed
 	dvc repro download

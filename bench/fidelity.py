@@ -28,7 +28,7 @@ from pipeline.convert import onnx_genai, openvino
 from pipeline.convert.backend import backend
 from pipeline.convert.calibration import Calibration
 from pipeline.convert.hessians import hessians, write_calibration
-from pipeline.run.ir_inputs import model_inputs
+from pipeline.run.openvino import model_inputs
 from pipeline.run.source_model import Torch
 
 MODEL = "smol-phi3"

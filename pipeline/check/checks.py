@@ -12,7 +12,7 @@ from pipeline.check.long_context import Found
 from pipeline.check.reference import Answer, Reference
 from pipeline.common.matrices import Matrix, int4_ratio
 from pipeline.common.params import Limits, OpenvinoInt4, Validate, Variant
-from pipeline.run.runtimes import Runtime
+from pipeline.run.interface import Runtime
 
 CHECKS = (
     "files",

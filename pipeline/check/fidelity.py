@@ -9,7 +9,6 @@ Cover and Thomas, Elements of Information Theory, theorem 2.7.1). It is smaller 
 differences *within* the tail.
 """
 
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
 
 from pipeline.check.reference import Answer
 from pipeline.common.progress import Bar
-from pipeline.run.runtimes import Scorer
+from pipeline.run.interface import Scorer
 
 TOP = 512
 SMALLEST_TAIL = 1e-12
@@ -32,7 +32,7 @@ Floats = npt.NDArray[np.float64]
 class Distributions:
     """The source's next-token distributions, one row per token of its answers, in their order.
 
-    In a reference.npz the rows for the ends of the long prompts follow (pipeline/check/long_context.py).
+    In reference.safetensors the rows for the ends of the long prompts follow (pipeline/check/long_context.py).
 
     `ids` (rows, TOP) holds the most probable tokens, best first. `log_probs` (rows, TOP + 1) holds their natural
     log-probabilities and, in the last column, that of all other tokens together.
@@ -138,19 +138,15 @@ def compare(variant: Scorer, answers: Sequence[Answer], source: Distributions) -
 
 
 def write_distributions(path: Path, distributions: Distributions) -> None:
-    """Write `distributions` to `path` in NumPy's npz format, with time stamps that never change."""
+    """Write `distributions` to the safetensors file `path`."""
     temporary = path.with_name(f".{path.name}.partial")
-    with zipfile.ZipFile(temporary, "w") as archive:
-        for name, values in vars(distributions).items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w") as stream:
-                np.save(stream, values)
+    save_file(vars(distributions), temporary)
     temporary.replace(path)
 
 
 def read_distributions(path: Path) -> Distributions:
     """Return what `write_distributions` wrote to `path`."""
-    with np.load(path, allow_pickle=False) as content:
-        return Distributions(content["ids"], content["log_probs"])
+    return Distributions(**load_file(path))
 
 
 def _teacher_forced(scorer: Scorer, answers: Sequence[Answer]) -> Iterator[Any]:

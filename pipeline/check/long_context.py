@@ -13,8 +13,8 @@ import numpy as np
 from pipeline.check.fidelity import Distributions, concatenate, distributions, divergence
 from pipeline.check.reference import LongContext
 from pipeline.common.progress import Bar
+from pipeline.run.interface import Runtime, Scorer
 from pipeline.run.prompts import load_prompts
-from pipeline.run.runtimes import Runtime, Scorer
 from pipeline.run.source_model import Torch
 
 PROBED_TO_THE_END = 4096  # a longer context is probed at the largest of LADDER, and where its attention changes

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import Params
 from pipeline.common.progress import say
+from pipeline.run.interface import Message, Runtime
 from pipeline.run.prompts import load_prompts
-from pipeline.run.runtimes import Message, Runtime
 from pipeline.run.source_model import Torch
 
 # In nats: where the log probabilities of the source's best two tokens differ by less, a rounding may decide.

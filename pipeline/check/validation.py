@@ -26,7 +26,8 @@ from pipeline.common.progress import say
 from pipeline.convert import onnx_genai
 from pipeline.convert.backend import backend
 from pipeline.convert.variant import asked
-from pipeline.run.runtimes import OptimumIntel, Runtime
+from pipeline.run.interface import Runtime
+from pipeline.run.openvino import OptimumIntel
 
 
 def check_files(directory: Path, *, variant: Variant, model: Model, source: Path, params: Validate) -> list[Failure]:

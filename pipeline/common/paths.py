@@ -22,7 +22,7 @@ def reference(model: str) -> Path:
 
 def distributions(model: str) -> Path:
     """Return the file with the source model's next-token distributions along its answers."""
-    return ARTIFACTS / model / "reference.npz"
+    return ARTIFACTS / model / "reference.safetensors"
 
 
 def calibration(model: str) -> Path:

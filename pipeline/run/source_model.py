@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.progress import Bar
-from pipeline.run.runtimes import Transformers
 from pipeline.run.torch_device import torch_device
+from pipeline.run.transformers import Transformers
 
 BATCH, BATCH_TOKENS = 32, 4096  # most prompts answered at a time, and most tokens of these with padding
 

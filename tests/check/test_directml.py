@@ -13,7 +13,7 @@ from pipeline.check.reference import read_reference
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import load_params
 from pipeline.convert.onnx_genai import MODEL
-from pipeline.run.runtimes import OnnxGenai
+from pipeline.run.onnx import OnnxGenai
 from tests.conftest import ROOT
 from tests.convert.test_conversion import undivided
 

@@ -10,7 +10,7 @@ import torch
 from pipeline.check import fidelity
 from pipeline.check.fidelity import compare, concatenate, distributions, read_distributions, write_distributions
 from pipeline.check.reference import Answer, read_reference
-from pipeline.run.runtimes import OpenvinoLogits
+from pipeline.run.openvino import OpenvinoLogits
 from pipeline.run.source_model import Torch
 from tests.conftest import ROOT
 
@@ -130,11 +130,11 @@ def test_common_prefix_is_that_of_greedy_decoding(answers):
 def test_distributions_are_stored_as_they_are(answers, tmp_path, monkeypatch):
     """Distributions are read as they were written, and the file's bytes do not depend on the time."""
     reference = kept(Table(0), answers)
-    write_distributions(tmp_path / "reference.npz", reference)
+    write_distributions(tmp_path / "reference.safetensors", reference)
     monkeypatch.setattr(time, "time", lambda: 2e9)
-    write_distributions(tmp_path / "later.npz", reference)
-    assert (tmp_path / "later.npz").read_bytes() == (tmp_path / "reference.npz").read_bytes()
-    read = read_distributions(tmp_path / "reference.npz")
+    write_distributions(tmp_path / "later.safetensors", reference)
+    assert (tmp_path / "later.safetensors").read_bytes() == (tmp_path / "reference.safetensors").read_bytes()
+    read = read_distributions(tmp_path / "reference.safetensors")
     assert (read.ids == reference.ids).all()
     assert (read.log_probs == reference.log_probs).all()
 
@@ -159,7 +159,7 @@ def test_the_embedded_models_figures(embedded):
 def test_what_the_stage_kept_is_what_teacher_forcing_gives(embedded):
     """The distributions recorded while the source answers in batches equal those of reading one answer alone."""
     answers = read_reference(embedded / "reference.json").continuations
-    stored = read_distributions(embedded / "reference.npz")
+    stored = read_distributions(embedded / "reference.safetensors")
     last = kept(Torch(embedded / "source"), answers[-1:])
     end = sum(len(answer.ids) for answer in answers)  # the rows after these belong to the ends of long prompts
     rows = slice(end - len(last.ids), end)

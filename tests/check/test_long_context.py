@@ -18,8 +18,9 @@ from pipeline.common.checkpoint import read_json
 from pipeline.common.context import limits, room
 from pipeline.common.params import Limits, Npu, OnnxInt4, OpenvinoFp16, OpenvinoInt4
 from pipeline.convert import onnx_genai, openvino
-from pipeline.run import runtimes
-from pipeline.run.runtimes import F32, OpenvinoGenai
+from pipeline.run import onnx, pieces
+from pipeline.run import openvino as openvino_runtimes
+from pipeline.run.openvino import F32, OpenvinoGenai
 from pipeline.run.source_model import Torch
 from tests.conftest import LONGROPE, make_checkpoint
 
@@ -231,7 +232,9 @@ def test_the_check_finds_keys_that_were_kept(longrope, monkeypatch, pieces):
 
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_batched_tokens = 64
-    monkeypatch.setattr(runtimes, "pipeline_options", lambda _: {"scheduler_config": scheduler} if pieces else {})
+    monkeypatch.setattr(
+        openvino_runtimes, "pipeline_options", lambda _: {"scheduler_config": scheduler} if pieces else {}
+    )
     assert [prompt.departure > 1 for prompt in longrope.found("fp16")] == [True, True]
 
 
@@ -277,7 +280,9 @@ def test_the_check_finds_an_ir_without_the_window(window, tmp_path):
 @pytest.mark.parametrize("variant", ["fp16", "cpu"])
 def test_the_check_finds_logits_of_pieces(longrope, monkeypatch, variant):
     """With LongRoPE a scorer that reads a prompt in pieces, as for other models, is found by its wrong logits."""
-    pieces = runtimes._pieces
-    monkeypatch.setattr(runtimes, "PIECE", 32)
-    monkeypatch.setattr(runtimes, "_pieces", lambda *tokens, last, at_once: pieces(*tokens, last=last, at_once=False))
+    monkeypatch.setattr(pieces, "PIECE", 32)
+    for module in (onnx, openvino_runtimes):
+        monkeypatch.setattr(
+            module, "pieces", lambda tokens, last, at_once: pieces.pieces(tokens, last=last, at_once=False)
+        )
     assert [prompt.kl_mean > 0.05 for prompt in longrope.found(variant)] == [True, True]

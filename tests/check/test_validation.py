@@ -58,7 +58,7 @@ def validate_artifact(directory, embedded):
     """Return metrics, evidence and measurements of the INT4 IR, compared at every eighth reference answer."""
     every = 8
     reference = read_reference(embedded / "reference.json")
-    distributions = read_distributions(embedded / "reference.npz")
+    distributions = read_distributions(embedded / "reference.safetensors")
     ends = np.cumsum([len(answer.ids) for answer in reference.continuations])
     rows = np.concatenate(
         [np.arange(ends[i] - len(c.ids), ends[i]) for i, c in enumerate(reference.continuations)][::every]

@@ -13,7 +13,8 @@ from pipeline.common.matrices import matrices, summary
 from pipeline.common.params import OnnxInt4, OpenvinoFp16, OpenvinoInt4
 from pipeline.convert import onnx_genai, openvino
 from pipeline.convert.onnx_builder import RESIDUAL_SCALE
-from pipeline.run.runtimes import OnnxGenai, OpenvinoGenai, OpenvinoLogits
+from pipeline.run.onnx import OnnxGenai
+from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits
 from pipeline.run.source_model import Torch
 from tests.conftest import LIMITS, ROOT, STYLES, make_checkpoint, run
 

@@ -15,8 +15,7 @@ from pipeline.convert import npu
 from pipeline.convert.npu.blob import read_blob
 from pipeline.convert.npu.build import build_blob
 from pipeline.run.blobs import Choice, choose, load_pipeline
-from pipeline.run.ir_inputs import model_inputs
-from pipeline.run.runtimes import F32, OpenvinoLogits
+from pipeline.run.openvino import F32, OpenvinoLogits, model_inputs
 from tests.conftest import ROOT, run
 
 NPU = Npu(max_prompt_len=256, min_response_len=64)

@@ -17,7 +17,8 @@ from pipeline.convert.openvino import build_int4, export_fp16
 from pipeline.convert.rotation import Rotation, _orthogonal
 from pipeline.convert.solver import Grid
 from pipeline.convert.variant import asked
-from pipeline.run.runtimes import OnnxGenai, OpenvinoLogits
+from pipeline.run.onnx import OnnxGenai
+from pipeline.run.openvino import OpenvinoLogits
 from pipeline.run.source_model import Torch
 from tests.conftest import LIMITS, make_checkpoint
 

@@ -13,7 +13,9 @@ from pipeline.check.measurement import load_runtime, load_scorer
 from pipeline.common.params import Npu, OnnxInt4, OpenvinoFp16, OpenvinoInt4
 from pipeline.convert import onnx_genai
 from pipeline.convert.openvino import export_fp16
-from pipeline.run.runtimes import OnnxGenai, OpenvinoGenai, OpenvinoLogits, piece_size
+from pipeline.run.onnx import OnnxGenai
+from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits
+from pipeline.run.pieces import piece_size
 from pipeline.run.source_model import Torch
 from tests.conftest import LIMITS, ROOT, run
 
@@ -25,11 +27,11 @@ import json, sys
 from pathlib import Path
 from pipeline.check.fidelity import compare, read_distributions
 from pipeline.check.reference import read_reference
-from pipeline.run.runtimes import OpenvinoLogits
+from pipeline.run.openvino import OpenvinoLogits
 folder = Path("artifacts/smol-phi3")
 answers = read_reference(folder / "reference.json").continuations[:6]
 scorer = OpenvinoLogits(folder / sys.argv[1], device="CPU")
-print(json.dumps(compare(scorer, answers, read_distributions(folder / "reference.npz")).metrics()))
+print(json.dumps(compare(scorer, answers, read_distributions(folder / "reference.safetensors")).metrics()))
 """
 
 

@@ -20,7 +20,7 @@ from pipeline.check.reference import Answer, Reference
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import Limits, Validate
 from pipeline.common.progress import say
-from pipeline.run.runtimes import Scorer
+from pipeline.run.interface import Scorer
 
 NAME, DEVICE = "onnxruntime-genai", "DirectML (software Vulkan under Wine)"
 PROMPTS = 2  # the shortest prompts, whose logits are compared; in software each takes half a minute

@@ -6,7 +6,7 @@ from typing import Literal
 
 from ruamel.yaml import YAML
 
-from pipeline.run.runtimes import Message
+from pipeline.run.interface import Message
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""IRs in openvino-genai, in OpenVINO itself for their logits, and in optimum-intel."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.checkpoint import read_json
+from pipeline.common.context import is_longrope, pipeline_options
+from pipeline.common.params import Npu
+from pipeline.run.interface import Generation, Message, Precision
+from pipeline.run.pieces import pieces
+from pipeline.run.transformers import Transformers
+
+# By default OpenVINO's CPU plugin computes in bfloat16 where the CPU has it, keeps the KV cache in 8 bits, and
+# quantizes the activations that meet compressed weights. A 16-bit cache costs the FP16 IR no measurable accuracy.
+# https://docs.openvino.ai/2026/openvino-workflow/running-inference/inference-devices-and-modes/cpu-device.html
+F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+# The settings of the usual OpenVINO tutorial for a single user on a laptop.
+LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
+
+
+class OpenvinoGenai:
+    """openvino-genai on a device; with `npu` it runs the NPU's static-shape pipeline, compiled for the CPU."""
+
+    name = "openvino-genai"
+
+    def __init__(self, directory: Path, *, device: str, npu: Npu | None = None, precision: Precision = "f32") -> None:
+        import openvino_genai
+
+        options: dict[str, Any] = dict(F32) if precision == "f32" else {}
+        self.device = device
+        if npu:
+            self.device = "CPU (NPU static pipeline)"
+            options |= {
+                "NPUW_DEVICES": "CPU",
+                "NPU_USE_NPUW": "YES",
+                "NPUW_ONLINE_PIPELINE": "NONE",
+                "MAX_PROMPT_LEN": npu.max_prompt_len,
+                "MIN_RESPONSE_LEN": npu.min_response_len,
+            }
+        else:
+            options |= pipeline_options(directory)
+        self._pipeline = openvino_genai.LLMPipeline(directory, "NPU" if npu else device, **options)
+        self._tokenizer = self._pipeline.get_tokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).input_ids.data[0]
+        return [int(token) for token in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids))
+
+    def render_chat(self, messages: list[Message]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+    def eos_token_ids(self) -> list[int]:
+        return sorted(self._pipeline.get_generation_config().stop_token_ids)
+
+    def generate(self, ids: list[int], *, max_new_tokens: int) -> Generation:
+        import numpy as np
+        import openvino
+        import openvino_genai
+
+        config = self._pipeline.get_generation_config()
+        config.max_new_tokens, config.do_sample = max_new_tokens, False
+        prompt = np.array([ids], dtype=np.int64)
+        result = self._pipeline.generate(
+            openvino_genai.TokenizedInputs(openvino.Tensor(prompt), openvino.Tensor(np.ones_like(prompt))), config
+        )
+        return Generation(
+            ids=list(result.tokens[0]),
+            stopped=result.finish_reasons[0] == openvino_genai.GenerationFinishReason.STOP,
+            time_to_first_token=result.perf_metrics.get_ttft().mean / 1000,
+            time_per_token=result.perf_metrics.get_tpot().mean / 1000,
+        )
+
+
+class OpenvinoLogits:
+    """The logits of an IR, which openvino-genai does not return; its NPU pipeline computes the same."""
+
+    def __init__(self, directory: Path, *, device: str, precision: Precision = "f32") -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(directory / "openvino_model.xml")
+        _keep_last(model)
+        options = F32 if precision == "f32" else {}
+        self._request = core.compile_model(model, device, options).create_infer_request()
+        self._at_once = is_longrope(read_json(directory / "config.json"))
+
+    def logits(self, ids: list[int], *, last: int) -> Any:
+        import numpy as np
+
+        self._request.reset_state()
+        for start, end in pieces(len(ids), last=last, at_once=self._at_once):
+            result = self._request.infer(model_inputs(ids[:end], start=start) | {"last": np.array([-last])})
+        return np.array(result["logits"][0], dtype=np.float32)
+
+
+def model_inputs(ids: list[int], *, start: int = 0) -> dict[str, Any]:
+    """Return the inputs for one sequence from position `start` on; the model's state holds the part before it.
+
+    The arrays have shape (1, len(ids) - start), except `attention_mask`, (1, len(ids)), and `beam_idx`, (1,).
+    """
+    import numpy as np
+
+    tokens = np.array([ids], dtype=np.int64)
+    return {
+        "input_ids": tokens[:, start:],
+        "attention_mask": np.ones_like(tokens),
+        "position_ids": np.arange(start, len(ids), dtype=np.int64)[None],
+        "beam_idx": np.zeros(1, dtype=np.int32),
+    }
+
+
+def _keep_last(model: Any) -> None:
+    # Give the head the hidden states of the last positions only, since the logits of a prompt of thousands of tokens
+    # take gigabytes. The new input `last` is minus the number of these positions.
+    import numpy as np
+    from openvino import Type, opset15
+
+    node = model.output("logits").get_node()
+    while node.get_type_name() != "MatMul":
+        node = node.input_value(0).get_node()
+    last = opset15.parameter([1], Type.i64, name="last")
+    last.output(0).set_names({"last"})
+    end, step, axis = (np.array([value]) for value in (np.iinfo(np.int64).max, 1, 1))
+    node.input(0).replace_source_output(opset15.slice(node.input_value(0), last, end, step, axis).output(0))
+    model.add_parameters([last])
+    model.validate_nodes_and_infer_types()
+
+
+class OptimumIntel(Transformers):
+    """The tutorial's route to an IR: OVModelForCausalLM with a latency configuration."""
+
+    name = "optimum-intel"
+
+    def __init__(self, directory: Path, *, device: str) -> None:
+        from optimum.intel import OVModelForCausalLM
+
+        super().__init__(directory)
+        self.device = device
+        self.model = OVModelForCausalLM.from_pretrained(
+            str(directory), export=False, device=device, ov_config=LATENCY | F32, local_files_only=True
+        )
