@@ -23,7 +23,7 @@ from bench.measure import made_by
 from pipeline import plan
 from pipeline.common.manifest import replace_file
 from pipeline.common.params import load_params
-from pipeline.graph import read_cells
+from pipeline.graph import read_graph
 
 RESULTS = Path(__file__).with_suffix(".json")
 SECOND, LAYERS = "phi-3-shaped", 2
@@ -77,8 +77,8 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
     added to each cell, in seconds.
     """
     params, config = load_params(ROOT / "params.yaml"), SHAPE.to_dict() | {"dtype": "bfloat16"}
-    one = read_cells(params.build)
-    costs = {name: plan.estimate(name, cell.model, params=params, config=config) for name, cell in one.items()}
+    one = read_graph(params)
+    costs = {name: plan.estimate(node.cell, params=params, config=config) for name, node in one.items()}
     way: dict[str, float] = {}  # seconds to the end of the longest chain of cells
     for name in reversed(one):
         way[name] = costs[name].seconds + max((way[after] for after in one if name in one[after].needs), default=0.0)

@@ -22,6 +22,7 @@ from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import digest, replace_file
 from pipeline.common.params import load_params
 from pipeline.convert import onnx_genai, openvino
+from pipeline.graph import Cell
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_suffix(".json")
@@ -114,7 +115,7 @@ def plans(project: Path, checkpoint: Path, costs: dict[str, Cost]) -> dict[str, 
     found = {}
     for step in costs:
         stage, *arguments = step.split()
-        cost = plan.estimate(f"{stage}@{'-'.join(arguments)}", MODEL, params=params, config=config)
+        cost = plan.estimate(Cell(stage, *arguments), params=params, config=config)
         measured = costs[step].anonymous / 1e9
         found[step] = {"memory_gb": round(cost.memory / 1e9, 2), "measured_gb": round(measured, 2)}
         found[step] |= {"ratio": round(cost.memory / 1e9 / measured, 2), "disk_gb": round(cost.disk / 1e9, 2)}

@@ -21,6 +21,7 @@ from pipeline.common.manifest import replace_file
 from pipeline.common.params import OnnxInt4, OpenvinoInt4, load_params
 from pipeline.convert import onnx_genai, openvino
 from pipeline.convert.calibration import Calibration
+from pipeline.graph import Cell
 
 RESULTS = Path(__file__).with_suffix(".json")
 WORK = Path("bench/work")
@@ -100,9 +101,8 @@ def main(context: click.Context) -> None:
         costs |= measure(program, step=step, cwd=Path.cwd(), log=WORK / "log", **tunables)
         click.echo(costs[step].figures())
     config, model = SHAPE.to_dict(), "phi-3-mini-4k-instruct"
-    cells = [f"calibrate@{model}"]
-    cells += [f"{params.get_variant(variant).stage}@{model}-{variant}" for variant in variants]
-    planned = {cell: plan.estimate(cell, model, params=params, config=config).memory / 1e9 for cell in cells}
+    cells = [Cell("calibrate", model), *(Cell(params.get_variant(name).stage, model, name) for name in variants)]
+    planned = {str(cell): plan.estimate(cell, params=params, config=config).memory / 1e9 for cell in cells}
     text = table(costs, planned)
     click.echo(text)
     figures = {step: cost.figures() for step, cost in costs.items()}

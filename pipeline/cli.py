@@ -196,12 +196,12 @@ def plan_command(models: tuple[str, ...]) -> None:
 
     params = load_params()
     cells = [cell for model in models or params.build for cell in plan(model, params=params, progress=_say)]
-    width = max(len(cell.name) for cell in cells)
+    width = max(len(str(planned.cell)) for planned in cells)
     click.echo(f"{'':{width}}         disk    memory      time")
-    for cell in cells:
-        cost = cell.cost
+    for planned in cells:
+        cost = planned.cost
         figures = f"{cost.disk / 1e9:6.2f} GB {cost.memory / 1e9:6.1f} GB {cost.seconds / 60:5.0f} min"
-        click.echo(f"{cell.name:{width}}  {'reused' if cell.reused else figures}")
+        click.echo(f"{planned.cell!s:{width}}  {'reused' if planned.reused else figures}")
     needed, free = total(cells), available()
     click.echo(f"needed: {needed}\nfree:   {free}")
     if short := needed.beyond(free):

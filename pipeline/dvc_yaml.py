@@ -17,6 +17,7 @@ LIBRARIES = "libraries.lock"
 # These modules cannot change the output of a stage: they hold messages, paths, processes and the reading of params,
 # whose values DVC watches. A change in them reruns nothing.
 UNWATCHED = {
+    "pipeline.graph",
     "pipeline.plan",
     "pipeline.process",
     *(f"pipeline.common.{name}" for name in ("errors", "memory", "params", "paths", "programs", "progress")),

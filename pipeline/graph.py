@@ -3,26 +3,52 @@
 import functools
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.common.errors import PipelineError
+from pipeline.common.params import Params
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of dvc.yaml, such as `quantize_openvino@smol-phi3-openvino-int4`."""
+    """A cell of dvc.yaml, such as `quantize_openvino@smol-phi3-openvino-int4`: a stage for one model and variant."""
 
-    name: str
+    stage: str
     model: str
+    variant: str = ""
+    platform: str = ""  # of an NPU
+
+    def __str__(self) -> str:
+        return f"{self.stage}@{'-'.join(filter(None, (self.model, self.variant, self.platform)))}"
+
+    @classmethod
+    def parse(cls, name: str, params: Params) -> "Cell":
+        """Return the cell with DVC's name `name`; of several models or variants that fit, it is the longest name's."""
+        stage, _, item = name.partition("@")
+        model = _first(item, params.models)
+        rest = item[len(model) + 1 :]
+        variant = _first(rest, params.variants)
+        return cls(stage, model, variant, rest[len(variant) + 1 :])
+
+
+def _first(item: str, names: Iterable[str]) -> str:
+    return max((name for name in names if f"{item}-".startswith(f"{name}-")), key=len, default="")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A cell in the graph of dvc.yaml."""
+
+    cell: Cell
     needs: tuple[str, ...]  # the cells whose outputs it reads
     cached: tuple[str, ...]  # the paths of its outputs that DVC's cache keeps
     uncached: tuple[str, ...]  # the paths of its outputs that git keeps, not DVC's cache
     features: tuple[str, ...]  # what its machine must have: `meta: {needs: [...]}` in dvc.yaml
 
 
-def read_cells(models: Sequence[str], targets: Sequence[str] = ()) -> dict[str, Cell]:
-    """Return the cells of `models` that `dvc repro TARGETS` (by default all) considers, by name and in DVC's order.
+def read_graph(params: Params, targets: Sequence[str] = ()) -> dict[str, Node]:
+    """Return the cells that `dvc repro TARGETS` (by default all) considers, by name and in DVC's order.
 
     Raises PipelineError when DVC knows no such target.
     """
@@ -40,9 +66,8 @@ def read_cells(models: Sequence[str], targets: Sequence[str] = ()) -> dict[str, 
                 raise PipelineError(f"{error}: `dvc stage list` names what there is.") from error
         wanted = set(stages).union(*(descendants(graph, stage) for stage in stages))
         return {
-            stage.addressing: Cell(
-                stage.addressing,
-                model_of(stage.addressing, models),
+            stage.addressing: Node(
+                Cell.parse(stage.addressing, params),
                 needs=tuple(sorted(needed.addressing for needed in graph.successors(stage))),
                 cached=tuple(str(out.def_path) for out in stage.outs if out.use_cache),
                 uncached=tuple(str(out.def_path) for out in stage.outs if not out.use_cache),
@@ -53,23 +78,17 @@ def read_cells(models: Sequence[str], targets: Sequence[str] = ()) -> dict[str, 
         }
 
 
-def model_of(cell: str, models: Sequence[str]) -> str:
-    """Return the one of `models` to which `cell` belongs: the longest that fits, as one name may begin with another."""
-    item = cell.partition("@")[2]
-    return max((name for name in models if f"{item}-".startswith(f"{name}-")), key=len)
-
-
-def changed(cells: dict[str, Cell], *, remote: bool = False) -> set[str]:
-    """Return the names of those of `cells` that have to run.
+def changed(graph: dict[str, Node], *, remote: bool = False) -> set[str]:
+    """Return the names of the cells of `graph` that have to run.
 
     A cell has to run when it differs from dvc.lock, when its outputs are missing, or when a cell that it needs has to
     run. With `remote`, outputs that are on the DVC remote do not count as missing.
     """
     gone = _gone(remote=remote)
     found: set[str] = set()
-    for cell in cells.values():
-        if cell.name in _dry_run() or gone & set(cell.cached) or found & set(cell.needs):
-            found.add(cell.name)
+    for name, node in graph.items():
+        if name in _dry_run() or gone & set(node.cached) or found & set(node.needs):
+            found.add(name)
     return found
 
 

@@ -8,7 +8,7 @@ memory of `validate` was measured with 6 of its layers, and calibration and the 
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.common.params import Model, OnnxInt4, OpenvinoInt4, Params, Varian
 from pipeline.convert.backend import backend
 from pipeline.convert.rotation import can_rotate
 from pipeline.convert.solver import ROWS
-from pipeline.graph import changed, read_cells
+from pipeline.graph import Cell, changed, read_graph
 from pipeline.run.prompts import load_prompts
 
 IGNORE = "PHI3_IGNORE_PLAN"
@@ -79,9 +79,9 @@ IDLE = Cost(disk=0.0, temporary=0.0, memory=0.02e9, seconds=1.0)  # a cell that 
 
 @dataclass(frozen=True)
 class Planned:
-    """The name of a cell, whether its present outputs can be reused, and what it costs."""
+    """A cell, whether its present outputs can be reused, and what it costs."""
 
-    name: str
+    cell: Cell
     reused: bool
     cost: Cost
 
@@ -123,9 +123,9 @@ def tensors(config: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
     return {name: (_dtype(config), shape) for name, shape in shapes.items()}
 
 
-def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) -> Cost:
-    """Return what the cell `cell` of the model `name` with this `config` costs."""
-    stage, _, rest = cell.partition("@")
+def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
+    """Return what `cell` costs when its model has this `config`."""
+    stage, name = cell.stage, cell.model
     source = matrices(tensors(config))
     fp16 = 2.0 * sum(matrix.elements for matrix in source)
     largest = 4.0 * max(matrix.elements for matrix in source)
@@ -145,7 +145,7 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         # Memory holds one loaded model at a time, with its weights packed for the processor, and the KV cache of the
         # longest prompt. Keys and values take 16 bits each, except in the ONNX model for CPUs, where they take 32.
         head = config["hidden_size"] // config["num_attention_heads"]
-        variant = _variant(rest, name, params)
+        variant = params.get_variant(cell.variant)
         bytes_each = 4.0 if isinstance(variant, OnnxInt4) and not variant.directml else 2.0
         prompt = min(PROMPT, config["max_position_embeddings"])
         cache = 2 * bytes_each * config["num_hidden_layers"] * config["num_key_value_heads"] * head * prompt
@@ -159,7 +159,7 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
         else:
             memory += weights + cache
     elif stage in ("quantize_openvino", "build_onnx"):
-        variant = _variant(rest, name, params)
+        variant = params.get_variant(cell.variant)
         size = _size(variant, name, source, params=params, config=config)
         if isinstance(variant, OnnxInt4):
             temporary = size  # the quantized matrices, before they are put into one file
@@ -185,11 +185,6 @@ def estimate(cell: str, name: str, *, params: Params, config: dict[str, Any]) ->
     return Cost(size + OTHER_FILES, temporary, memory, seconds)
 
 
-def _variant(rest: str, name: str, params: Params) -> Variant:
-    # Return the variant of a cell of the model `name`; `rest` is the part of the cell's name after `@`.
-    return params.get_variant(rest.removeprefix(f"{name}-"))
-
-
 def _size(variant: Variant, name: str, source: list[Matrix], *, params: Params, config: dict[str, Any]) -> float:
     adjust = params.get_model(name).group_size_fallback == "adjust"
     return backend(variant).expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)
@@ -202,7 +197,7 @@ def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[
     """
     config = read_config(name, params.get_model(name), progress=progress)
     reused = _reused(name, params)
-    return [Planned(cell, done, estimate(cell, name, params=params, config=config)) for cell, done in reused.items()]
+    return [Planned(cell, done, estimate(cell, params=params, config=config)) for cell, done in reused.items()]
 
 
 def read_config(name: str, model: Model, *, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -229,11 +224,11 @@ def _dtype(config: dict[str, Any]) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
-def _reused(name: str, params: Params) -> dict[str, bool]:
-    known = name if name in params.build else params.build[0]
-    cells = {cell.name: cell for cell in read_cells(params.build).values() if cell.model == known}
-    runs = changed(cells) if known == name else set(cells)
-    return {cell.replace(f"@{known}", f"@{name}", 1): cell not in runs for cell in cells}
+def _reused(model: str, params: Params) -> dict[Cell, bool]:
+    known = model if model in params.build else params.build[0]
+    graph = {name: node for name, node in read_graph(params).items() if node.cell.model == known}
+    runs = changed(graph) if known == model else set(graph)
+    return {replace(node.cell, model=model): name not in runs for name, node in graph.items()}
 
 
 def total(cells: list[Planned]) -> Need:
@@ -246,22 +241,22 @@ def total(cells: list[Planned]) -> Need:
     )
 
 
-def needed(cell: str, name: str) -> Need | None:
-    """Return what `cell` of the model `name` needs, or None when its checkpoint is not downloaded yet."""
-    config = paths.source(name) / CONFIG
+def needed(cell: Cell) -> Need | None:
+    """Return what `cell` needs, or None when its model's checkpoint is not downloaded yet."""
+    config = paths.source(cell.model) / CONFIG
     if not config.exists():
         return None
-    cost = estimate(cell, name, params=load_params(), config=read_json(config))
+    cost = estimate(cell, params=load_params(), config=read_json(config))
     return Need(cost.disk + cost.temporary, cost.memory)
 
 
-def require(cell: str, name: str) -> None:
-    """Raise PipelineError when `cell` of the model `name` cannot fit on this machine.
+def require(cell: Cell) -> None:
+    """Raise PipelineError when `cell` cannot fit on this machine.
 
     The environment variable that IGNORE names turns this check off. The download is not checked here, since only its
     source knows how large it is.
     """
-    need, free = needed(cell, name), available()
+    need, free = needed(cell), available()
     if need and need.beyond(free) and not os.environ.get(IGNORE):
         raise PipelineError(f"needs {need}; free are {free}: make room, or set {IGNORE}=1 to try all the same.")
 

@@ -19,6 +19,7 @@ from pipeline.common.memory import anonymous_peak, peak_memory
 from pipeline.common.paths import ARTIFACTS, log
 from pipeline.common.programs import KILLED, end_with_parent
 from pipeline.common.progress import logged, say
+from pipeline.graph import Cell
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc's manual, "Memory Allocation Tunables"
 LOCK_TIMEOUT = 2  # seconds, enough for a killed stage to end
@@ -41,15 +42,15 @@ def stage_command(function: Callable[..., None]) -> click.Command:
     def run(**arguments: str) -> None:
         from pipeline.plan import require  # loaded only when a stage runs
 
-        cell = "@".join([stage, "-".join(arguments[name] for name in names)])
+        cell = Cell(stage, **arguments)
         _use_huge_pages()
-        _go_on_in_a_child(cell, arguments["model"])
+        _go_on_in_a_child(cell)
         _end_with_dvc()
         started = time.monotonic()
         try:
-            with _lock(cell), logged(log(cell)), anonymous_peak() as anonymous:
+            with _lock(cell), logged(log(str(cell))), anonymous_peak() as anonymous:
                 say(f"{cell}: started")
-                require(cell, arguments["model"])
+                require(cell)
                 function(**arguments)
         except PipelineError as error:
             _fail(f"{cell}: {full_disk(error) or error}")
@@ -57,8 +58,8 @@ def stage_command(function: Callable[..., None]) -> click.Command:
             _fail(f"{cell}: interrupted; nothing half-built was left, run again to continue.", status=130)
         except Exception as error:
             if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
-                _fail(f"{cell}: {_lack_of_memory('memory ran out', cell, arguments['model'])}")
-            unknown = f"{type(error).__name__}: {lines(error)[0]}. The whole story is in {log(cell)}."
+                _fail(f"{cell}: {_lack_of_memory('memory ran out', cell)}")
+            unknown = f"{type(error).__name__}: {lines(error)[0]}. The whole story is in {log(str(cell))}."
             _fail(f"{cell}: {full_disk(error) or unknown}")
         seconds = time.monotonic() - started
         memory = f"{peak_memory() / 1e9:.2f} GB, anonymous {max(anonymous) / 1e9:.2f} GB"
@@ -79,7 +80,7 @@ def _use_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _go_on_in_a_child(cell: str, model: str) -> None:
+def _go_on_in_a_child(cell: Cell) -> None:
     # The kernel kills a process that takes too much memory without a message; its parent is left to report it.
     if sys.platform == "win32":
         return
@@ -93,14 +94,14 @@ def _go_on_in_a_child(cell: str, model: str) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status == KILLED:
-        _fail(f"{cell}: {_lack_of_memory('it was killed, as systems do when memory runs out', cell, model)}")
+        _fail(f"{cell}: {_lack_of_memory('it was killed, as systems do when memory runs out', cell)}")
     os._exit(status if status >= 0 else 128 - status)
 
 
-def _lack_of_memory(what: str, cell: str, model: str) -> str:
+def _lack_of_memory(what: str, cell: Cell) -> str:
     from pipeline.plan import available, needed
 
-    need = needed(cell, model)
+    need = needed(cell)
     figures = f"it needs some {need.memory / 1e9:.1f} GB, " if need else ""
     figures += f"{available().memory / 1e9:.1f} GB are free now"
     return f"{what}: {figures}. Close other programs, or use a larger machine."
@@ -129,7 +130,7 @@ def _end_with_dvc() -> None:
 
 
 @contextlib.contextmanager
-def _lock(cell: str) -> Iterator[None]:
+def _lock(cell: Cell) -> Iterator[None]:
     path = ARTIFACTS / ".locks" / f"{cell}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

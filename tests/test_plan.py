@@ -10,6 +10,7 @@ from pipeline.common.checkpoint import read_json, tensor_shapes
 from pipeline.common.errors import PipelineError
 from pipeline.common.matrices import matrices
 from pipeline.common.params import load_params
+from pipeline.graph import Cell
 from tests.conftest import ROOT, STYLES, make_checkpoint, run
 
 PARAMS = load_params(ROOT / "params.yaml")
@@ -47,7 +48,7 @@ def test_shapes_follow_from_the_config(tmp_path, style):
 )
 def test_disk_at_full_size(cell, size):
     """For Phi-3-mini's config the plan gives the sizes that were measured at its shape."""
-    cost = plan.estimate(cell, "phi-3-mini-4k-instruct", params=PARAMS, config=PHI_3_MINI)
+    cost = plan.estimate(Cell.parse(cell, PARAMS), params=PARAMS, config=PHI_3_MINI)
     assert cost.disk == pytest.approx(size, rel=0.05)
 
 
@@ -61,8 +62,8 @@ def test_a_rotation(variant, copies):
         recipe = PARAMS.variants[variant].model_copy(update={"rotated": rotated})
         params = PARAMS.model_copy(update={"variants": PARAMS.variants | {variant: recipe}})
         config = PHI_3_MINI | {"tie_word_embeddings": tied}
-        cell = f"{recipe.stage}@phi-3-mini-4k-instruct-{variant}"
-        costs[rotated, tied] = plan.estimate(cell, "phi-3-mini-4k-instruct", params=params, config=config)
+        cell = Cell(recipe.stage, "phi-3-mini-4k-instruct", variant)
+        costs[rotated, tied] = plan.estimate(cell, params=params, config=config)
     more = costs[True, False].temporary - costs[False, False].temporary
     assert more == pytest.approx(copies * 7.64e9, rel=0.01)
     assert costs[True, False].seconds > costs[False, False].seconds + 60
@@ -74,25 +75,23 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     make_checkpoint(tmp_path / "artifacts/smol-phi3/source")
-    cell = "export_openvino@smol-phi3-openvino-fp16"
-    plan.require(cell, "smol-phi3")
-    assert process._lack_of_memory("memory ran out", cell, "smol-phi3").startswith(
-        "memory ran out: it needs some 0.7 GB,"
-    )
+    cell = Cell("export_openvino", "smol-phi3", "openvino-fp16")
+    plan.require(cell)
+    assert process._lack_of_memory("memory ran out", cell).startswith("memory ran out: it needs some 0.7 GB,")
     monkeypatch.setattr(plan, "available", lambda: plan.Need(disk=1e9, memory=1e8))
     with pytest.raises(
         PipelineError,
         match=r"^needs 0\.0 GB of disk, 0\.\d GB of memory; free are 1\.0 GB of disk, 0\.1 GB of memory: ",
     ):
-        plan.require(cell, "smol-phi3")
+        plan.require(cell)
     monkeypatch.setenv("PHI3_IGNORE_PLAN", "1")
-    plan.require(cell, "smol-phi3")
+    plan.require(cell)
 
 
 def test_needs():
     """Disk (plus the largest temporary file) and time are sums; memory is the maximum; reused cells cost nothing."""
     costs = [plan.Cost(2e9, 5e9, 1e9, 60), plan.Cost(1e9, 1e9, 3e9, 120), plan.Cost(9e9, 9e9, 9e9, 999)]
-    need = plan.total([plan.Planned(str(i), i == 2, cost) for i, cost in enumerate(costs)])
+    need = plan.total([plan.Planned(Cell("validate", str(i)), i == 2, cost) for i, cost in enumerate(costs)])
     assert need == plan.Need(8e9, 3e9, 180)
     assert str(need) == "8.0 GB of disk, 3.0 GB of memory, 3 minutes"
     assert need.beyond(plan.Need(9e9, 9e9)) == ""

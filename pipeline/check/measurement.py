@@ -20,7 +20,6 @@ from pipeline.run.interface import Precision, Runtime, Scorer
 from pipeline.run.onnx import OnnxGenai
 from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits
 
-
 SAMPLED = 16  # answers on which the default precision is measured
 
 

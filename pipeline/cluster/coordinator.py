@@ -16,7 +16,7 @@ from pipeline import plan
 from pipeline.cluster.worker import LOCK, TOPIC, Origin, read_built, run_cell
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.params import OnnxInt4, Params, load_params
-from pipeline.graph import Cell, changed, read_cells
+from pipeline.graph import Node, changed, read_graph
 from pipeline.release.device import openvino_devices
 
 SCRATCH = Path(".dvc/tmp/cluster")  # on the project's disk, and ignored by git
@@ -32,26 +32,30 @@ def build(scheduler: str, targets: tuple[str, ...], *, say: Say) -> None:
     Raises PipelineError when the build cannot start, or at its end when cells failed.
     """
     params = load_params()
-    cells = read_cells(params.build, targets)
+    cells = read_graph(params, targets)
     local = re.fullmatch(r"local(?::([1-9]\d*))?", scheduler)
     origin = _origin(cells, local=bool(local))
     # Workers have no local checkpoint, and a package shows its config only once it is downloaded: run these cells here.
-    for cell in cells.values():
-        if not cell.needs and not params.get_model(cell.model).source.hub:
-            _dvc("repro", "--pull", cell.name)
+    for name, node in cells.items():
+        if not node.needs and not params.get_model(node.cell.model).source.hub:
+            _dvc("repro", "--pull", name)
     try:
         runs = changed(cells, remote=True)
     except (OSError, DvcException) as error:
         raise PipelineError(
             f"the DVC remote cannot be read ({lines(error)[0]}): correct its url, or try later."
         ) from error
-    given = sorted({name for cell in runs for name in cells[cell].needs} - runs)
+    given = sorted({name for run in runs for name in cells[run].needs} - runs)
     if given:
         _dvc("push", *given)
     if runs:
-        models = [] if os.environ.get(plan.IGNORE) else sorted({cells[name].model for name in runs})
+        models = [] if os.environ.get(plan.IGNORE) else sorted({cells[name].cell.model for name in runs})
         configs = {model: plan.read_config(model, params.get_model(model), progress=say) for model in models}
-        needs = {name: _needs(cell, params, configs.get(cell.model)) for name, cell in cells.items() if name in runs}
+        needs = {
+            name: _needs(node, [cells[before] for before in node.needs], params, configs.get(node.cell.model))
+            for name, node in cells.items()
+            if name in runs
+        }
         with _local(int(local[1] or 0), needs) if local else _remote(scheduler) as client:
             say(f"{len(runs)} cells to build; dashboard: {client.dashboard_link}")
             client.subscribe_topic(TOPIC, lambda event: say("| ".join(event[1])))
@@ -67,8 +71,8 @@ def build(scheduler: str, targets: tuple[str, ...], *, say: Say) -> None:
     _dvc("repro", "--pull", *targets)
 
 
-def _origin(cells: dict[str, Cell], *, local: bool) -> Origin:
-    kept = {str(LOCK), *(path for cell in cells.values() for path in cell.uncached)}
+def _origin(cells: dict[str, Node], *, local: bool) -> Origin:
+    kept = {str(LOCK), *(path for node in cells.values() for path in node.uncached)}
     edited = [line[3:] for line in _output("git", "status", "--porcelain", "--untracked-files=no").splitlines()]
     if edited := sorted(set(edited) - kept):
         raise PipelineError(f"{edited[0]} differs from the last commit, which workers build: commit or undo it first.")
@@ -89,16 +93,17 @@ def _origin(cells: dict[str, Cell], *, local: bool) -> Origin:
     return Origin(repository, commit, {name: os.environ[name] for name in threads if name in os.environ})
 
 
-def _needs(cell: Cell, params: Params, config: dict[str, Any] | None) -> dict[str, float]:
-    # Return the Dask resources that a cell needs of a worker: bytes of memory and disk, and 1 of each feature.
-    need = dict.fromkeys(cell.features, 1.0)
-    variant = next((params.variants[name] for name in params.variants if cell.name.endswith(f"-{name}")), None)
-    on_device = cell.name.startswith("validate@") and not (isinstance(variant, OnnxInt4) or (variant and variant.npu))
+def _needs(node: Node, before: list[Node], params: Params, config: dict[str, Any] | None) -> dict[str, float]:
+    # Return the Dask resources that a cell needs of a worker: bytes of memory and disk, and 1 of each feature. `before`
+    # has the cells whose outputs it reads.
+    need, cell = dict.fromkeys(node.features, 1.0), node.cell
+    variant = params.get_variant(cell.variant) if cell.stage == "validate" else None
+    on_device = variant and not (isinstance(variant, OnnxInt4) or variant.npu)
     if on_device and params.validate_.openvino_device != "CPU":
         need[params.validate_.openvino_device] = 1.0
     if config:
-        cost = plan.estimate(cell.name, cell.model, params=params, config=config)
-        inputs = [plan.estimate(name, cell.model, params=params, config=config) for name in cell.needs]
+        cost = plan.estimate(cell, params=params, config=config)
+        inputs = [plan.estimate(other.cell, params=params, config=config) for other in before]
         need |= {"memory": cost.memory, "disk": cost.disk + cost.temporary + sum(other.disk for other in inputs)}
     return need
 
@@ -153,7 +158,7 @@ def _words(resources: dict[str, float]) -> str:
     return ", ".join(sizes.get(name, name) for name in resources)
 
 
-def _follow(tasks: dict[str, Future], cells: dict[str, Cell], say: Say) -> None:
+def _follow(tasks: dict[str, Future], cells: dict[str, Node], say: Say) -> None:
     names = {task.key: name for name, task in tasks.items()}
     failed: dict[str, str] = {}
     for count, task in enumerate(as_completed(tasks.values()), start=1):

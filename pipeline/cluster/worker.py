@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.programs import stream_lines
-from pipeline.graph import Cell
+from pipeline.graph import Node
 
 TOPIC = "phi3-build"
 LOCK = Path("dvc.lock")
@@ -45,14 +45,14 @@ class Built:
     seconds: float = 0.0  # that the worker took
 
 
-def read_built(cell: Cell, project: Path) -> Built:
-    """Return the results of `cell` from the project in the directory `project`."""
-    lock = YAML(typ="safe").load(project / LOCK)["stages"][cell.name]
-    return Built(lock, {path: (project / path).read_text("utf-8") for path in cell.uncached})
+def read_built(node: Node, project: Path) -> Built:
+    """Return the results of `node` from the project in the directory `project`."""
+    lock = YAML(typ="safe").load(project / LOCK)["stages"][str(node.cell)]
+    return Built(lock, {path: (project / path).read_text("utf-8") for path in node.uncached})
 
 
-def run_cell(cell: Cell, needed: dict[str, Built], *, origin: Origin, disk: float) -> Built:
-    """Build `cell` in this Dask worker's clone; each line that it prints becomes an event of TOPIC with its name.
+def run_cell(node: Node, needed: dict[str, Built], *, origin: Origin, disk: float) -> Built:
+    """Build the cell `node` in this Dask worker's clone; each line that it prints becomes an event of TOPIC.
 
     `needed` has the results of the cells that it depends on, `disk` is the number of bytes of disk that it takes.
 
@@ -73,12 +73,12 @@ def run_cell(cell: Cell, needed: dict[str, Built], *, origin: Origin, disk: floa
             for path, text in built.texts.items():
                 (clone / path).parent.mkdir(parents=True, exist_ok=True)
                 (clone / path).write_text(text, "utf-8")
-        command = [sys.executable, "-m", __name__, cell.name, *needed]
+        command = [sys.executable, "-m", __name__, str(node.cell), *needed]
         # The events have every line; a local worker's own output would show it twice.
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             for line in stream_lines(command, cwd=clone, env=_environment(origin)):
-                worker.log_event(TOPIC, [cell.name, line.rstrip()])
-        return replace(read_built(cell, clone), seconds=time.monotonic() - started)
+                worker.log_event(TOPIC, [str(node.cell), line.rstrip()])
+        return replace(read_built(node, clone), seconds=time.monotonic() - started)
 
 
 def _check_out(origin: Origin, clone: Path) -> None:
