@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from pipeline.common.context import pipeline_options, room
 from pipeline.common.errors import PipelineError, lines
-from pipeline.common.manifest import read_manifest
+from pipeline.common.manifest import VariantManifest, read_manifest
 from pipeline.release.pull import verify_any
 
 MAX_NEW_TOKENS = 512
@@ -36,11 +36,11 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
     load it.
     """
     verify_any(directory)
-    manifest = read_manifest(directory)
-    requires = ", ".join(f"{package}=={version}" for package, version in manifest.runtime["requires"].items())
+    manifest = read_manifest(directory, VariantManifest)
+    requires = ", ".join(f"{package}=={version}" for package, version in manifest.runtime.requires.items())
     try:
-        if "openvino-genai" in manifest.runtime["requires"]:
-            npu = "NPU" in manifest.runtime["devices"]
+        if "openvino-genai" in manifest.runtime.requires:
+            npu = "NPU" in manifest.runtime.devices
             return OpenvinoChat(directory, device=device, npu=npu, context=manifest.context)
         return OnnxChat(directory, context=manifest.context)
     except ImportError as error:

@@ -2,7 +2,7 @@
 
 from pipeline.common import paths
 from pipeline.common.checkpoint import eos_token_ids, read_json
-from pipeline.common.manifest import Manifest, building, seal, tool_versions
+from pipeline.common.manifest import CheckpointManifest, Nothing, building, seal, tool_versions
 from pipeline.common.params import load_params
 from pipeline.process import stage_command
 from pipeline.source import fetch_checkpoint
@@ -17,16 +17,16 @@ def main(model: str) -> None:
         config = read_json(build / "config.json")
         seal(
             build,
-            Manifest(
+            CheckpointManifest(
                 name=f"{model}/source",
                 model=model,
                 variant="source",
                 source=origin,
                 license=entry.license,
-                recipe={},
+                recipe=Nothing(),
                 eos_token_ids=eos_token_ids(build),
                 context={"max_position_embeddings": config["max_position_embeddings"]},
-                runtime={},
+                runtime=Nothing(),
                 tools=tool_versions("transformers", "tokenizers", "huggingface-hub"),
             ),
         )

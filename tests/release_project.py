@@ -9,10 +9,11 @@ import pytest
 
 from pipeline.check.report import FIGURES
 from pipeline.common import paths
-from pipeline.common.manifest import Manifest, building, seal
+from pipeline.common.manifest import HubOrigin, building, seal
 from pipeline.release import publish, pull
 from pipeline.release.registry import open_registry
 from tests.conftest import run
+from tests.manifests import variant_manifest
 
 MODEL, VARIANT = "tiny", "openvino-int4"
 NAME = f"{MODEL}/{VARIANT}"
@@ -32,21 +33,8 @@ def build(weights=b"weights"):
     with building(directory) as target:
         (target / "openvino_model.bin").write_bytes(weights)
         (target / "tokenizer.json").write_text("{}")
-        seal(
-            target,
-            Manifest(
-                name=NAME,
-                model=MODEL,
-                variant=VARIANT,
-                source={"hub": "microsoft/Phi-3-mini-4k-instruct", "revision": "f" * 40},
-                license="MIT",
-                recipe={"asked": {"ratio": 0.6}, "achieved": {"formats": {"int4-sym-g128": 1.0}}},
-                eos_token_ids=[1],
-                context={"max_position_embeddings": 512},
-                runtime={"requires": {"openvino-genai": "2026.4.1.0"}, "devices": ["CPU", "GPU"]},
-                tools={"openvino": "2026.4.1"},
-            ),
-        )
+        source = HubOrigin(hub="microsoft/Phi-3-mini-4k-instruct", revision="f" * 40)
+        seal(target, variant_manifest(NAME, source=source))
     validate()
 
 

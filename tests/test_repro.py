@@ -64,8 +64,8 @@ def test_build_then_nothing_then_one_branch(project):
         manifest = verify(project / "artifacts/tiny" / variant)
         assert manifest.name == f"tiny/{variant}"
         assert manifest.eos_token_ids == [0, 1]
-    achieved = manifest.recipe["achieved"]
-    assert (achieved["int4_ratio"], achieved["matrices"]["model.layers.0.mlp.down_proj.weight"]) == (
+    achieved = manifest.recipe.achieved
+    assert (achieved.int4_ratio, achieved.matrices["model.layers.0.mlp.down_proj.weight"]) == (
         1.0,
         "int4-sym-g128",
     )

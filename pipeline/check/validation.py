@@ -18,7 +18,7 @@ from pipeline.check.measurement import load_runtime, load_scorer, measure, measu
 from pipeline.check.reference import Answer, Reference, ask
 from pipeline.common.checkpoint import read_json, tensor_shapes
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import digest, read_manifest, verify
+from pipeline.common.manifest import VariantManifest, digest, read_manifest, verify
 from pipeline.common.matrices import matrices, summary
 from pipeline.common.params import Model, OnnxInt4, Validate, Variant
 from pipeline.common.paths import MANIFEST
@@ -34,7 +34,7 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
     """Return what is wrong with the files of the variant in `directory`, without running it."""
     library = backend(variant)
     try:
-        manifest = verify(directory)
+        manifest = verify(directory, VariantManifest)
     except PipelineError as error:
         return [Failure("files", "the files of the manifest", str(error))]
     if missing := [name for name in library.REQUIRED if name not in manifest.files]:
@@ -48,13 +48,10 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
     built = library.read_matrices(directory)
     forms = [library.expected_form(matrix, **options) for matrix in built]
     expected_size = library.expected_size(original, **options)
-    claims = {"asked": asked(variant, config), "achieved": summary(built)}
+    claims = {"asked": asked(variant, config), "achieved": summary(built).model_dump()}
+    stated = manifest.recipe.model_dump()
     return [
-        *(
-            Failure("recipe", {k: claims[k]}, {k: manifest.recipe.get(k)})
-            for k in claims
-            if manifest.recipe.get(k) != claims[k]
-        ),
+        *(Failure("recipe", {key: claim}, {key: stated[key]}) for key, claim in claims.items() if stated[key] != claim),
         *checks.check_recipe(built, forms, source=original, recipe=variant),
         *_check_operators(directory, variant=variant),
         *checks.check_size(
@@ -75,7 +72,7 @@ def check_range(directory: Path, *, variant: Variant, source: Path, reference: R
     return list(
         checks.check_float16_range(
             reference.residual_peak,
-            devices=read_manifest(directory).runtime["devices"],
+            devices=read_manifest(directory, VariantManifest).runtime.devices,
             directml=variant.directml,
             hidden_size=config["hidden_size"],
             residual_scale=onnx_genai.residual_scale(directory, config=config) if variant.directml else 1,
@@ -127,10 +124,10 @@ def validate(
         return result(failures)
     if failures := check_range(directory, variant=variant, source=source, reference=reference):
         return result(failures)
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, VariantManifest)
     # The manifest's hash proves, when the artifact is published, that these very files were validated.
-    evidence |= {"manifest_sha256": digest(directory / MANIFEST).sha256, "recipe": manifest.recipe}
-    evidence |= {"runs_on": manifest.runtime, "tools": manifest.tools}
+    evidence |= {"manifest_sha256": digest(directory / MANIFEST).sha256, "recipe": manifest.recipe.model_dump()}
+    evidence |= {"runs_on": manifest.runtime.model_dump(), "tools": manifest.tools}
     metrics["size_bytes"] = sum(path.stat().st_size for path in directory.iterdir())
     try:
         measured |= measure(directory, variant=variant, device=params.openvino_device, reference=reference)
@@ -171,7 +168,7 @@ def validate(
             reference=reference,
             distributions=distributions,
         )
-    if not isinstance(variant, OnnxInt4) and "NPU" not in manifest.runtime["devices"]:
+    if not isinstance(variant, OnnxInt4) and "NPU" not in manifest.runtime.devices:
         failures += _judge_tutorial(directory, evidence, reference=reference, params=params)
     return result(failures)
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,28 +22,28 @@ from pipeline.common.paths import MANIFEST
 SCHEMA_VERSION = 1
 
 
-class File(BaseModel):
-    """One file of an artifact: size in bytes and SHA-256 in hexadecimal."""
+class Block(BaseModel):
+    """A closed, immutable block of a manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class File(Block):
+    """One file of an artifact: size in bytes and SHA-256 in hexadecimal."""
 
     size: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class HubOrigin(BaseModel):
+class HubOrigin(Block):
     """A repository of the Hugging Face Hub, at a commit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hub: str
     revision: str
 
 
-class PypiOrigin(BaseModel):
+class PypiOrigin(Block):
     """A GGUF file in a wheel of a package on PyPI."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     pypi: str
     version: str
@@ -51,10 +51,8 @@ class PypiOrigin(BaseModel):
     gguf: str
 
 
-class PathOrigin(BaseModel):
+class PathOrigin(Block):
     """A directory on the disk, recorded by its name alone."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
 
@@ -62,20 +60,74 @@ class PathOrigin(BaseModel):
 Checkpoint = HubOrigin | PypiOrigin | PathOrigin
 
 
-class IrOrigin(BaseModel):
+class IrOrigin(Block):
     """The IR that an NPU blob was compiled from: its name, the SHA-256 of its files, and its own checkpoint."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     variant: str
     files: dict[str, str]
     checkpoint: Checkpoint
 
 
-class Manifest(BaseModel):
-    """The content of manifest.json. Nothing in it depends on the time or the machine."""
+class Nothing(Block):
+    """The recipe and the runtime of a checkpoint, and what a blob that could not be compiled achieved."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Stored(Block):
+    """What the files of a variant hold."""
+
+    int4_ratio: float = Field(description="share of the layers' weights that are INT4")
+    formats: dict[str, float] = Field(description="share of all weights, by format")
+    matrices: dict[str, str] = Field(description="format, by the name of the matrix")
+
+
+class Recipe(Block):
+    """The recipe of a variant: `asked` as in params.yaml, `achieved` as read back from the built files."""
+
+    asked: dict[str, Any]
+    achieved: Stored
+
+
+class Compiled(Block):
+    """What a blob states: versions, the platform, and the number of NPU binaries in it."""
+
+    openvino: str
+    compiler: str
+    platform: str
+    compatibility: str
+    images: int
+
+
+class Shapes(Block):
+    """How an NPU blob was asked for in params.yaml (see pipeline/common/params.py)."""
+
+    max_prompt_len: int
+    min_response_len: int
+    weightless: bool
+    hints: dict[str, str]
+
+
+class BlobRecipe(Block):
+    """The recipe of an NPU blob: `asked` as in params.yaml, `achieved` as read back from the blob."""
+
+    asked: Shapes
+    achieved: Compiled | Nothing
+
+
+class Runtime(Block):
+    """What an application needs to load an artifact: packages with their versions, and one of the devices."""
+
+    requires: dict[str, str]
+    devices: list[Literal["CPU", "GPU", "NPU"]]
+
+
+class BlobRuntime(Runtime):
+    """What an application needs to load an NPU blob."""
+
+    platform: str
+
+
+class Manifest(Block):
+    """The content of manifest.json. Nothing in it depends on the time or the machine."""
 
     schema_version: int = SCHEMA_VERSION
     name: str
@@ -83,15 +135,40 @@ class Manifest(BaseModel):
     variant: str
     source: Checkpoint | IrOrigin
     license: str
-    recipe: dict[str, Any] = Field(
-        description="'asked' as in params.yaml, 'achieved' as read back from the built files"
-    )
+    recipe: Recipe | BlobRecipe | Nothing
     eos_token_ids: list[int]
     context: dict[str, int] = Field(description="limits in tokens")
-    runtime: dict[str, Any] = Field(description="what an application needs to load it")
+    runtime: BlobRuntime | Runtime | Nothing
     not_compiled: str | None = Field(default=None, description="why a directory for an NPU blob holds none")
     tools: dict[str, str] = Field(description="versions of the packages that made it")
     files: dict[str, File] = Field(default={}, description="by path relative to the artifact, with '/'")
+
+
+class CheckpointManifest(Manifest):
+    """The manifest of a source checkpoint."""
+
+    source: Checkpoint
+    recipe: Nothing
+    runtime: Nothing
+
+
+class VariantManifest(Manifest):
+    """The manifest of a variant, which applications load."""
+
+    source: Checkpoint
+    recipe: Recipe
+    runtime: Runtime
+
+
+class BlobManifest(Manifest):
+    """The manifest of a directory for an NPU blob."""
+
+    source: IrOrigin
+    recipe: BlobRecipe
+    runtime: BlobRuntime
+
+
+M = TypeVar("M", bound=Manifest)
 
 
 @contextmanager
@@ -140,12 +217,19 @@ def replace_file(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Return the manifest of the artifact in `directory`; raise PipelineError when it is missing or not readable."""
+@overload
+def read_manifest(directory: Path) -> Manifest: ...
+@overload
+def read_manifest(directory: Path, kind: type[M]) -> M: ...
+def read_manifest(directory: Path, kind: type[Manifest] = Manifest) -> Manifest:
+    """Return the manifest of the artifact in `directory`.
+
+    Raises PipelineError when it is missing, not readable or of another kind.
+    """
     path = directory / MANIFEST
     try:
         content = path.read_bytes()
-        manifest = Manifest.model_validate_json(content)
+        manifest = kind.model_validate_json(content)
     except FileNotFoundError as error:
         raise PipelineError(
             f"{path} is missing: {directory} is not a finished artifact; build or pull it again."
@@ -162,12 +246,16 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify(directory: Path) -> Manifest:
+@overload
+def verify(directory: Path) -> Manifest: ...
+@overload
+def verify(directory: Path, kind: type[M]) -> M: ...
+def verify(directory: Path, kind: type[Manifest] = Manifest) -> Manifest:
     """Return the manifest of `directory` after hashing every file.
 
     Raises PipelineError that lists all files which are missing, changed or not listed in the manifest.
     """
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, kind)
     if faults := compare_files(directory, manifest.files, besides={MANIFEST}):
         raise PipelineError(f"{directory}: {'; '.join(faults)}. Build or pull it again.")
     return manifest

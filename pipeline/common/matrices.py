@@ -3,7 +3,9 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+from pipeline.common.manifest import Stored
 
 CHANNEL_WISE = -1
 Role = Literal["embedding", "head", "layer"]
@@ -64,13 +66,13 @@ def int4_ratio(built: Iterable[Matrix]) -> float:
     return sum(matrix.elements for matrix in layers if matrix.bits == 4) / sum(matrix.elements for matrix in layers)
 
 
-def summary(built: list[Matrix]) -> dict[str, Any]:
+def summary(built: list[Matrix]) -> Stored:
     """Return what the manifest states of a built file: share of all weights by format, and each matrix's format."""
     weights = Counter[str]()
     for matrix in built:
         weights[matrix.format] += matrix.elements
-    return {
-        "int4_ratio": round(int4_ratio(built), 4),
-        "formats": {name: round(count / weights.total(), 4) for name, count in sorted(weights.items())},
-        "matrices": {matrix.name: matrix.format for matrix in sorted(built, key=lambda matrix: matrix.name)},
-    }
+    return Stored(
+        int4_ratio=round(int4_ratio(built), 4),
+        formats={name: round(count / weights.total(), 4) for name, count in sorted(weights.items())},
+        matrices={matrix.name: matrix.format for matrix in sorted(built, key=lambda matrix: matrix.name)},
+    )

@@ -11,7 +11,16 @@ from typing import Any
 from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import limits
-from pipeline.common.manifest import Manifest, building, read_manifest, seal, tool_versions
+from pipeline.common.manifest import (
+    CheckpointManifest,
+    Recipe,
+    Runtime,
+    VariantManifest,
+    building,
+    read_manifest,
+    seal,
+    tool_versions,
+)
 from pipeline.common.matrices import Matrix, summary
 from pipeline.common.params import OnnxInt4, Params, Variant
 from pipeline.convert.rotation import can_rotate
@@ -33,18 +42,18 @@ def building_variant(
     that the built files hold.
     """
     variant, source = params.get_variant(name), paths.source(model)
-    origin, config = read_manifest(source), read_json(source / "config.json")
+    origin, config = read_manifest(source, CheckpointManifest), read_json(source / "config.json")
     with building(paths.variant(model, name)) as build:
         yield build
         seal(
             build,
-            Manifest(
+            VariantManifest(
                 name=f"{model}/{name}",
                 model=model,
                 variant=name,
                 source=origin.source,
                 license=origin.license,
-                recipe={"asked": asked(variant, config), "achieved": summary(read_matrices(build))},
+                recipe=Recipe(asked=asked(variant, config), achieved=summary(read_matrices(build))),
                 eos_token_ids=origin.eos_token_ids,
                 context=limits(config, directml=variant.directml),
                 runtime=_runtime(variant),
@@ -62,12 +71,12 @@ def asked(variant: Variant, config: dict[str, Any]) -> dict[str, Any]:
     return recipe | ({"rotated": can_rotate(config)} if recipe.get("rotated") else {})
 
 
-def _runtime(variant: Variant) -> dict[str, Any]:
+def _runtime(variant: Variant) -> Runtime:
     if isinstance(variant, OnnxInt4):
         genai = tool_versions("onnxruntime-genai")
         if not variant.directml:
-            return {"requires": genai, "devices": ["CPU"]}
+            return Runtime(requires=genai, devices=["CPU"])
         # The first package gets ONNX Runtime from the second, but does not declare it as a dependency.
         requires = {"onnxruntime-genai-winml": genai["onnxruntime-genai"], "onnxruntime-windowsml": WINDOWSML}
-        return {"requires": requires, "devices": ["GPU"]}
-    return {"requires": tool_versions("openvino-genai"), "devices": ["NPU"] if variant.npu else ["CPU", "GPU"]}
+        return Runtime(requires=requires, devices=["GPU"])
+    return Runtime(requires=tool_versions("openvino-genai"), devices=["NPU"] if variant.npu else ["CPU", "GPU"])

@@ -9,7 +9,7 @@ from pipeline.check.report import FIGURES, figure
 from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import describe
-from pipeline.common.manifest import HubOrigin, Manifest, read_manifest
+from pipeline.common.manifest import HubOrigin, VariantManifest, read_manifest
 from pipeline.common.paths import MANIFEST
 
 CARD, METRICS, PROVENANCE, SBOM = "README.md", "metrics.json", "provenance.json", "sbom.cdx.json"
@@ -20,7 +20,7 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
 
     The same artifact, commit and measurements give the same bytes. Measurements of other machines are not included.
     """
-    manifest = read_manifest(paths.variant(model, variant))
+    manifest = read_manifest(paths.variant(model, variant), VariantManifest)
     metrics, measured = read_json(paths.metrics(model, variant)), paths.measured(model, variant)
     machine = read_json(measured) if measured.exists() else {}
     documents = {
@@ -33,7 +33,7 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
     (directory / CARD).write_text(card(manifest, metrics, machine, version=version), "utf-8")
 
 
-def card(manifest: Manifest, metrics: dict[str, Any], measured: dict[str, Any], *, version: str) -> str:
+def card(manifest: VariantManifest, metrics: dict[str, Any], measured: dict[str, Any], *, version: str) -> str:
     """Return the model card: the Hub's metadata, the metrics of the variant, and the measurements of one machine.
 
     Metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata
@@ -48,17 +48,17 @@ def card(manifest: Manifest, metrics: dict[str, Any], measured: dict[str, Any], 
         base_model_relation="quantized" if base else None,
         library_name=library,
         pipeline_tag="text-generation",
-        tags=[library, manifest.variant, "phi3", *(device.lower() for device in manifest.runtime["devices"])],
+        tags=[library, manifest.variant, "phi3", *(device.lower() for device in manifest.runtime.devices)],
     )
-    formats = ", ".join(f"{share:.1%} {name}" for name, share in manifest.recipe["achieved"]["formats"].items())
-    requires = " ".join(f"{package}=={number}" for package, number in manifest.runtime["requires"].items())
+    formats = ", ".join(f"{share:.1%} {name}" for name, share in manifest.recipe.achieved.formats.items())
+    requires = " ".join(f"{package}=={number}" for package, number in manifest.runtime.requires.items())
     source = ", ".join(f"{key} `{value}`" for key, value in manifest.source)
     return f"""---
 {data.to_yaml()}
 ---
 # {manifest.name} {version}
 
-Made from {source}. Weights: {formats}. For {", ".join(manifest.runtime["devices"])}, with `{requires}`.
+Made from {source}. Weights: {formats}. For {", ".join(manifest.runtime.devices)}, with `{requires}`.
 {describe(manifest.context)}
 
 {_table(f"judged in float32 on {metrics['device']} by {metrics['runtime']}", metrics)}
@@ -83,7 +83,7 @@ def _machine(measured: dict[str, Any]) -> str:
     return "\n\n".join(["", _table(heading, measured), *[explained] * ("kl_mean_default" in measured)])
 
 
-def provenance(manifest: Manifest, *, version: str) -> dict[str, Any]:
+def provenance(manifest: VariantManifest, *, version: str) -> dict[str, Any]:
     """Return a statement of how the artifact was made, without time or machine.
 
     Formats: https://in-toto.io/Statement/v1 and https://slsa.dev/spec/v1.0/provenance
@@ -98,7 +98,7 @@ def provenance(manifest: Manifest, *, version: str) -> dict[str, Any]:
                 "externalParameters": {
                     "name": manifest.name,
                     "version": version,
-                    "recipe": manifest.recipe["asked"],
+                    "recipe": manifest.recipe.asked,
                 },
                 "internalParameters": {"tools": manifest.tools},
                 "resolvedDependencies": [
@@ -111,7 +111,7 @@ def provenance(manifest: Manifest, *, version: str) -> dict[str, Any]:
     }
 
 
-def bill_of_materials(manifest: Manifest, *, version: str) -> dict[str, Any]:
+def bill_of_materials(manifest: VariantManifest, *, version: str) -> dict[str, Any]:
     """Return the model and the packages that made it as a CycloneDX 1.6 document, without time or serial number."""
     from cyclonedx.model import HashAlgorithm, HashType
     from cyclonedx.model.bom import Bom

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.common import paths
 from pipeline.common.checkpoint import LICENCE_FILES, read_json
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import Manifest, digest, verify
+from pipeline.common.manifest import BlobManifest, VariantManifest, digest, verify
 from pipeline.common.paths import MANIFEST
 from pipeline.release.documents import write_documents
 from pipeline.release.registry.interface import Registry
@@ -43,7 +43,7 @@ def publish(
         raise PipelineError(f"'{wrong[0]}' is no alias: use small letters, digits and hyphens.")
     directory = paths.variant(model, variant)
     progress(f"hashing {directory}")
-    manifest = verify(directory)
+    manifest = verify(directory, VariantManifest)
     _require_validation(model, variant)
     blobs = _blobs(manifest, progress=progress)
     with tempfile.TemporaryDirectory(prefix="phi3-release-") as folder:
@@ -54,8 +54,8 @@ def publish(
             model=model,
             variant=variant,
             version=version,
-            devices=manifest.runtime["devices"],
-            requires=manifest.runtime["requires"],
+            devices=manifest.runtime.devices,
+            requires=manifest.runtime.requires,
             files={name: digest(path) for name, path in sorted(contents.items())},
         )
         signature = sign(release.content(), key) if key else None
@@ -109,11 +109,11 @@ def _require_validation(model: str, variant: str) -> None:
         raise PipelineError(f"{model}/{variant} was built anew since it was validated: {remedy}.")
 
 
-def _blobs(ir: Manifest, *, progress: Callable[[str], None]) -> dict[str, Path]:
+def _blobs(ir: VariantManifest, *, progress: Callable[[str], None]) -> dict[str, Path]:
     # Return the files of the compiled blobs by their paths in the release, and report blobs that were not compiled.
     contents: dict[str, Path] = {}
     for directory in sorted(paths.blobs(ir.model).glob(f"{ir.variant}-[0-9]*")):
-        blob, platform = verify(directory), directory.name.rsplit("-", 1)[1]
+        blob, platform = verify(directory, BlobManifest), directory.name.rsplit("-", 1)[1]
         if blob.not_compiled:
             progress(f"without a blob for NPU {platform}: {blob.not_compiled}")
         elif not belongs(blob, ir):

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.common import paths
 from pipeline.common.context import pipeline_options
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import IrOrigin, Manifest, read_manifest, verify
+from pipeline.common.manifest import BlobManifest, Nothing, VariantManifest, read_manifest, verify
 
 RELEASED_BLOBS = "blobs"
 
@@ -37,39 +37,36 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
         core = ov.Core()
         if architecture is None and "NPU" in core.available_devices:
             architecture = str(core.get_property("NPU", "DEVICE_ARCHITECTURE"))
-    ir = read_manifest(directory)
+    ir = read_manifest(directory, VariantManifest)
     if not architecture:
         return Choice("CPU", {}, "this machine has no NPU, or no driver for it: the IR runs on the CPU")
     places = (directory / RELEASED_BLOBS / architecture, paths.blob(directory, architecture))
     blob_directory = next((place for place in places if place.is_dir()), None)
     if blob_directory is None:
         return Choice("NPU", {}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
-    blob = verify(blob_directory)
+    blob = verify(blob_directory, BlobManifest)
     if reason := _mismatch(blob, ir, openvino):
         return Choice(
             "NPU", {}, f"the blob for NPU {architecture} does not fit, {reason}: the IR is compiled on loading"
         )
     (name,) = blob.files
     options: dict[str, str | int] = {"BLOB_PATH": str(blob_directory / name)}
-    if blob.recipe["asked"]["weightless"]:
+    if blob.recipe.asked.weightless:
         options["WEIGHTS_PATH"] = str(directory / "openvino_model.bin")
-    return Choice(
-        "NPU", options, f"the blob is for NPU {architecture} and OpenVINO {blob.recipe['achieved']['openvino']}"
-    )
+    return Choice("NPU", options, f"the blob is for NPU {architecture} and OpenVINO {openvino.split('-')[0]}")
 
 
-def _mismatch(blob: Manifest, ir: Manifest, openvino: str) -> str | None:
-    if blob.not_compiled:
+def _mismatch(blob: BlobManifest, ir: VariantManifest, openvino: str) -> str | None:
+    if isinstance(blob.recipe.achieved, Nothing):
         return f"it was not compiled ({blob.not_compiled})"
-    made_by = blob.recipe["achieved"]["openvino"]
+    made_by = blob.recipe.achieved.openvino
     if openvino.split("-")[0] != made_by:
         return f"it was made by OpenVINO {made_by} and this is {openvino}"
     return None if belongs(blob, ir) else "it belongs to another IR"
 
 
-def belongs(blob: Manifest, ir: Manifest) -> bool:
+def belongs(blob: BlobManifest, ir: VariantManifest) -> bool:
     """Return whether `blob` was compiled from exactly the files of `ir`."""
-    assert isinstance(blob.source, IrOrigin)
     return all(ir.files[name].sha256 == sha256 for name, sha256 in blob.source.files.items())
 
 

@@ -226,10 +226,10 @@ def test_recipe_lied_about(artifact, embedded):
 def test_a_manifest_that_lies(artifact, embedded):
     """A manifest that claims another ratio than the built file holds is refused."""
     manifest = read_manifest(artifact)
-    built = manifest.recipe["achieved"]["int4_ratio"]
-    achieved = manifest.recipe["achieved"] | {"int4_ratio": 0.6}
+    built = manifest.recipe.achieved.int4_ratio
+    lie = manifest.recipe.achieved.model_copy(update={"int4_ratio": 0.6})
     (artifact / "manifest.json").unlink()
-    seal(artifact, manifest.model_copy(update={"recipe": manifest.recipe | {"achieved": achieved}}))
+    seal(artifact, manifest.model_copy(update={"recipe": manifest.recipe.model_copy(update={"achieved": lie})}))
     (failure,) = file_failures(artifact, embedded)
     ratios = [side["achieved"]["int4_ratio"] for side in (failure.expected, failure.actual)]
     assert (failure.check, ratios) == ("recipe", [built, 0.6])

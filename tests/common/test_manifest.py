@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File, Manifest, PathOrigin, building, read_manifest, seal, verify
+from pipeline.common.manifest import File, Manifest, Nothing, PathOrigin, building, read_manifest, seal, verify
 
 MANIFEST = Manifest(
     name="m/v",
@@ -13,10 +13,10 @@ MANIFEST = Manifest(
     variant="v",
     source=PathOrigin(path="x"),
     license="MIT",
-    recipe={},
+    recipe=Nothing(),
     eos_token_ids=[1],
     context={},
-    runtime={},
+    runtime=Nothing(),
     tools={},
 )
 HELLO = File(size=5, sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824")

@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 
 from pipeline.check.reference import read_reference
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import IrOrigin, Manifest, PathOrigin, building, read_manifest, seal, verify
+from pipeline.common.manifest import building, read_manifest, seal, verify
 from pipeline.common.params import OWN_PROPERTIES, Npu
 from pipeline.convert import npu
 from pipeline.convert.npu.blob import read_blob
@@ -17,6 +17,7 @@ from pipeline.convert.npu.build import build_blob
 from pipeline.run.blobs import Choice, choose, load_pipeline
 from pipeline.run.openvino import F32, OpenvinoLogits, model_inputs
 from tests.conftest import ROOT, run
+from tests.manifests import blob_manifest, recipe, variant_manifest
 
 NPU = Npu(max_prompt_len=256, min_response_len=64)
 VARIANT = "npu-int4-channelwise"
@@ -49,16 +50,7 @@ print(json.dumps(texts))
 
 def manifest(**fields):
     """Return a manifest of an NPU variant's IR, with `fields` changed."""
-    recipe = {"asked": {"symmetric": True, "group_size": -1}, "achieved": {"int4_ratio": 1.0}}
-    common = {
-        "name": f"m/{VARIANT}",
-        "model": "m",
-        "variant": VARIANT,
-        "source": PathOrigin(path="x"),
-        "license": "MIT",
-    }
-    common |= {"recipe": recipe, "eos_token_ids": [1], "runtime": {}, "tools": {}}
-    return Manifest(**common | {"context": {"max_position_embeddings": 4096}} | fields)
+    return variant_manifest(f"m/{VARIANT}", **{"context": {"max_position_embeddings": 4096}} | fields)
 
 
 def test_lint_takes_what_the_npu_takes():
@@ -82,9 +74,8 @@ def test_lint_takes_what_the_npu_takes():
 )
 def test_lint_refuses(asked, achieved, context, reason):
     """Each rule of the NPU that an IR breaks is named before any compilation."""
-    recipe = {"asked": asked, "achieved": {"int4_ratio": achieved}}
     with pytest.raises(PipelineError) as error:
-        npu.lint(manifest(recipe=recipe, context={"max_position_embeddings": context}), NPU)
+        npu.lint(manifest(recipe=recipe(asked, achieved), context={"max_position_embeddings": context}), NPU)
     assert str(error.value) == (
         f"m/{VARIANT} cannot be compiled for the NPU: {reason}: correct its block in params.yaml."
     )
@@ -123,11 +114,9 @@ def variant(tmp_path):
         (build / "openvino_model.bin").write_text("weights")
         seal(build, manifest())
     sha256 = read_manifest(tmp_path / VARIANT).files["openvino_model.bin"].sha256
-    recipe = {"asked": {"weightless": True}, "achieved": {"openvino": "2026.4.1"}}
-    origin = IrOrigin(variant=f"tiny/{VARIANT}", files={"openvino_model.bin": sha256}, checkpoint=PathOrigin(path="x"))
     with building(tmp_path / "blobs" / f"{VARIANT}-4000") as build:
         (build / "x.blob").write_text("blob")
-        seal(build, manifest(recipe=recipe, source=origin))
+        seal(build, blob_manifest(manifest(), "4000", hashes={"openvino_model.bin": sha256}))
     return tmp_path / VARIANT
 
 
@@ -183,7 +172,7 @@ def test_the_blobs_of_the_embedded_model(embedded, name):
     blob = read_blob(directory / "openvino_model-npu4000-2026.4.1-p1024.blob")
     assert (blob.openvino, blob.platform, blob.images > 1) == ("2026.4.1", "4000", True)
     assert blob.compatibility.startswith(f"compiler={blob.compiler};npu=4000;")
-    assert built.recipe["achieved"] == vars(blob)
+    assert built.recipe.achieved == blob
     ir = read_manifest(embedded / name)
     assert built.source.files == {file: ir.files[file].sha256 for file in ("openvino_model.xml", "openvino_model.bin")}
     assert choose(embedded / name, architecture="4000", openvino="2026.4.1").options["BLOB_PATH"].endswith("p1024.blob")

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from pipeline.chat import load_chat
 from pipeline.common.checkpoint import check
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import Manifest, PathOrigin, building, read_manifest, seal, verify
+from pipeline.common.manifest import Manifest, Runtime, building, read_manifest, seal, verify
 from pipeline.common.params import load_params
 from pipeline.convert.npu.blob import ELF, MAGIC, read_blob
 from pipeline.release.release import read_release
 from pipeline.source.gguf import convert_gguf
 from tests.conftest import ROOT
+from tests.manifests import variant_manifest
 from tests.release_project import build, publish_version
 from tests.release_project import project as project
 from tests.source.test_gguf import llama as llama
@@ -183,18 +184,7 @@ def test_a_model_that_no_runtime_takes(tmp_path, runtime):
 
 def manifest(runtime: str) -> Manifest:
     """Return a manifest of an artifact for `runtime`."""
-    return Manifest(
-        name="tiny/any",
-        model="tiny",
-        variant="any",
-        source=PathOrigin(path="x"),
-        license="MIT",
-        recipe={},
-        eos_token_ids=[1],
-        context={},
-        runtime={"requires": {runtime: "1"}, "devices": ["CPU"]},
-        tools={},
-    )
+    return variant_manifest("tiny/any", runtime=Runtime(requires={runtime: "1"}, devices=["CPU"]))
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import IrOrigin, PathOrigin, building, read_manifest, seal, verify
+from pipeline.common.manifest import building, read_manifest, seal, verify
 from pipeline.release import publish
 from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
@@ -17,6 +17,7 @@ from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.registry.interface import Entry, require_own
 from pipeline.run.blobs import choose
 from tests.conftest import run
+from tests.manifests import blob_manifest
 from tests.release_project import (
     MEASURED,
     METRICS,
@@ -194,10 +195,8 @@ def make_blob(platform, *, compiled=True, ir="weights"):
         if compiled:
             (build_ / "x.blob").write_text(f"blob for {platform}")
         hashes = {"openvino_model.bin": hashlib.sha256(ir.encode()).hexdigest()}
-        source = IrOrigin(variant="x", files=hashes, checkpoint=PathOrigin(path="x"))
         reason = None if compiled else "the NPU compiler refused"
-        recipe = {"asked": {"weightless": True}, "achieved": {"openvino": "2026.4.1"}}
-        seal(build_, manifest.model_copy(update={"source": source, "not_compiled": reason, "recipe": recipe}))
+        seal(build_, blob_manifest(manifest, platform, hashes=hashes, not_compiled=reason))
 
 
 def test_blobs_come_along():

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import Manifest
+from pipeline.common.manifest import VariantManifest
 from pipeline.common.params import Npu
 from pipeline.convert.npu import wine
 
@@ -21,16 +21,16 @@ def blob_name(npu: Npu, platform: str, openvino: str) -> str:
     return f"openvino_model-npu{platform}-{openvino}-p{npu.max_prompt_len}.blob"
 
 
-def lint(ir: Manifest, npu: Npu) -> None:
+def lint(ir: VariantManifest, npu: Npu) -> None:
     """Raise PipelineError when the IR that `ir` describes breaks a rule of the NPU, or `npu` exceeds its context.
 
     Rules: https://docs.openvino.ai/2026/openvino-workflow-generative/inference-with-genai/inference-with-genai-on-npu.html
     """
-    asked, achieved = ir.recipe["asked"], ir.recipe["achieved"]
+    asked, achieved = ir.recipe.asked, ir.recipe.achieved
     limit, length = ir.context["max_position_embeddings"], npu.max_prompt_len + npu.min_response_len
     violations = [
         (not asked.get("symmetric"), "its INT4 weights must be symmetric"),
-        (achieved["int4_ratio"] != 1.0, f"all layers must be INT4, ratio 1.0, and {achieved['int4_ratio']} are"),
+        (achieved.int4_ratio != 1.0, f"all layers must be INT4, ratio 1.0, and {achieved.int4_ratio} are"),
         (asked.get("group_size") not in (-1, 128), f"group size must be -1 or 128, not {asked.get('group_size')}"),
         (length > limit, f"max_prompt_len + min_response_len is {length}, beyond the model's context of {limit}"),
     ]

@@ -8,29 +8,18 @@ import io
 import mmap
 import re
 import struct
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import Compiled
 
 MAGIC = b"\x13\x37npuwLLMCMO"
 ELF = b"\x7fELF\x02\x01"
 COMPATIBILITY = re.compile(r"compiler=([\d.]+);npu=(\d+);")
 
 
-@dataclass(frozen=True)
-class Blob:
-    """What a blob states: versions, the platform, and the number of NPU binaries in it."""
-
-    openvino: str
-    compiler: str
-    platform: str
-    compatibility: str
-    images: int
-
-
-def read_blob(path: Path) -> Blob:
+def read_blob(path: Path) -> Compiled:
     """Return what the blob at `path` states.
 
     Raises PipelineError when it is no NPUW blob, holds no NPU binary, or holds binaries that differ in compatibility.
@@ -56,4 +45,4 @@ def read_blob(path: Path) -> Blob:
         raise PipelineError(
             f"{path} should hold NPU binaries of one kind, it has {sorted(set(found)) or 'none'}: it is no NPU blob."
         )
-    return Blob(openvino=version, compiler=match[1], platform=match[2], compatibility=found[0], images=len(found))
+    return Compiled(openvino=version, compiler=match[1], platform=match[2], compatibility=found[0], images=len(found))

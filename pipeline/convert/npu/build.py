@@ -4,7 +4,21 @@ from pathlib import Path
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import IrOrigin, Manifest, building, read_manifest, seal, tool_versions, verify
+from pipeline.common.manifest import (
+    BlobManifest,
+    BlobRecipe,
+    BlobRuntime,
+    Compiled,
+    IrOrigin,
+    Nothing,
+    Shapes,
+    VariantManifest,
+    building,
+    read_manifest,
+    seal,
+    tool_versions,
+    verify,
+)
 from pipeline.common.params import Npu
 from pipeline.common.progress import say
 from pipeline.convert import npu
@@ -12,7 +26,7 @@ from pipeline.convert.npu.blob import read_blob
 from pipeline.convert.openvino import MODEL
 
 
-def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> Manifest:
+def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> BlobManifest:
     """Compile the IR of `variant` for `platform`, read the blob back, and return the manifest of its directory.
 
     Without a compiler, or when it refuses the model, the directory has only a manifest, with the reason in
@@ -21,12 +35,13 @@ def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> Manif
     Raises PipelineError when the IR breaks a rule of the NPU, or the blob is not what was asked for.
     """
     directory = paths.variant(model, variant)
-    ir = read_manifest(directory)
+    ir = read_manifest(directory, VariantManifest)
     npu.lint(ir, params)
     hashes = {name: ir.files[name].sha256 for name in MODEL}
     tools = tool_versions("openvino")
     name = npu.blob_name(params, platform, tools["openvino"])
-    achieved, reason = {}, None
+    achieved: Compiled | Nothing = Nothing()
+    reason = None
     with building(paths.blob(directory, platform)) as build:
         try:
             verify(directory)
@@ -41,7 +56,7 @@ def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> Manif
                 raise npu.NotCompiledError(
                     "without an NPU the compiler leaves weights out of a weight-bearing blob: set weightless: true"
                 )
-            achieved = vars(blob)
+            achieved = blob
             say(f"{name}: {(build / name).stat().st_size / 1e6:.1f} MB, {blob.compatibility}, backend {backend}")
         except npu.NotCompiledError as error:
             if params.required:
@@ -49,17 +64,16 @@ def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> Manif
             (build / name).unlink(missing_ok=True)
             reason = str(error)
             say(f"not compiled: {reason}")
-        assert not isinstance(ir.source, IrOrigin)
-        manifest = Manifest(
+        manifest = BlobManifest(
             name=f"{model}/{variant}-{platform}",
             model=model,
             variant=variant,
             source=IrOrigin(variant=ir.name, files=hashes, checkpoint=ir.source),
             license=ir.license,
-            recipe={"asked": params.model_dump(exclude={"required"}), "achieved": achieved},
+            recipe=BlobRecipe(asked=Shapes(**params.model_dump(exclude={"required"})), achieved=achieved),
             eos_token_ids=ir.eos_token_ids,
             context=ir.context | params.model_dump(include={"max_prompt_len", "min_response_len"}),
-            runtime={"requires": tool_versions("openvino-genai"), "devices": ["NPU"], "platform": platform},
+            runtime=BlobRuntime(requires=tool_versions("openvino-genai"), devices=["NPU"], platform=platform),
             not_compiled=reason,
             tools=tools,
         )
