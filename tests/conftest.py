@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 from pipeline.common.params import Limits
+from tests.hub_registry_server import HubRegistryServer
 
 ROOT = Path(__file__).parents[1]
 # A shell makes background programs ignore Ctrl-C, and the programs that the tests start would inherit that.
@@ -198,3 +200,10 @@ def mount():
     yield mount
     for folder in mounted:
         subprocess.run(["umount", folder], check=False)
+
+
+@pytest.fixture
+def hub_registry() -> Iterator[HubRegistryServer]:
+    """An empty Hub for publishing and pulling."""
+    with HubRegistryServer() as server:
+        yield server

@@ -80,7 +80,7 @@ def exit_codes(function, *arguments, processes):
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
+def release_folder(tmp_path, monkeypatch):
     """A folder with git, a validated artifact, a source with a licence, and a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PHI3_CACHE", str(tmp_path / "cache"))

@@ -6,19 +6,19 @@ from click.testing import CliRunner
 
 from pipeline.cli import main
 from pipeline.common.params import json_schema
-from tests.common.test_manifest import artifact  # noqa: F401
+from tests.common.test_manifest import sealed  # noqa: F401
 from tests.conftest import ROOT
 
 
-def test_verify(artifact):  # noqa: F811
+def test_verify(sealed):  # noqa: F811
     """`phi3 verify` says what it hashed; when a byte differs it names the fault and exits with status 1."""
-    result = CliRunner().invoke(main, ["verify", str(artifact)])
+    result = CliRunner().invoke(main, ["verify", str(sealed)])
     assert (result.exit_code, result.output) == (0, "m/v: 2 files, 0.0 MB, all as in the manifest\n")
-    (artifact / "a.bin").write_text("hellO")
-    result = CliRunner().invoke(main, ["verify", str(artifact)])
+    (sealed / "a.bin").write_text("hellO")
+    result = CliRunner().invoke(main, ["verify", str(sealed)])
     assert (result.exit_code, result.output) == (
         1,
-        f"Error: {artifact}: a.bin has changed. Build or pull it again.\n",
+        f"Error: {sealed}: a.bin has changed. Build or pull it again.\n",
     )
 
 

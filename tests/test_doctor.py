@@ -26,7 +26,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub():
+def answering():
     """The URL of a server that answers, in place of the Hub."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         Thread(target=server.serve_forever, daemon=True).start()
@@ -43,15 +43,15 @@ def doctor(folder, **environment):
     )
 
 
-def test_all_is_well(project, hub):
+def test_all_is_well(project, answering):
     """In a project with the locked packages and a Hub that answers, no problem is found."""
     (project / "requirements.lock").write_bytes((ROOT / "requirements.lock").read_bytes())
-    result = doctor(project, HF_ENDPOINT=hub, HF_TOKEN="hf_secret")
+    result = doctor(project, HF_ENDPOINT=answering, HF_TOKEN="hf_secret")
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert all(line.startswith("ok      ") for line in lines)
-    assert f"ok      Hub: {hub} answers" in lines
-    assert f"ok      settings: HF_ENDPOINT={hub}, HF_TOKEN=(set)" in lines
+    assert f"ok      Hub: {answering} answers" in lines
+    assert f"ok      settings: HF_ENDPOINT={answering}, HF_TOKEN=(set)" in lines
     assert "hf_secret" not in result.stdout
     assert any(line.startswith("ok      openvino: ") and "devices: CPU (" in line for line in lines)
 
@@ -73,9 +73,9 @@ def test_problems(project, tmp_path):
     assert "problem Hub: http://127.0.0.1:9 does not answer (" in result.stdout
 
 
-def test_without_a_project(tmp_path, hub):
+def test_without_a_project(tmp_path, answering):
     """Outside a project only what an application needs is examined, and nothing is written."""
-    result = doctor(tmp_path, HF_ENDPOINT=hub)
+    result = doctor(tmp_path, HF_ENDPOINT=answering)
     assert (result.returncode, result.stderr) == (0, "")
     subjects = [line[8:].split(":")[0] for line in result.stdout.splitlines()]
     assert subjects == ["python", "openvino", "onnxruntime", "settings", "Hub"]

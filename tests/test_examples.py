@@ -10,18 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, run
-from tests.hub_registry_server import HubRegistryServer
 from tests.oci_registry_server import Registry
 
 pytestmark = pytest.mark.slow
 QUESTION, ANSWER = "What is the capital of Japan?", "The capital of Japan is Tokyo."
-
-
-@pytest.fixture(scope="module")
-def hub():
-    """An empty Hub."""
-    with HubRegistryServer() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +56,11 @@ def publish(example: str, url: str, **environment: str) -> None:
     run("phi3", "publish", name, "--to", url, "--version", "1.0.0", cwd=ROOT, **environment)
 
 
-def test_openvino_chat(embedded, tmp_path, hub, oci, python):
+def test_openvino_chat(embedded, tmp_path, hub_registry, oci, python):
     """With only the base install and the runtime, the example answers with a model from each kind of registry."""
     packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
     assert not re.search(r"^(torch|transformers|optimum.*|nncf|dvc)==", packages, re.MULTILINE)
-    token = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
+    token = {"HF_ENDPOINT": hub_registry.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
     registries = {f"dir:{tmp_path}/registry": {}, "hf:someone/smol-phi3-int4": token, oci.url: {}}
     for number, (url, environment) in enumerate(registries.items()):
         publish("openvino-chat", url, **environment)

@@ -23,7 +23,7 @@ HELLO = File(size=5, sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e730
 
 
 @pytest.fixture
-def artifact(tmp_path):
+def sealed(tmp_path):
     """A sealed artifact of two files."""
     with building(tmp_path / "v") as build:
         (build / "a.bin").write_text("hello")
@@ -33,34 +33,34 @@ def artifact(tmp_path):
     return tmp_path / "v"
 
 
-def test_building_seals_and_names(artifact):
+def test_building_seals_and_names(sealed):
     """After a build the directory holds the files and a manifest with their hashes, and nothing else is left."""
-    assert [path.name for path in artifact.parent.iterdir()] == ["v"]
-    assert verify(artifact) == MANIFEST.model_copy(update={"files": {"a.bin": HELLO, "sub/b.bin": HELLO}})
+    assert [path.name for path in sealed.parent.iterdir()] == ["v"]
+    assert verify(sealed) == MANIFEST.model_copy(update={"files": {"a.bin": HELLO, "sub/b.bin": HELLO}})
 
 
-def test_two_builds_give_the_same_manifest(artifact, tmp_path):
+def test_two_builds_give_the_same_manifest(sealed, tmp_path):
     """Nothing in a manifest depends on the time."""
     with building(tmp_path / "again") as build:
         (build / "a.bin").write_text("hello")
         (build / "sub").mkdir()
         (build / "sub/b.bin").write_text("hello")
         seal(build, MANIFEST)
-    assert (tmp_path / "again/manifest.json").read_bytes() == (artifact / "manifest.json").read_bytes()
+    assert (tmp_path / "again/manifest.json").read_bytes() == (sealed / "manifest.json").read_bytes()
 
 
-def test_a_failed_build_leaves_the_old_artifact(artifact):
+def test_a_failed_build_leaves_the_old_artifact(sealed):
     """An error in the middle of a rebuild changes nothing and leaves no temporary data."""
-    before = (artifact / "manifest.json").read_bytes()
+    before = (sealed / "manifest.json").read_bytes()
 
     def fail(build):
         (build / "a.bin").mkdir()
         (build / "a.bin").write_text("other")
 
-    with pytest.raises(IsADirectoryError), building(artifact) as build:
+    with pytest.raises(IsADirectoryError), building(sealed) as build:
         fail(build)
-    assert (artifact / "manifest.json").read_bytes() == before
-    assert [path.name for path in artifact.parent.iterdir()] == ["v"]
+    assert (sealed / "manifest.json").read_bytes() == before
+    assert [path.name for path in sealed.parent.iterdir()] == ["v"]
 
 
 def test_a_killed_build_is_swept_or_resumed(tmp_path):
@@ -77,29 +77,29 @@ def test_a_killed_build_is_swept_or_resumed(tmp_path):
         seal(build, MANIFEST)
 
 
-def test_verify_lists_every_fault(artifact):
+def test_verify_lists_every_fault(sealed):
     """Missing, changed (even with the same size) and additional files are all named in one sentence."""
-    (artifact / "a.bin").write_text("hellO")
-    (artifact / "sub/b.bin").unlink()
-    (artifact / "c.bin").touch()
+    (sealed / "a.bin").write_text("hellO")
+    (sealed / "sub/b.bin").unlink()
+    (sealed / "c.bin").touch()
     with pytest.raises(PipelineError) as refused:
-        verify(artifact)
+        verify(sealed)
     assert str(refused.value) == (
-        f"{artifact}: a.bin has changed; c.bin is not listed; sub/b.bin is missing. Build or pull it again."
+        f"{sealed}: a.bin has changed; c.bin is not listed; sub/b.bin is missing. Build or pull it again."
     )
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"schema_version": 1}', "[" * 100_000])
-def test_a_damaged_manifest(artifact, content):
+def test_a_damaged_manifest(sealed, content):
     """A truncated or foreign manifest is refused with a sentence."""
-    (artifact / "manifest.json").write_text(content)
+    (sealed / "manifest.json").write_text(content)
     with pytest.raises(PipelineError, match=r"manifest\.json is not a manifest \(.*\): build or pull it again\."):
-        read_manifest(artifact)
+        read_manifest(sealed)
 
 
-def test_a_newer_manifest(artifact):
+def test_a_newer_manifest(sealed):
     """A manifest of another schema version is refused by its number."""
-    content = json.loads((artifact / "manifest.json").read_text())
-    (artifact / "manifest.json").write_text(json.dumps(content | {"schema_version": 2}))
+    content = json.loads((sealed / "manifest.json").read_text())
+    (sealed / "manifest.json").write_text(json.dumps(content | {"schema_version": 2}))
     with pytest.raises(PipelineError, match="has schema version 2, this phi3-pipeline reads 1: install the version"):
-        read_manifest(artifact)
+        read_manifest(sealed)

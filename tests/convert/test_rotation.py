@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def calibrated(checkpoint, tmp_path_factory):
+def statistics(checkpoint, tmp_path_factory):
     """The calibration directory of `checkpoint`."""
     target = tmp_path_factory.mktemp("rotation") / "calibration"
     write_calibration(target, answers=[IDS, IDS[::-1]], layers=hessians(Torch(checkpoint), [IDS, IDS[::-1]]))
@@ -70,20 +70,20 @@ def test_the_same_function(checkpoint):
     assert all((rotated[name] == 1).all() for name in own if name.endswith("norm.weight"))
 
 
-def test_statistics(checkpoint, calibrated, tmp_path):
+def test_statistics(checkpoint, statistics, tmp_path):
     """Every matrix's H, and its largest diagonal element, is that of the rotated model reading the same answers."""
     rotated = tmp_path / "checkpoint"
     rotated.mkdir()
     to_float16(checkpoint, rotated, weight=Rotation(checkpoint).weight)
     write_calibration(tmp_path / "calibration", answers=[IDS], layers=hessians(Torch(rotated), [IDS, IDS[::-1]]))
     expected = Calibration(tmp_path / "calibration", rotated)
-    found = Calibration(calibrated, checkpoint, rotated=True)
+    found = Calibration(statistics, checkpoint, rotated=True)
     for matrix, largest in expected.largest().items():
         torch.testing.assert_close(
             found._hessian(matrix), expected._hessian(matrix), rtol=1e-2, atol=1e-2 * largest, msg=matrix
         )
     assert found.largest() == pytest.approx(expected.largest(), rel=1e-2)
-    assert found.largest() != pytest.approx(Calibration(calibrated, checkpoint).largest(), rel=1e-2)
+    assert found.largest() != pytest.approx(Calibration(statistics, checkpoint).largest(), rel=1e-2)
 
 
 @pytest.mark.parametrize("size", [2, 12, 20, 32, 96, 576, 3072, 5120])
@@ -111,7 +111,7 @@ def test_a_model_whose_head_is_its_embedding(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_ir(checkpoint, calibrated, tmp_path):
+def test_ir(checkpoint, statistics, tmp_path):
     """The rotated FP16 IR gives the checkpoint's logits; the INT4 IR holds what was solved for the rotated weights."""
     fp16 = tmp_path / "fp16"
     fp16.mkdir()
@@ -120,7 +120,7 @@ def test_ir(checkpoint, calibrated, tmp_path):
     np.testing.assert_allclose(OpenvinoLogits(fp16, device="CPU").logits(IDS, last=40), expected, atol=5e-3)
     target = tmp_path / "int4"
     target.mkdir()
-    calibration = Calibration(calibrated, checkpoint, rotated=True)
+    calibration = Calibration(statistics, checkpoint, rotated=True)
     build_int4(
         checkpoint,
         tmp_path / "not-read",
@@ -145,7 +145,7 @@ def test_ir(checkpoint, calibrated, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("provider", ["dml", "cpu"])
-def test_onnx(checkpoint, calibrated, tmp_path, provider):
+def test_onnx(checkpoint, statistics, tmp_path, provider):
     """A rotated ONNX model gives the checkpoint's logits, to within the error of INT4."""
     recipe = OnnxInt4(
         stage="build_onnx",
@@ -158,7 +158,7 @@ def test_onnx(checkpoint, calibrated, tmp_path, provider):
         rotated=True,
         int8=["last_matmul"],
     )
-    calibration = Calibration(calibrated, checkpoint, rotated=True)
+    calibration = Calibration(statistics, checkpoint, rotated=True)
     onnx_genai.build_int4(checkpoint, tmp_path, recipe=recipe, trust_remote_code=False, calibration=calibration)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     expected = Torch(checkpoint).logits(IDS, last=40)

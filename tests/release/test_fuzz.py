@@ -19,7 +19,7 @@ from pipeline.source.gguf import convert_gguf
 from tests.conftest import ROOT
 from tests.manifests import variant_manifest
 from tests.release_project import build, publish_version
-from tests.release_project import project as project
+from tests.release_project import release_folder as release_folder
 from tests.source.test_gguf import llama as llama
 
 bounded = settings(
@@ -77,7 +77,7 @@ def mutated(document: dict, path: float, value: object) -> dict:
 
 @bounded
 @given(place=st.floats(0, 1), value=JSON)
-def test_manifest(project, place, value):
+def test_manifest(release_folder, place, value):
     """A manifest.json with an arbitrary value at any place is read or refused with a sentence."""
     build()
     directory = Path("artifacts/tiny/openvino-int4")
@@ -89,7 +89,7 @@ def test_manifest(project, place, value):
 
 @bounded
 @given(place=st.floats(0, 1), value=JSON)
-def test_release(project, place, value):
+def test_release(release_folder, place, value):
     """A release.json with an arbitrary value at any place is refused, or has safe paths only."""
     build()
     release = json.loads(publish_version(f"1.0.{random.getrandbits(24)}").content())
@@ -188,7 +188,7 @@ def manifest(runtime: str) -> Manifest:
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
-def test_deeply_nested(project, opening):
+def test_deeply_nested(release_folder, opening):
     """Documents nested twenty thousand levels deep are refused with a sentence."""
     nested = opening * 20_000
     build()

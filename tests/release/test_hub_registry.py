@@ -7,21 +7,13 @@ import pytest
 
 from pipeline.release.pull import check
 from tests.conftest import ROOT, run
-from tests.hub_registry_server import HubRegistryServer
 from tests.release_project import NAME, build, run_and_kill
-from tests.release_project import project as project
+from tests.release_project import release_folder as release_folder
 
 pytestmark = pytest.mark.slow
 REPO = "someone/tiny-openvino-int4"
 URL = f"hf:{REPO}"
 BIG = bytes(range(256)) * 100
-
-
-@pytest.fixture
-def hub():
-    """An empty Hub."""
-    with HubRegistryServer() as server:
-        yield server
 
 
 def phi3(hub, *arguments, check=True, program=("phi3",)):
@@ -35,51 +27,50 @@ def phi3(hub, *arguments, check=True, program=("phi3",)):
     return run(*program, *arguments, cwd=Path.cwd(), check=check, PYTHONPATH=str(ROOT), **environment)
 
 
-def test_publish_list_pull(hub, tmp_path):
+def test_publish_list_pull(hub_registry, tmp_path):
     """Each version is a commit with a tag, and a pull returns what was published."""
     build(BIG)
-    phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0")
+    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
     build(BIG + b"newer")
-    phi3(hub, "publish", NAME, "--to", URL, "--version", "1.1.0", "--alias", "stage")
-    repository = hub.repositories[REPO]
+    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.1.0", "--alias", "stage")
+    repository = hub_registry.repositories[REPO]
     assert list(repository["tags"]) == ["1.0.0", "1.1.0"]
     assert len(repository["commits"]) == 5  # a first one, and for each version the files and the alias
-    assert phi3(hub, "list", URL).stdout == f"{NAME} 1.0.0 latest\n{NAME} 1.1.0 stage\n"
-    assert phi3(hub, "pull", URL, NAME, "--to", "model").stdout == "model\n"
+    assert phi3(hub_registry, "list", URL).stdout == f"{NAME} 1.0.0 latest\n{NAME} 1.1.0 stage\n"
+    assert phi3(hub_registry, "pull", URL, NAME, "--to", "model").stdout == "model\n"
     assert check(tmp_path / "model").version == "1.0.0"
     assert (tmp_path / "model/openvino_model.bin").read_bytes() == BIG
-    phi3(hub, "pull", URL, f"{NAME}@stage", "--to", "newer")
+    phi3(hub_registry, "pull", URL, f"{NAME}@stage", "--to", "newer")
     assert (tmp_path / "newer/openvino_model.bin").read_bytes() == BIG + b"newer"
 
 
-def test_published_again(hub):
+def test_published_again(hub_registry):
     """The same bytes change nothing, other bytes are a conflict, and another artifact is refused."""
-    phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0")
-    commits = len(hub.repositories[REPO]["commits"])
-    assert (
-        "is there already, with the same bytes" in phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0").stdout
-    )
+    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
+    commits = len(hub_registry.repositories[REPO]["commits"])
+    again = phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0").stdout
+    assert "is there already, with the same bytes" in again
     build(BIG)
-    refused = phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0", check=False)
+    refused = phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0", check=False)
     assert (refused.returncode, "with other bytes (manifest.json, openvino_model.bin" in refused.stderr) == (1, True)
-    assert len(hub.repositories[REPO]["commits"]) == commits
+    assert len(hub_registry.repositories[REPO]["commits"]) == commits
 
 
 @pytest.mark.parametrize("part", ["/commit/", "/tag/", "/lfs/"])
-def test_an_interrupted_publication(hub, part):
+def test_an_interrupted_publication(hub_registry, part):
     """When the Hub fails at any step, readers see no version; a retry sends no content twice and succeeds."""
     build(BIG)
-    hub.fail = {part: 400}
-    refused = phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0", check=False)
+    hub_registry.fail = {part: 400}
+    refused = phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0", check=False)
     assert refused.returncode == 1
-    assert f"Error: {URL}: {hub.url} failed (" in refused.stderr
+    assert f"Error: {URL}: {hub_registry.url} failed (" in refused.stderr
     assert "hf_secret" not in refused.stderr + refused.stdout
-    assert phi3(hub, "list", URL).stdout == ""
-    hub.fail, hub.log[:] = {}, []
-    phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0")
-    sent = [path for _, path in hub.log if path.startswith("/lfs/")]
+    assert phi3(hub_registry, "list", URL).stdout == ""
+    hub_registry.fail, hub_registry.log[:] = {}, []
+    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
+    sent = [path for _, path in hub_registry.log if path.startswith("/lfs/")]
     assert (len(sent) > 0, len(set(sent))) == (part == "/lfs/", len(sent))
-    phi3(hub, "pull", URL, NAME, "--to", "model")
+    phi3(hub_registry, "pull", URL, NAME, "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 
 
@@ -92,62 +83,62 @@ def test_an_interrupted_publication(hub, part):
         ("pipeline.release.registry.hub:HubRegistry.point", 1, True),
     ],
 )
-def test_a_killed_publisher(hub, function, calls, after):
+def test_a_killed_publisher(hub_registry, function, calls, after):
     """If a publisher is killed at any phase, readers see the whole old version until the tag exists; a retry works."""
-    phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0")
+    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
     build(BIG)
     program = run_and_kill(function, calls=calls, after=after)
     publish = ("publish", NAME, "--to", URL, "--version", "2.0.0")
-    assert phi3(hub, *publish, program=program, check=False).returncode == 9
+    assert phi3(hub_registry, *publish, program=program, check=False).returncode == 9
     tagged = "create_tag" in function or "point" in function
-    versions = [line.split()[1] for line in phi3(hub, "list", URL).stdout.splitlines()]
+    versions = [line.split()[1] for line in phi3(hub_registry, "list", URL).stdout.splitlines()]
     assert versions == (["1.0.0", "2.0.0"] if tagged else ["1.0.0"])
-    phi3(hub, "pull", URL, NAME, "--to", "latest")
+    phi3(hub_registry, "pull", URL, NAME, "--to", "latest")
     assert Path("latest/openvino_model.bin").read_bytes() == (BIG if "point" in function else b"weights")
-    phi3(hub, *publish)
-    phi3(hub, "pull", URL, NAME, "--to", "newer")
+    phi3(hub_registry, *publish)
+    phi3(hub_registry, "pull", URL, NAME, "--to", "newer")
     assert Path("newer/openvino_model.bin").read_bytes() == BIG
 
 
-def test_two_publishers_at_once(hub):
+def test_two_publishers_at_once(hub_registry):
     """When several publish the same bytes at once, each succeeds or is told to run again, and the release is whole."""
     build(BIG)
     with ThreadPoolExecutor() as pool:
         command = ("publish", NAME, "--to", URL, "--version", "1.0.0")
-        results = list(pool.map(lambda _: phi3(hub, *command, check=False), range(3)))
+        results = list(pool.map(lambda _: phi3(hub_registry, *command, check=False), range(3)))
     said = [result.stderr for result in results if result.returncode]
     assert len(said) < len(results)
     assert all("another publisher is at work" in stderr or "failed (412" in stderr for stderr in said), said
-    phi3(hub, *command)
-    phi3(hub, "pull", URL, NAME, "--to", "model")
+    phi3(hub_registry, *command)
+    phi3(hub_registry, "pull", URL, NAME, "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 
 
-def test_a_corrupt_file(hub):
+def test_a_corrupt_file(hub_registry):
     """Bytes that differ from release.json are refused, and nothing is installed."""
     build(BIG)
-    phi3(hub, "publish", NAME, "--to", URL, "--version", "1.0.0")
-    for _, files in hub.repositories[REPO]["commits"]:
+    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
+    for _, files in hub_registry.repositories[REPO]["commits"]:
         if "openvino_model.bin" in files:
             files["openvino_model.bin"] = bytes(len(BIG))
-    refused = phi3(hub, "pull", URL, NAME, "--to", "model", check=False)
+    refused = phi3(hub_registry, "pull", URL, NAME, "--to", "model", check=False)
     assert refused.returncode == 1
     assert "gave other bytes for openvino_model.bin than release.json says" in refused.stderr
     assert not Path("model").exists()
 
 
-def test_a_repository_that_is_not_there(hub):
+def test_a_repository_that_is_not_there(hub_registry):
     """An empty registry lists nothing, and a pull says what is missing."""
-    assert phi3(hub, "list", URL).stdout == ""
-    refused = phi3(hub, "pull", URL, NAME, check=False)
+    assert phi3(hub_registry, "list", URL).stdout == ""
+    refused = phi3(hub_registry, "pull", URL, NAME, check=False)
     assert (refused.returncode, refused.stderr) == (1, f"Error: {URL} has no {NAME} latest: see `phi3 list {URL}`.\n")
 
 
-def test_a_hub_that_cannot_be_reached(hub):
+def test_a_hub_that_cannot_be_reached(hub_registry):
     """If the Hub cannot be reached, listing, pulling and publishing end with one sentence."""
-    hub.url = "http://127.0.0.1:9"
+    hub_registry.url = "http://127.0.0.1:9"
     for command in (("list", URL), ("pull", URL, NAME), ("publish", NAME, "--to", URL, "--version", "1.0.0")):
-        refused = phi3(hub, *command, check=False)
+        refused = phi3(hub_registry, *command, check=False)
         assert refused.returncode == 1
         assert refused.stderr.endswith("): check the network and HF_TOKEN, then run again.\n")
         assert f"Error: {URL}: http://127.0.0.1:9 failed ([Errno 111] Connection refused" in refused.stderr

@@ -16,7 +16,7 @@ from pipeline.release.registry.oci import OciRegistry
 from tests.conftest import ROOT, run
 from tests.oci_registry_server import Registry
 from tests.release_project import NAME, build, publish_version, run_and_kill
-from tests.release_project import project as project
+from tests.release_project import release_folder as release_folder
 
 pytestmark = pytest.mark.slow
 BIG = bytes(range(256)) * 100

@@ -30,7 +30,7 @@ from tests.release_project import (
     pull_latest,
     validate,
 )
-from tests.release_project import project as project
+from tests.release_project import release_folder as release_folder
 
 
 def blobs():

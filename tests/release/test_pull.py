@@ -19,7 +19,7 @@ from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.release import RELEASE, read_release, unsafe
 from tests.conftest import ROOT, run
 from tests.release_project import MODEL, NAME, VARIANT, build, exit_codes, publish_version, pull_latest, quiet
-from tests.release_project import project as project
+from tests.release_project import release_folder as release_folder
 
 
 def test_two_pulls_at_once():

@@ -10,7 +10,7 @@ from pipeline.common.errors import PipelineError
 from pipeline.release.pull import check
 from tests.conftest import run
 from tests.release_project import NAME, build, publish_version, pull_latest
-from tests.release_project import project as project
+from tests.release_project import release_folder as release_folder
 
 
 @pytest.fixture
