@@ -42,7 +42,7 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
         if "openvino-genai" in manifest.runtime.requires:
             npu = "NPU" in manifest.runtime.devices
             return OpenvinoChat(directory, device=device, npu=npu, context=manifest.context)
-        return OnnxChat(directory, context=manifest.context)
+        return OnnxChat(directory, directml="GPU" in manifest.runtime.devices, context=manifest.context)
     except ImportError as error:
         raise PipelineError(f"{directory} needs {requires}: pip install it.") from error
     except (RuntimeError, ValueError) as error:
@@ -90,14 +90,14 @@ class OpenvinoChat:
 
 
 class OnnxChat:
-    """A chat that runs on onnxruntime-genai, with the artifact's provider if the package has it, else on the CPU."""
+    """A chat that runs on onnxruntime-genai: a model for DirectML on DirectML if the package has it, else on the CPU."""
 
-    def __init__(self, directory: Path, *, context: dict[str, int]) -> None:
+    def __init__(self, directory: Path, *, directml: bool, context: dict[str, int]) -> None:
         import onnxruntime_genai as og
 
         self._context = context
         config = og.Config(str(directory))
-        self.device = "DirectML" if og.is_dml_available() else "CPU"
+        self.device = "DirectML" if directml and og.is_dml_available() else "CPU"
         if self.device == "CPU":
             config.clear_providers()
         self._model = og.Model(config)

@@ -252,13 +252,16 @@ def test_an_answer_that_crosses_the_limit(longrope, variant):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["fp16", "cpu"])
-def test_a_chat_with_longrope(longrope, variant):
-    """A chat ends an answer that would cross the limit, says so, and continues with the next turn."""
+def test_a_chat_with_longrope(longrope, variant, monkeypatch):
+    """A chat ends an answer that would cross the limit, says so, and continues with the next turn. A model for CPUs
+    runs on the CPU even if there is DirectML."""
     context = longrope.limits()
     if variant == "fp16":
         chat = OpenvinoChat(longrope.root / variant, device="CPU", npu=False, context=context)
     else:
-        chat = OnnxChat(longrope.root / variant, context=context)
+        monkeypatch.setattr("onnxruntime_genai.is_dml_available", lambda: True)
+        chat = OnnxChat(longrope.root / variant, directml=False, context=context)
+    assert chat.device == "CPU"
     said = []
     questions = ("water is wet 0123", "the capital of France is Paris and water is wet. " * 6)
     ended = [chat.ask(question, on_text=said.append) for question in questions]
