@@ -90,7 +90,7 @@ class OpenvinoChat:
 
 
 class OnnxChat:
-    """A chat that runs on onnxruntime-genai: a model for DirectML on DirectML if the package has it, else on the CPU."""
+    """A chat on onnxruntime-genai: with a model for DirectML on DirectML, if the package has it, else on the CPU."""
 
     def __init__(self, directory: Path, *, directml: bool, context: dict[str, int]) -> None:
         import onnxruntime_genai as og
