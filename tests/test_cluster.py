@@ -269,6 +269,9 @@ def test_a_remote_that_takes_nothing(quick, mount):
     for path in objects:
         assert hashlib.md5(path.read_bytes()).hexdigest() == path.parent.name + path.name
     run("mount", "-o", "remount,size=9M", store, cwd=quick)
+    # DVC 3.67.1 may take an unfinished file for the newest entry of its run cache, and would run the cell again.
+    for unfinished in store.rglob("*.tmp"):
+        unfinished.unlink()
     build(quick, "local:2")
     assert (quick / "artifacts/report").read_text() == f"report{TEXT}"
     assert ran(quick).count("download") == 1
