@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,18 @@ def edit(file: Path, old: str, new: str) -> None:
     content = file.read_text("utf-8")
     assert old in content
     file.write_text(content.replace(old, new), "utf-8")
+
+
+def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder `name`, which `build` fills once for all processes of a test run."""
+    base = factory.getbasetemp()
+    target = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            folder = factory.mktemp(name)
+            build(folder)
+            folder.rename(target)
+    return target
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def build_int4(
             _build(rotated, target, recipe=recipe, trust_remote_code=trust_remote_code)
     if calibration:
         config = read_json(checkpoint / "config.json")
-        _solve(target, calibration, config, directml=recipe.directml)
+        solve(target, calibration, config, directml=recipe.directml)
 
 
 def _build(checkpoint: Path, target: Path, *, recipe: OnnxInt4, trust_remote_code: bool) -> None:
@@ -105,9 +105,12 @@ def _build(checkpoint: Path, target: Path, *, recipe: OnnxInt4, trust_remote_cod
         raise PipelineError(f"the onnxruntime-genai builder wrote no {missing[0]}.")
 
 
-def _solve(target: Path, calibration: Calibration, config: dict[str, Any], *, directml: bool) -> None:
-    # Replace the codes, scales and zero points of all INT4 matrices in place in the weights file. They are packed as in
-    # https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (MatMulNBits).
+def solve(target: Path, calibration: Calibration, config: dict[str, Any], *, directml: bool) -> None:
+    """Replace the codes, scales and zero points of all INT4 matrices of the model in `target` by the solver's.
+
+    They are written in place in the weights file, packed as in
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (MatMulNBits).
+    """
     import numpy as np
     import onnx
     import torch

@@ -1,5 +1,6 @@
 """Tiny models with a window of 15 or 31 tokens, or with LongRoPE's limit at 64, are tested beyond these lengths."""
 
+import functools
 import json
 import shutil
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pipeline.run import onnx, pieces
 from pipeline.run import openvino as openvino_runtimes
 from pipeline.run.openvino import F32, OpenvinoGenai
 from pipeline.run.source_model import Torch
-from tests.conftest import LONGROPE, make_checkpoint
+from tests.conftest import LONGROPE, built_once, make_checkpoint
 
 FACTORS = {"long_factor": [16.0] * 16, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
 MODELS = {
@@ -81,11 +82,19 @@ class Tiny:
 @pytest.fixture(scope="module", params=MODELS)
 def tiny(request, tmp_path_factory):
     """Each of MODELS with all its variants; INT4 stores its weights without loss."""
-    return build(request.param, tmp_path_factory.mktemp(request.param))
+    return load(request.param, tmp_path_factory)
 
 
-def build(name: str, root: Path) -> Tiny:
-    """Return the model `name`, built in `root`."""
+def load(name: str, factory: pytest.TempPathFactory) -> Tiny:
+    """Return the model `name`."""
+    root = built_once(factory, name, functools.partial(build, name))
+    source = Torch(root / "checkpoint")
+    prompts, ends = record(source, limits(read_json(root / "checkpoint/config.json"), directml=False))
+    return Tiny(name, root, source, prompts, ends)
+
+
+def build(name: str, root: Path) -> None:
+    """Build the model `name` with all its variants in `root`."""
     style, changes = MODELS[name]
     checkpoint = make_checkpoint(root / "checkpoint", style, on_grid=True, **changes)
     for variant in VARIANTS:
@@ -98,9 +107,6 @@ def build(name: str, root: Path) -> Tiny:
         onnx_genai.build_int4(
             checkpoint, root / variant, recipe=VARIANTS[variant], trust_remote_code=False, calibration=None
         )
-    source = Torch(checkpoint)
-    prompts, ends = record(source, limits(read_json(checkpoint / "config.json"), directml=False))
-    return Tiny(name, root, source, prompts, ends)
 
 
 def test_lengths():
@@ -188,13 +194,13 @@ def test_a_max_length_shorter_than_the_window(tiny, variant):
 @pytest.fixture(scope="module")
 def window(tmp_path_factory):
     """The model with a window of 31 tokens."""
-    return build("window-31", tmp_path_factory.mktemp("window"))
+    return load("window-31", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def longrope(tmp_path_factory):
     """The model with LongRoPE."""
-    return build("longrope", tmp_path_factory.mktemp("longrope"))
+    return load("longrope", tmp_path_factory)
 
 
 @pytest.mark.slow

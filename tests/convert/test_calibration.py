@@ -1,6 +1,7 @@
 """Calibration data are the model's own answers and statistics of each matrix's inputs; quantization uses them."""
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -190,13 +191,13 @@ def test_onnx_stores_what_was_solved(tmp_path, style, provider, options):
     write_calibration(tmp_path / "calibration", answers=ANSWERS, layers=hessians(Torch(checkpoint), ANSWERS))
     calibration = Calibration(tmp_path / "calibration", checkpoint)
     recipe = OnnxInt4(stage="build_onnx", limits=LIMITS, execution_provider=provider, **options)
-    models = []
-    for name, known in {"plain": None, "solved": calibration}.items():
-        (tmp_path / name).mkdir()
-        onnx_genai.build_int4(checkpoint, tmp_path / name, recipe=recipe, trust_remote_code=False, calibration=known)
-        models.append(onnx.load(tmp_path / name / "model.onnx"))
-    plain, solved = ({t.name: t for t in model.graph.initializer} for model in models)
     config = read_json(checkpoint / "config.json")
+    (tmp_path / "plain").mkdir()
+    onnx_genai.build_int4(checkpoint, tmp_path / "plain", recipe=recipe, trust_remote_code=False, calibration=None)
+    shutil.copytree(tmp_path / "plain", tmp_path / "solved")
+    onnx_genai.solve(tmp_path / "solved", calibration, config, directml=recipe.directml)
+    models = [onnx.load(tmp_path / name / "model.onnx") for name in ("plain", "solved")]
+    plain, solved = ({t.name: t for t in model.graph.initializer} for model in models)
     weights = open_weights(checkpoint)
     count = 0
     for node in models[1].graph.node:
