@@ -26,6 +26,10 @@ class _Sentences(click.Group):
             return super().invoke(context)
         except PipelineError as error:
             raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            raise click.ClickException(
+                f"{error.name} is not installed: this command needs the build environment, which `make repro` sets up."
+            ) from error
         except OSError as error:
             if (sentence := full_disk(error)) is None:
                 raise

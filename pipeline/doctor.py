@@ -1,6 +1,7 @@
 """Find what in this machine and its settings will make a build, a pull or an application fail, and name remedies."""
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -137,18 +138,23 @@ def _hub() -> Iterator[Finding]:
     from huggingface_hub import constants
 
     settings = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
-    shown = [f"{name}={'(set)' if 'TOKEN' in name else value}" for name, value in sorted(settings.items())]
-    yield Finding("settings", ", ".join(shown) or "no HF_* variable is set")
+    shown = [f"{name}={'(set)' if 'TOKEN' in name else _without_password(value)}" for name, value in settings.items()]
+    yield Finding("settings", ", ".join(sorted(shown)) or "no HF_* variable is set")
+    endpoint = _without_password(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE:
         yield Finding("Hub", "offline by HF_HUB_OFFLINE: only what is in the cache can be used")
         return
     try:
         httpx.get(constants.ENDPOINT, timeout=TIMEOUT)
-        yield Finding("Hub", f"{constants.ENDPOINT} answers")
+        yield Finding("Hub", f"{endpoint} answers")
     except httpx.HTTPError as error:
         reason = str(error).strip() or type(error).__name__
-        found = f"{constants.ENDPOINT} does not answer ({reason})"
+        found = f"{endpoint} does not answer ({reason})"
         yield Finding("Hub", found, "check the network, set HF_ENDPOINT, or HF_HUB_OFFLINE=1 to work without")
+
+
+def _without_password(value: str) -> str:
+    return re.sub(r"//[^/@]*@", "//(password)@", value)
 
 
 def _version(package: str) -> str | None:

@@ -14,11 +14,13 @@ LFS_FROM = 1000  # bytes; smaller files are kept in git
 class HubRegistryServer:
     """Repositories by name, each a list of commits (sha, files by path) and tags; `lfs` holds contents by SHA-256.
 
-    `log` has method and path of every request; `fail` maps a part of a path to a status to answer with instead.
+    `private` has the names of private repositories. `log` has method and path of every request; `fail` maps a part of a
+    path to a status to answer with instead.
     """
 
     def __init__(self):
         self.repositories, self.lfs, self.log, self.fail = {}, {}, [], {}
+        self.private = set()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self
@@ -86,7 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             request = json.loads(body)
             repo = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
-            return self._answer(200 if hub.create(repo) else 409, {"url": f"{hub.url}/{repo}"})
+            created = hub.create(repo)
+            if created and request.get("visibility") == "private":
+                hub.private.add(repo)
+            return self._answer(200 if created else 409, {"url": f"{hub.url}/{repo}"})
         if path == "/api/validate-yaml":
             return self._answer(200, {"errors": [], "warnings": []})
         if path.startswith("/lfs/"):

@@ -1,6 +1,7 @@
 """The `phi3` command."""
 
 import json
+import sys
 
 from click.testing import CliRunner
 
@@ -31,3 +32,14 @@ def test_params():
         "onnx-directml-int4, onnx-cpu-int4\n",
     )
     assert json.loads(CliRunner().invoke(main, ["params", "--schema"]).output) == json_schema()
+
+
+def test_a_light_installation(monkeypatch):
+    """A command that needs the build environment says so where a package is missing."""
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    monkeypatch.delitem(sys.modules, "pipeline.plan", raising=False)
+    result = CliRunner().invoke(main, ["plan"])
+    assert (result.exit_code, result.output) == (
+        1,
+        "Error: psutil is not installed: this command needs the build environment, which `make repro` sets up.\n",
+    )

@@ -57,12 +57,13 @@ def test_all_is_well(project, answering):
 
 
 def test_problems(project, tmp_path):
-    """A package of another version, a missing remote and a Hub that does not answer are named with their remedies."""
+    """A package of another version, a missing remote and a Hub that does not answer are named with their remedies; no
+    password is shown."""
     (project / "requirements.lock").write_text("# locked\nclick==0.1\nno-such-package==1.0\n")
     (project / "libraries.lock").write_text("torch==1.0\n")
     with (project / ".dvc/config").open("a") as config:
         config.write(f"['remote \"store\"']\n    url = {tmp_path}/gone\n")
-    result = doctor(project, HF_ENDPOINT="http://127.0.0.1:9")
+    result = doctor(project, HF_ENDPOINT="http://me:s3cret@127.0.0.1:9")
     assert result.returncode == 1
     assert result.stderr == "Error: 3 problems found\n"
     assert re.search(
@@ -70,7 +71,9 @@ def test_problems(project, tmp_path):
         result.stdout,
     )
     assert f"problem remote store: {tmp_path}/gone is not there\n        remedy: mount or create it" in result.stdout
-    assert "problem Hub: http://127.0.0.1:9 does not answer (" in result.stdout
+    assert "problem Hub: http://(password)@127.0.0.1:9 does not answer (" in result.stdout
+    assert "HF_ENDPOINT=http://(password)@127.0.0.1:9" in result.stdout
+    assert "s3cret" not in result.stdout + result.stderr
 
 
 def test_without_a_project(tmp_path, answering):

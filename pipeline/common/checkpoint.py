@@ -41,11 +41,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise PipelineError(f"{path} is missing: the checkpoint is incomplete, download it again.") from error
+        raise PipelineError(f"{path} is missing: build or download again what it belongs to.") from error
     except (ValueError, RecursionError) as error:
-        raise PipelineError(f"{path} is not valid JSON ({error}): download it again.") from error
+        raise PipelineError(f"{path} is not valid JSON ({error}): build or download it again.") from error
     if not isinstance(content, dict):
-        raise PipelineError(f"{path} does not hold a JSON object: download it again.")
+        raise PipelineError(f"{path} does not hold a JSON object: build or download it again.")
     return content
 
 

@@ -6,6 +6,7 @@ The module imports no ML library when it is loaded, since an application may hav
 import importlib.util
 import sys
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,8 @@ TARGETS: tuple[Target, ...] = ("auto", "cpu", "gpu", "npu", "directml")
 def choose_release(releases: Iterable[Release], target: Target) -> tuple[Release, str]:
     """Return the release for `target` among `releases` of one model, and the reason; `auto` looks at the machine.
 
-    When several suit, it is the smallest of them, because every published artifact has met its limits.
+    When several suit, it is the smallest of those whose runtime is installed, because every published artifact has met
+    its limits. Where no runtime is installed, it is the smallest of all, and the reason says what it needs.
 
     Raises PipelineError when none suits.
     """
@@ -28,8 +30,13 @@ def choose_release(releases: Iterable[Release], target: Target) -> tuple[Release
     for device in (wanted, "cpu") if target == "auto" else (wanted,):
         fitting = [release for release in offered if suits(release, device)]
         if fitting:
-            best = min(fitting, key=lambda release: release.size)
-            return best, f"{reason}; the smallest of {len(fitting)} for {device}" if len(fitting) > 1 else reason
+            loadable = [release for release in fitting if not missing(release)]
+            best = min(loadable or fitting, key=lambda release: release.size)
+            if len(fitting) > 1:
+                reason += f"; the smallest of {len(loadable or fitting)} for {device}"
+            if lacking := missing(best):
+                reason += f"; it needs {', '.join(lacking)}, which is not installed"
+            return best, reason
     names = ", ".join(sorted(release.name for release in offered)) or "nothing"
     raise PipelineError(f"nothing for {wanted} is published there, only {names}: name one of them.")
 
@@ -40,6 +47,18 @@ def suits(release: Release, device: str) -> bool:
     if device == "directml" or directml:
         return directml and device == "directml"
     return device.upper() in release.devices
+
+
+def missing(release: Release) -> list[str]:
+    """Return the packages that `release` requires and that are not installed."""
+    return [package for package in release.requires if not _is_installed(package)]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
 
 
 def machine() -> tuple[str, str]:

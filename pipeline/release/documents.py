@@ -9,6 +9,7 @@ from pipeline.check.report import FIGURES, figure
 from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import describe
+from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import HubOrigin, VariantManifest, read_manifest
 from pipeline.common.paths import MANIFEST
 
@@ -103,7 +104,7 @@ def provenance(manifest: VariantManifest, *, version: str) -> dict[str, Any]:
                 "internalParameters": {"tools": manifest.tools},
                 "resolvedDependencies": [
                     {"name": "checkpoint", "annotations": manifest.source.model_dump()},
-                    {"name": "phi3-pipeline", "digest": {"gitCommit": commit()}},
+                    {"name": "phi3-pipeline", "digest": {"gitCommit": commit()}, "annotations": uncommitted()},
                 ],
             },
             "runDetails": {"builder": {"id": "urn:phi3-pipeline:builder", "version": manifest.tools}},
@@ -153,6 +154,20 @@ def bill_of_materials(manifest: VariantManifest, *, version: str) -> dict[str, A
 
 
 def commit() -> str:
-    """Return the git commit that recorded the build: the last one that changed dvc.lock."""
-    command = ["git", "log", "-1", "--format=%H", "--", "dvc.lock"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    """Return the git commit that recorded the build: the last one that changed dvc.lock.
+
+    Raises PipelineError when there is none.
+    """
+    if found := _git("log", "-1", "--format=%H", "--", "dvc.lock"):
+        return found
+    raise PipelineError("no git commit has dvc.lock, and a release names the commit it was made from: commit it first.")
+
+
+def uncommitted() -> dict[str, bool]:
+    """Return {"uncommitted": True} when dvc.lock has changed since the commit, else an empty dictionary."""
+    return {"uncommitted": True} if _git("status", "--porcelain", "--", "dvc.lock") else {}
+
+
+def _git(*arguments: str) -> str:
+    # Return what git prints, which is nothing outside of a repository.
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()

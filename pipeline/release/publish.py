@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.common import paths
 from pipeline.common.checkpoint import LICENCE_FILES, read_json
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import BlobManifest, VariantManifest, digest, verify
+from pipeline.common.manifest import BlobManifest, VariantManifest, digest, read_manifest, verify
 from pipeline.common.paths import MANIFEST
 from pipeline.release.documents import write_documents
 from pipeline.release.registry.interface import Registry
@@ -113,6 +113,8 @@ def _blobs(ir: VariantManifest, *, progress: Callable[[str], None]) -> dict[str,
     # Return the files of the compiled blobs by their paths in the release, and report blobs that were not compiled.
     contents: dict[str, Path] = {}
     for directory in sorted(paths.blobs(ir.model).glob(f"{ir.variant}-[0-9]*")):
+        if read_manifest(directory, BlobManifest).variant != ir.variant:  # one name may begin with another
+            continue
         blob, platform = verify(directory, BlobManifest), directory.name.rsplit("-", 1)[1]
         if blob.not_compiled:
             progress(f"without a blob for NPU {platform}: {blob.not_compiled}")

@@ -1,6 +1,7 @@
 """release.json: a published version's name, and the hash of every file in it."""
 
 import re
+import unicodedata
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -15,7 +16,7 @@ NAME = r"^[a-z0-9][a-z0-9-]{0,99}$"
 VERSION = r"^(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})$"
 MAX_FILES, MAX_BYTES, MAX_RELEASE = 1000, 10**12, 10**6
 # Names that Windows reserves for devices, with any file extension.
-DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.IGNORECASE)
 
 
 class Release(BaseModel):
@@ -37,8 +38,12 @@ class Release(BaseModel):
         for path in files:
             if reason := unsafe(path):
                 raise ValueError(f"the path {path!r} {reason}")
-        if len({path.casefold() for path in files}) < len(files):
-            raise ValueError("two paths differ in upper and lower case only")
+        # Windows and macOS do not tell upper from lower case, and macOS not the two forms of an accented letter.
+        folded = {unicodedata.normalize("NFC", path).casefold() for path in files}
+        if len(folded) < len(files):
+            raise ValueError("two paths differ in upper and lower case or in the form of their letters only")
+        if both := sorted(folded & {str(folder) for path in folded for folder in PurePosixPath(path).parents}):
+            raise ValueError(f"{both[0]!r} is a file and a folder")
         return files
 
     @model_validator(mode="after")
@@ -88,6 +93,6 @@ def unsafe(path: str) -> str | None:
         return "has a character that file names must not have"
     if any(part[-1] in ". " or DEVICES.fullmatch(part) for part in parts):
         return "is a name that Windows treats specially"
-    if path in (RELEASE, SIGNATURE):
+    if parts[0].casefold() in (RELEASE, SIGNATURE):
         return "is the release's own"
     return None

@@ -1,6 +1,6 @@
 """For applications: choose between the blob and the IR of an NPU variant, on the machine at hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.common import paths
@@ -18,6 +18,7 @@ class Choice:
     device: str
     options: dict[str, str | int]
     reason: str
+    lengths: dict[str, int] = field(default_factory=dict)  # options to compile the IR with, if the blob is refused
 
 
 def choose(directory: Path, *, architecture: str | None = None, openvino: str | None = None) -> Choice:
@@ -42,18 +43,30 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
         return Choice("CPU", {}, "this machine has no NPU, or no driver for it: the IR runs on the CPU")
     places = (directory / RELEASED_BLOBS / architecture, paths.blob(directory, architecture))
     blob_directory = next((place for place in places if place.is_dir()), None)
+    lengths = _lengths(directory)
     if blob_directory is None:
-        return Choice("NPU", {}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
+        return Choice("NPU", {**lengths}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
     blob = verify(blob_directory, BlobManifest)
     if reason := _mismatch(blob, ir, openvino):
         return Choice(
-            "NPU", {}, f"the blob for NPU {architecture} does not fit, {reason}: the IR is compiled on loading"
+            "NPU", {**lengths}, f"the blob for NPU {architecture} does not fit, {reason}: the IR is compiled on loading"
         )
     (name,) = blob.files
     options: dict[str, str | int] = {"BLOB_PATH": str(blob_directory / name)}
     if blob.recipe.asked.weightless:
         options["WEIGHTS_PATH"] = str(directory / "openvino_model.bin")
-    return Choice("NPU", options, f"the blob is for NPU {architecture} and OpenVINO {openvino.split('-')[0]}")
+    made_by = openvino.split("-")[0]
+    return Choice("NPU", options, f"the blob is for NPU {architecture} and OpenVINO {made_by}", lengths)
+
+
+def _lengths(directory: Path) -> dict[str, int]:
+    # The static lengths that params.yaml asks for, which the manifests of all blobs of the variant state.
+    for path in (*directory.glob(f"{RELEASED_BLOBS}/*"), *directory.parent.glob(f"blobs/{directory.name}-*")):
+        blob = read_manifest(path, BlobManifest)
+        if f"{blob.model}/{blob.variant}" == read_manifest(directory).name:
+            asked = blob.recipe.asked
+            return {"MAX_PROMPT_LEN": asked.max_prompt_len, "MIN_RESPONSE_LEN": asked.min_response_len}
+    return {}
 
 
 def _mismatch(blob: BlobManifest, ir: VariantManifest, openvino: str) -> str | None:
@@ -73,17 +86,17 @@ def belongs(blob: BlobManifest, ir: VariantManifest) -> bool:
 def load_pipeline(directory: Path, **options: str | int) -> tuple[object, str]:
     """Return an openvino_genai.LLMPipeline for the NPU variant in `directory`, and how it was loaded and why.
 
-    When the driver refuses the blob the IR is loaded instead. `options` go to the pipeline in either case, such as
-    MAX_PROMPT_LEN for the IR.
+    When the driver refuses the blob the IR is loaded instead, compiled for the lengths that the blob was asked for.
+    `options` go to the pipeline in either case, such as MAX_PROMPT_LEN for the IR.
     """
     import openvino_genai
 
     choice = choose(directory)
     given = choice.options | (pipeline_options(directory) if choice.device == "CPU" else {})
     try:
-        return openvino_genai.LLMPipeline(directory, choice.device, **given, **options), choice.reason
+        return openvino_genai.LLMPipeline(directory, choice.device, **given | options), choice.reason
     except RuntimeError as error:
-        if not choice.options:
+        if "BLOB_PATH" not in choice.options:
             raise PipelineError(f"{directory} cannot be loaded on {choice.device}: {error}") from error
-        pipeline = openvino_genai.LLMPipeline(directory, choice.device, **options)
+        pipeline = openvino_genai.LLMPipeline(directory, choice.device, **choice.lengths | options)
         return pipeline, f"the driver refused the blob ({str(error).splitlines()[-1]}): the IR was compiled on loading"

@@ -20,6 +20,7 @@ from tests.conftest import ROOT, run
 from tests.manifests import blob_manifest, recipe, variant_manifest
 
 NPU = Npu(max_prompt_len=256, min_response_len=64)
+LENGTHS = {"MAX_PROMPT_LEN": 256, "MIN_RESPONSE_LEN": 64}
 VARIANT = "npu-int4-channelwise"
 REFUSAL = r"""openvino 2026.4.1-22982-e213a147257-releases/2026/4
 [ERROR] 12:45:02.815 [vpux-compiler] UnrollPermuteDMA Pass failed : The size of sub output shape [256, 64] is not 3
@@ -127,6 +128,7 @@ def test_choose_the_blob_that_fits(variant):
     assert choice.device == "NPU"
     assert choice.options == {"BLOB_PATH": str(blob), "WEIGHTS_PATH": str(variant / "openvino_model.bin")}
     assert choice.reason == "the blob is for NPU 4000 and OpenVINO 2026.4.1"
+    assert choice.lengths == LENGTHS
 
 
 @pytest.mark.parametrize(
@@ -144,9 +146,11 @@ def test_choose_the_blob_that_fits(variant):
     ],
 )
 def test_choose_the_ir_and_say_why(variant, architecture, openvino, device, reason):
-    """Without an NPU, for another platform or another OpenVINO, the IR is chosen, with the reason."""
+    """Without an NPU, for another platform or another OpenVINO, the IR is chosen, with the reason. An NPU compiles it
+    for the lengths of params.yaml."""
     choice = choose(variant, architecture=architecture, openvino=openvino)
-    assert (choice.device, choice.options, choice.reason) == (device, {}, reason)
+    options = {} if device == "CPU" else LENGTHS
+    assert (choice.device, choice.options, choice.reason) == (device, options, reason)
 
 
 def test_choose_refuses_a_changed_blob_and_another_ir(variant):
@@ -253,9 +257,12 @@ def test_a_blob_that_the_driver_refuses_gives_way_to_the_ir(embedded, tmp_path, 
     """When a blob cannot be imported, `load_pipeline` compiles the IR instead and says why."""
     blob = tmp_path / "damaged.blob"
     blob.write_bytes(b"\x13\x37npuwLLMCMO" + bytes(1000))
-    monkeypatch.setattr("pipeline.run.blobs.choose", lambda _: Choice("NPU", {"BLOB_PATH": str(blob)}, "it fits"))
-    options = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU", "MAX_PROMPT_LEN": 256, "MIN_RESPONSE_LEN": 64}
+    choice = Choice("NPU", {"BLOB_PATH": str(blob)}, "it fits", LENGTHS)
+    monkeypatch.setattr("pipeline.run.blobs.choose", lambda _: choice)
+    options = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU"}
     pipeline, how = load_pipeline(embedded / VARIANT, **options)
     assert how.startswith("the driver refused the blob (")
     assert how.endswith("): the IR was compiled on loading")
     assert "Tokyo" in pipeline.generate("What is the capital of Japan?", max_new_tokens=40)
+    with pytest.raises(RuntimeError, match="256"):
+        pipeline.generate("water " * 300, max_new_tokens=1)

@@ -34,6 +34,14 @@ def test_asked_for(target, chosen):
     assert [suits(DIRECTML, name) for name in ("cpu", "gpu", "npu", "directml")] == [False, False, False, True]
 
 
+def test_the_runtime_that_is_installed():
+    """A release whose runtime is not installed is chosen only when there is no other, and the reason says so."""
+    lacking = release("onnx-cpu-int4", 1, ["CPU"], "onnxruntime-nowhere")
+    assert choose_release([*ALL, lacking], "cpu") == (INT4, "asked for; the smallest of 2 for cpu")
+    reason = "asked for; it needs onnxruntime-nowhere, which is not installed"
+    assert choose_release([lacking], "cpu") == (lacking, reason)
+
+
 def test_nothing_suits():
     """When no release suits a device, the message names those that are published."""
     with pytest.raises(PipelineError, match="nothing for npu is published there, only m/openvino-fp16: name one"):

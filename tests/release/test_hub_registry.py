@@ -34,6 +34,7 @@ def test_publish_list_pull(hub_registry, tmp_path):
     build(BIG + b"newer")
     phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.1.0", "--alias", "stage")
     repository = hub_registry.repositories[REPO]
+    assert hub_registry.private == {REPO}  # a fine-tune must not become public by mistake
     assert list(repository["tags"]) == ["1.0.0", "1.1.0"]
     assert len(repository["commits"]) == 5  # a first one, and for each version the files and the alias
     assert phi3(hub_registry, "list", URL).stdout == f"{NAME} 1.0.0 latest\n{NAME} 1.1.0 stage\n"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,26 @@ def test_publish_then_pull(tmp_path):
     assert (
         json.loads((directory / "sbom.cdx.json").read_text())["components"][0]["purl"] == "pkg:pypi/openvino@2026.4.1"
     )
+
+
+def test_provenance_of_what_is_not_committed(tmp_path, monkeypatch):
+    """The provenance says that dvc.lock has changed since its commit; without any commit of it nothing is published."""
+    (tmp_path / "dvc.lock").write_text("changed")
+    publish_version()
+    statement = json.loads((pull_latest() / "provenance.json").read_text())
+    assert statement["predicate"]["buildDefinition"]["resolvedDependencies"][1]["annotations"] == {"uncommitted": True}
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(PipelineError, match=r"^no git commit has dvc\.lock"):
+        publish_version("2.0.0")
+    assert not Path("registry/releases", NAME, "2.0.0").exists()
+
+
+def test_a_folder_that_is_no_version():
+    """A folder in the registry whose name is no version, such as a copy made by hand, is not listed."""
+    publish_version()
+    versions = Path("registry/releases", NAME)
+    shutil.copytree(versions / "1.0.0", versions / "1.0.0-rc1")
+    assert [entry.version for entry in open_registry("dir:registry").entries()] == ["1.0.0"]
 
 
 def test_versions_and_aliases():
@@ -221,6 +242,12 @@ def test_blobs_come_along():
         "BLOB_PATH": str(directory / "blobs/4000/x.blob"),
         "WEIGHTS_PATH": str(directory / "openvino_model.bin"),
     }
+    shutil.copytree("artifacts/tiny/blobs/openvino-int4-4000", "artifacts/tiny/blobs/openvino-int4-128-4000")
+    manifest = read_manifest(Path("artifacts/tiny/blobs/openvino-int4-128-4000"))
+    Path("artifacts/tiny/blobs/openvino-int4-128-4000/manifest.json").write_text(
+        manifest.model_copy(update={"variant": "openvino-int4-128"}).model_dump_json()
+    )
+    assert publish_version("1.1.0").files.keys() == release.files.keys()  # the other variant's blob stays out
     make_blob("4000", ir="other")
     with pytest.raises(PipelineError, match=r"tiny/blobs/openvino-int4-4000 was compiled from another IR"):
         publish_version("2.0.0")

@@ -132,13 +132,47 @@ def hostile(**changes):
 
 @pytest.mark.parametrize(
     "path",
-    ["../x", "/etc/x", "a/../../x", "a//x", "C:/x", "a\\x", "nul", "com1.txt", "x.", "x ", "x\n", "release.json", ""],
+    [
+        "../x",
+        "/etc/x",
+        "a/../../x",
+        "a//x",
+        "C:/x",
+        "a\\x",
+        "nul",
+        "com1.txt",
+        "x.",
+        "x ",
+        "x\n",
+        "release.json",
+        "",
+        "Release.JSON",
+        "release.json/x",
+        "CONIN$",
+        "lpt²",
+        "x" * 201,
+    ],
 )
 def test_hostile_paths(path):
     """A path that leaves the directory, or that an operating system treats specially, is refused before any write."""
     assert unsafe(path)
     file = {"size": 1, "sha256": "0" * 64}
     assert "release.json is refused (files: the path " in hostile(files={path: file})
+
+
+@pytest.mark.parametrize(
+    ("paths", "reason"),
+    [
+        (["a", "A"], "two paths differ in upper and lower case or in the form of their letters only"),
+        (["\u00e9", "e\u0301"], "two paths differ in upper and lower case or in the form of their letters only"),
+        (["a", "A/b/c"], "'a' is a file and a folder"),
+        (["a/b", "a/b/c"], "'a/b' is a file and a folder"),
+    ],
+)
+def test_paths_that_are_one_on_some_system(paths, reason):
+    """Paths that some system takes for the same file, or for a file and a folder, are refused together."""
+    file = {"size": 1, "sha256": "0" * 64}
+    assert f"release.json is refused (files: {reason})" in hostile(files=dict.fromkeys(paths, file))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ class DirectoryRegistry:
         found = []
         for path in self._root.glob(f"releases/*/*/*/{RELEASE}"):
             model, variant, version = path.parts[-4:-1]
+            if not re.fullmatch(VERSION, version):  # such as a copy that somebody made by hand
+                continue
             aliases = [alias for alias in self._aliases(f"{model}/{variant}") if alias[1] == version]
             found.append(Entry(f"{model}/{variant}", version, sorted(alias for alias, _ in aliases)))
         return sorted(found, key=lambda entry: entry.order)

@@ -63,7 +63,7 @@ class HubRegistry:
 
     def prepare(self, name: str) -> None:
         with self._sentences():
-            self._api.create_repo(self._repo, exist_ok=True)
+            self._api.create_repo(self._repo, private=True, exist_ok=True)
         require_own(self._file(RELEASE, MAIN), name, url=self.url)
 
     def has(self, name: str, file: File) -> bool:
