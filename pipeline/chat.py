@@ -1,7 +1,9 @@
 """Chat with an artifact in the runtime that it was made for; the text comes in pieces as it is generated."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +11,7 @@ from pipeline.common.context import pipeline_options, room
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.manifest import VariantManifest, read_manifest
 from pipeline.release.pull import verify_any
+from pipeline.run.interface import Message
 
 MAX_NEW_TOKENS = 512
 
@@ -21,8 +24,8 @@ class Chat(Protocol):
     def ask(self, question: str, *, on_text: Callable[[str], None]) -> str | None:
         """Answer `question`, passing the text piece by piece to `on_text`.
 
-        Returns a sentence for the user when the limit of the model's context ended the answer, else None. Raises
-        PipelineError when the context has no room for an answer.
+        Returns what to tell the user, else None: that the model's context ended the answer, or that it had no room for
+        the oldest turns, which are dropped. Raises PipelineError when the question alone is too long; it is dropped.
         """
 
 
@@ -51,6 +54,61 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
         ) from error
 
 
+class Conversation:
+    """The messages of a chat, of which the oldest turns are dropped when the model has no room for all.
+
+    `count` returns the number of tokens of messages in the model's chat template. `longest_prompt` is for an NPU, whose
+    prompts have a limit of their own.
+    """
+
+    def __init__(
+        self, context: dict[str, int], *, count: Callable[[list[Message]], int], longest_prompt: int | None
+    ) -> None:
+        self.messages: list[Message] = []
+        self._context, self._count, self._longest_prompt = context, count, longest_prompt
+
+    @contextmanager
+    def turn(self, question: str) -> Iterator["Turn"]:
+        """Add `question`, and the answer that the block has appended to the turn; when the block fails, add nothing.
+
+        Raises PipelineError when there is no room for an answer to the question alone.
+        """
+        kept = [*self.messages, {"role": "user", "content": question}]
+        dropped = 0
+        while not (limit := self._room(prompt := self._count(kept)))[0]:
+            if len(kept) == 1:
+                raise PipelineError(f"the question has {prompt:,} tokens, more than this model takes: shorten it.")
+            del kept[:2]
+            dropped += 1
+        turn = Turn(kept, *limit)
+        if dropped:
+            turn.remark = f"The conversation is longer than this model takes: its first {dropped} turns are forgotten."
+        yield turn
+        self.messages = [*kept, {"role": "assistant", "content": "".join(turn.answer)}]
+
+    def _room(self, prompt: int) -> tuple[int, str | None]:
+        # Return how many tokens the answer to a prompt may have, and what to tell the user when it uses them all.
+        if self._longest_prompt and prompt > self._longest_prompt:
+            return 0, None
+        most, ended = room(self._context, prompt)
+        return (most, ended) if most <= MAX_NEW_TOKENS else (MAX_NEW_TOKENS, None)
+
+
+@dataclass
+class Turn:
+    """A question with the messages before it, and its answer, piece by piece."""
+
+    messages: list[Message]
+    limit: int  # most tokens of the answer
+    ended: str | None  # what to tell the user when the limit ends the answer
+    remark: str | None = None
+    answer: list[str] = field(default_factory=list)
+
+    def result(self, *, at_limit: bool) -> str | None:
+        """Return what to tell the user."""
+        return " ".join(filter(None, (self.remark, self.ended if at_limit else None))) or None
+
+
 class OpenvinoChat:
     """A chat that runs on openvino-genai."""
 
@@ -58,35 +116,39 @@ class OpenvinoChat:
         import openvino_genai
 
         self._pipeline: Any
+        lengths: dict[str, int] = {}
         if npu and device is None:
-            from pipeline.run.blobs import load_pipeline
+            from pipeline.run.blobs import choose, load_pipeline
 
+            choice = choose(directory)
+            lengths = choice.lengths if choice.device == "NPU" else {}
             self._pipeline, self.device = load_pipeline(directory)
         else:
             self.device = device or "CPU"
             options = {} if self.device == "NPU" else pipeline_options(directory)
             self._pipeline = openvino_genai.LLMPipeline(directory, self.device, **options)
-        self._history, self._context = openvino_genai.ChatHistory(), context
+        tokenizer = self._pipeline.get_tokenizer()
+
+        def count(messages: list[Message]) -> int:
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            return int(tokenizer.encode(prompt, add_special_tokens=False).input_ids.shape[1])
+
+        self._conversation = Conversation(context, count=count, longest_prompt=lengths.get("MAX_PROMPT_LEN"))
 
     def ask(self, question: str, *, on_text: Callable[[str], None]) -> str | None:
         import openvino_genai
 
-        self._history.append({"role": "user", "content": question})
-        tokenizer = self._pipeline.get_tokenizer()
-        prompt = tokenizer.apply_chat_template(self._history, add_generation_prompt=True)
-        length = tokenizer.encode(prompt, add_special_tokens=False).input_ids.shape[1]
-        limit, ended = answer_limit(self._context, length)
-        answer: list[str] = []
+        with self._conversation.turn(question) as turn:
 
-        def stream(text: str) -> openvino_genai.StreamingStatus:
-            answer.append(text)
-            on_text(text)
-            return openvino_genai.StreamingStatus.RUNNING
+            def stream(text: str) -> openvino_genai.StreamingStatus:
+                turn.answer.append(text)
+                on_text(text)
+                return openvino_genai.StreamingStatus.RUNNING
 
-        result = self._pipeline.generate(self._history, max_new_tokens=limit, streamer=stream)
-        self._history.append({"role": "assistant", "content": "".join(answer)})
+            history = openvino_genai.ChatHistory(turn.messages)
+            result = self._pipeline.generate(history, max_new_tokens=turn.limit, streamer=stream)
         stopped = result.finish_reasons[0] == openvino_genai.GenerationFinishReason.STOP
-        return None if stopped else ended
+        return turn.result(at_limit=not stopped)
 
 
 class OnnxChat:
@@ -95,44 +157,30 @@ class OnnxChat:
     def __init__(self, directory: Path, *, directml: bool, context: dict[str, int]) -> None:
         import onnxruntime_genai as og
 
-        self._context = context
         config = og.Config(str(directory))
         self.device = "DirectML" if directml and og.is_dml_available() else "CPU"
         if self.device == "CPU":
             config.clear_providers()
         self._model = og.Model(config)
         self._tokenizer = og.Tokenizer(self._model)
-        self._messages: list[dict[str, str]] = []
+        self._conversation = Conversation(context, count=lambda m: len(self._encode(m)), longest_prompt=None)
 
     def ask(self, question: str, *, on_text: Callable[[str], None]) -> str | None:
         import onnxruntime_genai as og
 
-        self._messages.append({"role": "user", "content": question})
-        prompt = self._tokenizer.apply_chat_template(json.dumps(self._messages), add_generation_prompt=True)
-        ids = self._tokenizer.encode(prompt)
-        limit, ended = answer_limit(self._context, len(ids))
-        parameters = og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=len(ids) + limit, do_sample=False)
-        generator, stream = og.Generator(self._model, parameters), self._tokenizer.create_stream()
-        generator.append_tokens(ids)
-        answer: list[str] = []
-        while not generator.is_done():
-            generator.generate_next_token()
-            answer.append(stream.decode(generator.get_next_tokens()[0]))
-            on_text(answer[-1])
-        self._messages.append({"role": "assistant", "content": "".join(answer)})
-        return ended if generator.token_count() == len(ids) + limit else None
+        with self._conversation.turn(question) as turn:
+            ids = self._encode(turn.messages)
+            parameters = og.GeneratorParams(self._model)
+            parameters.set_search_options(max_length=len(ids) + turn.limit, do_sample=False)
+            generator, stream = og.Generator(self._model, parameters), self._tokenizer.create_stream()
+            generator.append_tokens(ids)
+            while not generator.is_done():
+                generator.generate_next_token()
+                turn.answer.append(stream.decode(generator.get_next_tokens()[0]))
+                on_text(turn.answer[-1])
+        return turn.result(at_limit=generator.token_count() == len(ids) + turn.limit)
 
-
-def answer_limit(context: dict[str, int], prompt: int) -> tuple[int, str | None]:
-    """Return how many tokens the answer to `prompt` tokens may have, and what to tell the user when it uses them all.
-
-    Raises PipelineError when there is no room for an answer.
-    """
-    most, ended = room(context, prompt)
-    if not most:
-        raise PipelineError(
-            f"the conversation has {prompt:,} tokens and this model takes {context['max_position_embeddings']:,}: "
-            "start a new one."
+    def _encode(self, messages: list[Message]) -> Any:
+        return self._tokenizer.encode(
+            self._tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
         )
-    return (most, ended) if most <= MAX_NEW_TOKENS else (MAX_NEW_TOKENS, None)

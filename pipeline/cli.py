@@ -130,10 +130,13 @@ def chat_command(directory: Path, device: str | None) -> None:
     _say(f"loaded for {chat.device}")
     with contextlib.suppress(click.Abort):  # the end of the input, or Ctrl-C
         while question := click.prompt("you", default="", show_default=False, prompt_suffix="> ", err=True).strip():
-            ended = chat.ask(question, on_text=lambda text: click.echo(text, nl=False))
+            try:
+                remark = chat.ask(question, on_text=lambda text: click.echo(text, nl=False))
+            except PipelineError as error:  # about this question alone
+                remark = str(error)
             click.echo()
-            if ended:
-                _say(ended)
+            if remark:
+                _say(remark)
 
 
 def _say(line: str) -> None:

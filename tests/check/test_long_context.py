@@ -17,6 +17,7 @@ from pipeline.check.measurement import load_runtime, load_scorer
 from pipeline.check.reference import LongContext
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import limits, room
+from pipeline.common.errors import PipelineError
 from pipeline.common.params import Limits, Npu, OnnxInt4, OpenvinoFp16, OpenvinoInt4
 from pipeline.convert import onnx_genai, openvino
 from pipeline.run import onnx, pieces
@@ -274,6 +275,37 @@ def test_a_chat_with_longrope(longrope, variant, monkeypatch):
     assert ended[0] is not None
     assert ended[0].startswith("The answer ends here, at 64 tokens")
     assert ended[1] is None or "at the 512 tokens" in ended[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["fp16", "cpu"])
+def test_a_chat_remembers(window, variant, monkeypatch):
+    """A chat's second answer is that to the whole conversation; a long chat forgets its oldest turns and says so."""
+    monkeypatch.setattr("pipeline.chat.MAX_NEW_TOKENS", 8)
+
+    def load_chat():
+        if variant == "fp16":
+            return OpenvinoChat(window.root / variant, device="CPU", npu=False, context=window.limits())
+        return OnnxChat(window.root / variant, directml=False, context=window.limits())
+
+    def answer_of(chat, question):
+        said = []
+        assert chat.ask(question, on_text=said.append) is None
+        return "".join(said)
+
+    chat, said = load_chat(), []
+    first, second = "water is wet", "the capital of France"
+    messages = [{"role": "user", "content": first}, {"role": "assistant", "content": answer_of(chat, first)}]
+    answer = answer_of(chat, second)
+    other = load_chat()
+    assert answer_of(other, second) != answer  # without the first turn
+    other._conversation.messages = messages
+    assert answer_of(other, second) == answer
+    question = "the capital of France is Paris and water is wet. " * 3
+    remarks = [chat.ask(question, on_text=said.append) for _ in range(12)]
+    assert remarks[-1].startswith("The conversation is longer than this model takes: its first 1 turns are forgotten.")
+    with pytest.raises(PipelineError, match="tokens, more than this model takes"):
+        chat.ask("water " * 600, on_text=said.append)
 
 
 @pytest.mark.slow

@@ -2,10 +2,8 @@
 
 import pytest
 
-from pipeline.chat import answer_limit
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import describe, limits, pipeline_options, room
-from pipeline.common.errors import PipelineError
 from tests.conftest import make_checkpoint
 
 WINDOW = {"max_position_embeddings": 4096, "sliding_window": 2047}
@@ -54,19 +52,6 @@ def test_room(context, prompt, tokens, words):
     """An answer ends with the context, and before it crosses LongRoPE's original limit."""
     limit, ended = room(context, prompt)
     assert (limit, ended.split(",", 1)[1].startswith(f" {words}")) == (tokens, True)
-
-
-def test_answer_limit():
-    """A chat says why an answer ends only if the context ends it, and refuses a conversation without room."""
-    assert answer_limit(WINDOW, 100) == (512, None)
-    limit, ended = answer_limit(LONGROPE, 4000)
-    assert (limit, ended) == (
-        97,
-        "The answer ends here, at 4,096 tokens: from here on this model reads the whole conversation with other rotary "
-        "factors. Ask it to go on.",
-    )
-    with pytest.raises(PipelineError, match=r"has 4,096 tokens and this model takes 4,096: start a new one\."):
-        answer_limit(WINDOW, 4096)
 
 
 def test_pipeline_options(tmp_path):
