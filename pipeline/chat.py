@@ -14,6 +14,7 @@ from pipeline.release.pull import verify_any
 from pipeline.run.interface import Message
 
 MAX_NEW_TOKENS = 512
+NPU_PROMPT = 1024  # tokens of the longest prompt on an NPU, unless MAX_PROMPT_LEN says otherwise
 
 
 class Chat(Protocol):
@@ -71,7 +72,7 @@ class Conversation:
     def turn(self, question: str) -> Iterator["Turn"]:
         """Add `question`, and the answer that the block has appended to the turn; when the block fails, add nothing.
 
-        Raises PipelineError when there is no room for an answer to the question alone.
+        Raises PipelineError when there is no room for an answer to the question alone, or when the runtime fails.
         """
         kept = [*self.messages, {"role": "user", "content": question}]
         dropped = 0
@@ -83,7 +84,10 @@ class Conversation:
         turn = Turn(kept, *limit)
         if dropped:
             turn.remark = f"The conversation is longer than this model takes: its first {dropped} turns are forgotten."
-        yield turn
+        try:
+            yield turn
+        except RuntimeError as error:
+            raise PipelineError(f"the runtime could not answer ({lines(error)[-1]}): ask something else.") from error
         self.messages = [*kept, {"role": "assistant", "content": "".join(turn.answer)}]
 
     def _room(self, prompt: int) -> tuple[int, str | None]:
@@ -116,12 +120,13 @@ class OpenvinoChat:
         import openvino_genai
 
         self._pipeline: Any
-        lengths: dict[str, int] = {}
+        longest_prompt = NPU_PROMPT if device == "NPU" else None
         if npu and device is None:
             from pipeline.run.blobs import choose, load_pipeline
 
             choice = choose(directory)
-            lengths = choice.lengths if choice.device == "NPU" else {}
+            if choice.device == "NPU":
+                longest_prompt = choice.lengths.get("MAX_PROMPT_LEN", NPU_PROMPT)
             self._pipeline, self.device = load_pipeline(directory)
         else:
             self.device = device or "CPU"
@@ -133,7 +138,7 @@ class OpenvinoChat:
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
             return int(tokenizer.encode(prompt, add_special_tokens=False).input_ids.shape[1])
 
-        self._conversation = Conversation(context, count=count, longest_prompt=lengths.get("MAX_PROMPT_LEN"))
+        self._conversation = Conversation(context, count=count, longest_prompt=longest_prompt)
 
     def ask(self, question: str, *, on_text: Callable[[str], None]) -> str | None:
         import openvino_genai

@@ -61,6 +61,8 @@ def test_an_answer_that_fails():
     with suppress(KeyboardInterrupt), chat.turn("a b") as turn:
         turn.answer.append("c")
         raise KeyboardInterrupt
+    with pytest.raises(PipelineError, match=r"the runtime could not answer \(out of luck\)"), chat.turn("a b"):
+        raise RuntimeError("out of luck")
     assert ask(chat, "e f", "g h")[0] == ["e f"]
 
 
