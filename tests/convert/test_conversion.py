@@ -89,7 +89,7 @@ def test_int4(style, tmp_path, recipe):
     _, checkpoint, fp16 = style
     openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=None)
     assert_recipe(openvino, tmp_path, checkpoint, recipe)
-    assert summary(openvino.read_matrices(tmp_path))["int4_ratio"] <= recipe.ratio
+    assert summary(openvino.read_matrices(tmp_path)).int4_ratio <= recipe.ratio
     scorer = OpenvinoLogits(tmp_path, device="CPU")
     assert_same_model(OpenvinoGenai(tmp_path, device="CPU"), scorer, checkpoint, correlation=0.95)
 
