@@ -122,12 +122,12 @@ class OpenvinoChat:
         self._pipeline: Any
         longest_prompt = NPU_PROMPT if device == "NPU" else None
         if npu and device is None:
-            from pipeline.run.blobs import choose, load_pipeline
+            from pipeline.run.blobs import choose, load_chosen
 
             choice = choose(directory)
             if choice.device == "NPU":
                 longest_prompt = choice.lengths.get("MAX_PROMPT_LEN", NPU_PROMPT)
-            self._pipeline, self.device = load_pipeline(directory)
+            self._pipeline, self.device = load_chosen(directory, choice)
         else:
             self.device = device or "CPU"
             options = {} if self.device == "NPU" else pipeline_options(directory)

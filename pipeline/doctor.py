@@ -7,11 +7,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-DVC_FILE = Path("dvc.yaml")
-LOCK, LIBRARIES = Path("requirements.lock"), Path("libraries.lock")  # the first includes the second
+from pipeline.dvc_yaml import DVC_FILE, LIBRARIES
+from pipeline.release.device import installed_version
+
+LOCK = Path("requirements.lock")  # it includes LIBRARIES
 CACHE = Path(".dvc/cache")
 LEAST_FREE = 9e9  # bytes that building the embedded model takes
 TIMEOUT = 5  # seconds
@@ -46,11 +47,11 @@ def _packages() -> Iterator[Finding]:
     yield Finding("python", python, None if supported else "use Python 3.11 to 3.13")
     if not LOCK.exists():
         return
-    locked = LOCK.read_text("utf-8").splitlines() + LIBRARIES.read_text("utf-8").splitlines()
+    locked = LOCK.read_text("utf-8").splitlines() + Path(LIBRARIES).read_text("utf-8").splitlines()
     lines = [line for line in locked if line and not line.startswith(("#", "-"))]
     differing = []
     for wanted in map(Requirement, lines):
-        installed = _version(wanted.name)
+        installed = installed_version(wanted.name)
         if installed is None or not wanted.specifier.contains(installed, prereleases=True):
             differing.append(f"{wanted.name} {installed or 'missing'} instead of {str(wanted.specifier)[2:]}")
     remedy = f"pip install --no-deps -r {LOCK}" if differing else None
@@ -58,7 +59,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _openvino() -> Iterator[Finding]:
-    if not (installed := _version("openvino")):
+    if not (installed := installed_version("openvino")):
         yield Finding("openvino", "not installed", "pip install openvino-genai, to run OpenVINO artifacts")
         return
     import openvino
@@ -70,7 +71,7 @@ def _openvino() -> Iterator[Finding]:
 
 def _onnxruntime() -> Iterator[Finding]:
     packages = ("onnxruntime-genai", "onnxruntime-genai-winml")
-    found = [f"{name} {number}" for name in packages if (number := _version(name))]
+    found = [f"{name} {number}" for name in packages if (number := installed_version(name))]
     if not found:
         yield Finding("onnxruntime", "not installed", "pip install onnxruntime-genai, to run ONNX artifacts")
         return
@@ -155,10 +156,3 @@ def _hub() -> Iterator[Finding]:
 
 def _without_password(value: str) -> str:
     return re.sub(r"//[^/@]*@", "//(password)@", value)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

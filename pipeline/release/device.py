@@ -51,14 +51,15 @@ def suits(release: Release, device: str) -> bool:
 
 def missing(release: Release) -> list[str]:
     """Return the packages that `release` requires and that are not installed."""
-    return [package for package in release.requires if not _is_installed(package)]
+    return [package for package in release.requires if installed_version(package) is None]
 
 
-def _is_installed(package: str) -> bool:
+def installed_version(package: str) -> str | None:
+    """Return the version of `package`, or None when it is not installed."""
     try:
-        return bool(version(package))
+        return version(package)
     except PackageNotFoundError:
-        return False
+        return None
 
 
 def machine() -> tuple[str, str]:

@@ -43,7 +43,7 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
         return Choice("CPU", {}, "this machine has no NPU, or no driver for it: the IR runs on the CPU")
     places = (directory / RELEASED_BLOBS / architecture, paths.blob(directory, architecture))
     blob_directory = next((place for place in places if place.is_dir()), None)
-    lengths = _lengths(directory)
+    lengths = _lengths(directory, ir)
     if blob_directory is None:
         return Choice("NPU", {**lengths}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
     blob = verify(blob_directory, BlobManifest)
@@ -59,11 +59,11 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
     return Choice("NPU", options, f"the blob is for NPU {architecture} and OpenVINO {made_by}", lengths)
 
 
-def _lengths(directory: Path) -> dict[str, int]:
+def _lengths(directory: Path, ir: VariantManifest) -> dict[str, int]:
     # The static lengths that params.yaml asks for, which the manifests of all blobs of the variant state.
     for path in (*directory.glob(f"{RELEASED_BLOBS}/*"), *directory.parent.glob(f"blobs/{directory.name}-*")):
         blob = read_manifest(path, BlobManifest)
-        if f"{blob.model}/{blob.variant}" == read_manifest(directory).name:
+        if f"{blob.model}/{blob.variant}" == ir.name:
             asked = blob.recipe.asked
             return {"MAX_PROMPT_LEN": asked.max_prompt_len, "MIN_RESPONSE_LEN": asked.min_response_len}
     return {}
@@ -89,9 +89,13 @@ def load_pipeline(directory: Path, **options: str | int) -> tuple[object, str]:
     When the driver refuses the blob the IR is loaded instead, compiled for the lengths that the blob was asked for.
     `options` go to the pipeline in either case, such as MAX_PROMPT_LEN for the IR.
     """
+    return load_chosen(directory, choose(directory), **options)
+
+
+def load_chosen(directory: Path, choice: Choice, **options: str | int) -> tuple[object, str]:
+    """Return what `load_pipeline` does, when `choose` has been called already."""
     import openvino_genai
 
-    choice = choose(directory)
     given = choice.options | (pipeline_options(directory) if choice.device == "CPU" else {})
     try:
         return openvino_genai.LLMPipeline(directory, choice.device, **given | options), choice.reason
