@@ -1,15 +1,24 @@
-"""Debian's docker-registry on loopback."""
+"""Debian's docker-registry on loopback, and a small issuer of its tokens."""
 
 import base64
+import datetime
 import json
+import secrets
 import shutil
 import socket
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlparse
 
+import jwt
 import pytest
 import requests
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.conftest import ROOT, run
 
@@ -22,10 +31,65 @@ http: {{addr: "127.0.0.1:{port}"}}
 """
 
 
+class Issuer:
+    """A server that gives tokens for the scope that is asked for: to read to everybody, to write with the password.
+
+    Protocol: https://distribution.github.io/distribution/spec/auth/token/ and, for the token itself, spec/auth/jwt/
+    """
+
+    def __init__(self, folder):
+        self.asked = []  # the scope of each token
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "issuer")])
+        now = datetime.datetime.now(datetime.UTC)
+        certificate = (
+            x509.CertificateBuilder(name, name, self._key.public_key(), x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .sign(self._key, hashes.SHA256())
+        )
+        self.certificate = folder / "issuer.pem"
+        self.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        self._chain = [base64.b64encode(certificate.public_bytes(serialization.Encoding.DER)).decode()]
+        issuer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                wanted = parse_qs(urlparse(self.path).query).get("scope", [""])[0]
+                issuer.asked.append(wanted)
+                known = self.headers.get("Authorization") == f"Basic {base64.b64encode(b'user:s3cret').decode()}"
+                if "Authorization" in self.headers and not known:
+                    self.send_error(401)
+                    return
+                body = json.dumps({"token": issuer.token(wanted, write=known)}).encode()
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/token"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def token(self, scope, *, write=True, seconds=300):
+        """Return a token for `scope`; without `write` only for reading."""
+        access = []
+        if scope:
+            kind, name, actions = scope.split(":")
+            allowed = [action for action in actions.split(",") if write or action == "pull"]
+            access = [{"type": kind, "name": name, "actions": allowed}]
+        start = int(time.time()) - 3600
+        claims = {"iss": "issuer", "sub": "user", "aud": "registry", "access": access, "jti": secrets.token_hex(8)}
+        claims |= {"nbf": start, "iat": start, "exp": start + 3600 + seconds}
+        return jwt.encode(claims, self._key, algorithm="ES256", headers={"x5c": self._chain})
+
+
 class Registry:
     """A running docker-registry: its address, its folder and the environment for `phi3`."""
 
-    def __init__(self, folder, *, password=False):
+    def __init__(self, folder, *, password=False, tokens=False):
         if not shutil.which("docker-registry"):
             pytest.fail("docker-registry is missing: run `make test`, or install it")
         with socket.socket() as free:
@@ -40,6 +104,10 @@ class Registry:
             hashed = bcrypt.hashpw(b"s3cret", bcrypt.gensalt(4, prefix=b"2a")).decode()
             (folder / "htpasswd").write_text(f"user:{hashed}\n")
             auth = f"auth: {{htpasswd: {{realm: test, path: {folder / 'htpasswd'}}}}}"
+        self.issuer = Issuer(folder) if tokens else None
+        if self.issuer:
+            options = f"realm: {self.issuer.url}, service: registry, issuer: issuer"
+            auth = f"auth: {{token: {{{options}, rootcertbundle: {self.issuer.certificate}}}}}"
         port = self.host.split(":")[1]
         (folder / "config.yml").write_text(CONFIG.format(root=self.root, port=port, auth=auth))
         self.home = folder / "home"
@@ -66,3 +134,6 @@ class Registry:
         """End the registry."""
         self.process.terminate()
         self.process.wait()
+        if self.issuer:
+            self.issuer.server.shutdown()
+            self.issuer.server.server_close()

@@ -8,8 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
+from requests import Session
 from urllib3.util import Retry
 
+from pipeline.release import pull
 from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.oci import OciRegistry
@@ -165,6 +167,66 @@ def test_password(tmp_path):
         assert check(Path("model")).name == NAME
     finally:
         registry.stop()
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """An empty registry that wants tokens of an issuer, as Docker Hub, GitLab, Harbor and GHCR do."""
+    registry = Registry(tmp_path / "oci", tokens=True)
+    yield registry
+    registry.stop()
+
+
+def test_tokens(tokens, tmp_path):
+    """A token is asked for each scope: all may read, and who writes without a password gets a sentence."""
+    tokens.login("s3cret")
+    tokens.phi3("publish", NAME, "--to", tokens.url, "--version", "1.0.0")
+    assert {scope.partition("tiny:")[2] for scope in tokens.issuer.asked} == {"pull", "pull,push"}
+    (tokens.home / ".docker/config.json").unlink()
+    assert tokens.phi3("list", tokens.url).stdout == f"{NAME} 1.0.0 latest\n"
+    tokens.phi3("pull", tokens.url, NAME, "--to", "model")
+    assert check(tmp_path / "model").version == "1.0.0"
+    build(BIG)
+    for _ in range(2):
+        refused = tokens.phi3("publish", NAME, "--to", tokens.url, "--version", "1.1.0", check=False)
+        assert (refused.returncode, "docker login" in refused.stderr, refused.stderr.count("\n")) == (1, True, 1)
+        tokens.login("wr0ng")
+
+
+@pytest.mark.parametrize("chunk", [1000, 16 << 20])
+def test_a_token_that_expires(tokens, monkeypatch, chunk):
+    """A token that expires within an upload or before a download is replaced, whatever the size of the chunks."""
+    monkeypatch.setenv("HOME", str(tokens.home))
+    monkeypatch.setattr("pipeline.release.registry.oci.UPLOAD_CHUNK", chunk)
+    tokens.login("s3cret")
+    registry = open_registry(tokens.url)
+    request, expired = Session.request, []
+
+    def expire(session, method, url, **options):
+        if method in ("PATCH", "PUT") or (method == "GET" and "/blobs/" in url):
+            token = tokens.issuer.token("repository:models/tiny:pull,push", seconds=-3000)
+            if options["headers"].get("Authorization") and url not in expired:
+                options["headers"]["Authorization"] = f"Bearer {token}"
+                expired.append(url)
+        return request(session, method, url, **options)
+
+    monkeypatch.setattr(Session, "request", expire)
+    build(bytes(range(256)) * (chunk // 100))
+    publish_version(registry=registry)
+    pull.pull(registry, NAME, to=Path("model"), progress=lambda *_: None)
+    assert check(Path("model")).version == "1.0.0"
+    assert len(expired) > 10
+
+
+def test_a_token_is_replaced_before_it_expires(tokens, monkeypatch):
+    """When a token has lived for half of its time, the next request of an upload asks for another one first."""
+    monkeypatch.setenv("HOME", str(tokens.home))
+    monkeypatch.setattr("pipeline.release.registry.oci.UPLOAD_CHUNK", 1000)
+    monkeypatch.setattr("pipeline.release.registry.oci.TOKEN_LIFETIME", 0)
+    tokens.login("s3cret")
+    build(BIG)
+    publish_version(registry=open_registry(tokens.url))
+    assert len(tokens.issuer.asked) > len(BIG) / 1000
 
 
 def test_a_registry_that_is_not_there():

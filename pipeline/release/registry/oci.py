@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import jsonschema
 import requests
+from oras.auth import TokenAuth, auth_backends
 from oras.container import Container
 from oras.provider import Registry as Provider
 from requests.adapters import HTTPAdapter
@@ -31,11 +33,27 @@ TYPE = "application/vnd.cncf.model"
 FILEPATH = "org.cncf.model.filepath"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 UPLOAD_CHUNK, DOWNLOAD_CHUNK = 64 << 20, 1 << 20
+TOKEN_LIFETIME = 60  # seconds at least: https://distribution.github.io/distribution/spec/auth/token/
 
 
 class _Client(Provider):  # type: ignore[misc]
     # With its own retries, oras-py takes two minutes to report that a host does not answer.
     do_request = Provider.do_request.__wrapped__
+
+
+class _Tokens(TokenAuth):  # type: ignore[misc]
+    # A registry refuses a token that has expired, or that lacks the scope of a request, and names the scope that it
+    # wants. oras-py would send the refused token again; this asks for another one. It also does so in time, since a
+    # registry may close the connection while it is sent a large chunk with an expired token.
+
+    def authenticate_request(self, original: requests.Response, headers: dict[str, str], refresh: bool = False) -> Any:
+        self._challenge, self._renew = original, time.monotonic() + TOKEN_LIFETIME / 2
+        return super().authenticate_request(original, headers, refresh=True)
+
+    def get_auth_header(self) -> Any:
+        if time.monotonic() >= self._renew:
+            self.authenticate_request(self._challenge, {})
+        return super().get_auth_header()
 
 
 class OciRegistry:
@@ -213,7 +231,8 @@ def _client(container: Container, *, url: str) -> Any:
         session.mount(f"{prefix}://", retries)
         challenge = session.get(f"{prefix}://{container.registry}/v2/", timeout=30).headers.get("Www-Authenticate", "")
     basic = challenge.casefold().startswith("basic")
-    client = _Client(hostname=container.registry, insecure=insecure, auth_backend="basic" if basic else "token")
+    auth_backends["tokens"] = _Tokens
+    client = _Client(hostname=container.registry, insecure=insecure, auth_backend="basic" if basic else "tokens")
     client.session.mount(f"{prefix}://", retries)
     client.auth.load_configs(container)
     if basic and not hasattr(client.auth, "_basic_auth"):
