@@ -1,13 +1,17 @@
-"""The cells of dvc.yaml and the cells that each of them needs, as DVC reads them."""
+"""The cells of dvc.yaml and the cells that each of them needs, as DVC reads them.
+
+`python -m pipeline.graph` ends with status 1 when an output is not in DVC's cache.
+"""
 
 import functools
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.params import Params
+from pipeline.common.params import Params, load_params
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,22 @@ def changed(graph: dict[str, Node], *, remote: bool = False) -> set[str]:
     return found
 
 
+def require_cached(graph: dict[str, Node]) -> None:
+    """Raise PipelineError when an output of a cell of `graph` is not in DVC's cache.
+
+    That happens when the cache's disk is full: `dvc repro` says so, but ends with status 0.
+    """
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        missing = {path.rstrip("/") for path in repo.data_status()["not_in_cache"]}
+    if names := [name for name, node in graph.items() if missing & set(node.cached)]:
+        raise PipelineError(
+            f"DVC could not keep the output of {', '.join(names)} in its cache: "
+            "make room there, then run `dvc commit -f`."
+        )
+
+
 @functools.cache
 def _gone(*, remote: bool) -> frozenset[str]:
     from dvc.repo import Repo
@@ -108,3 +128,10 @@ def _dry_run() -> frozenset[str]:
     command = ["dvc", "repro", "--dry", "--allow-missing", "--keep-going"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     return frozenset(re.findall(r"Running stage '([^']+)'", listed))
+
+
+if __name__ == "__main__":
+    try:
+        require_cached(read_graph(load_params()))
+    except PipelineError as failure:
+        sys.exit(f"error: {failure}")

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -93,9 +94,19 @@ def _go_on_in_a_child(cell: Cell) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the child, too
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status > 0 or status == KILLED:
+        _restore_outputs()
     if status == KILLED:
         _fail(f"{cell}: {_lack_of_memory('it was killed, as systems do when memory runs out', cell)}")
     os._exit(status if status >= 0 else 128 - status)
+
+
+def _restore_outputs() -> None:
+    # DVC removes the outputs of a stage before it runs the stage; those of the last success are still in its cache.
+    # When there are none, or the stage wrote new ones before it failed, DVC refuses, and nothing changes.
+    if stage := os.environ.get("DVC_STAGE"):
+        command = [sys.executable, "-m", "dvc", "checkout", "--quiet", stage]
+        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
 
 def _lack_of_memory(what: str, cell: Cell) -> str:

@@ -1,5 +1,6 @@
 """`dvc repro` on a tiny model: nothing to do, one edited variant, killed, interrupted, another model."""
 
+import json
 import os
 import re
 import signal
@@ -91,6 +92,18 @@ def test_killed_then_continued(project, shell):
     assert unfinished(project) == [".openvino-fp16.partial"]
     assert ran(run("dvc", "repro", "export_openvino", cwd=project).stdout) == ["export_openvino@tiny-openvino-fp16"]
     assert unfinished(project) == []
+
+
+def test_a_failed_stage_leaves_the_earlier_artifact(project, tiny_checkpoint):
+    """When a stage fails under `dvc repro`, which removes its outputs first, the earlier artifact is there again."""
+    params, source = project / "params.yaml", project / "artifacts/tiny/source"
+    run("dvc", "repro", "download", cwd=project)
+    before = verify(source)
+    edit(params, json.dumps(str(tiny_checkpoint)), json.dumps(f"{tiny_checkpoint}-moved"))
+    failed = run("dvc", "repro", "download", cwd=project, check=False)
+    assert failed.returncode != 0
+    assert f"error: download@tiny: the checkpoint directory {tiny_checkpoint}-moved does not exist" in failed.stderr
+    assert verify(source) == before
 
 
 def test_interrupted(project):

@@ -16,7 +16,7 @@ from pipeline import plan
 from pipeline.cluster.worker import LOCK, TOPIC, Origin, read_built, run_cell
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.params import OnnxInt4, Params, load_params
-from pipeline.graph import Node, changed, read_graph
+from pipeline.graph import Node, changed, read_graph, require_cached
 from pipeline.release.device import openvino_devices
 
 SCRATCH = Path(".dvc/tmp/cluster")  # on the project's disk, and ignored by git
@@ -69,6 +69,7 @@ def build(scheduler: str, targets: tuple[str, ...], *, say: Say) -> None:
                     say(f"{name} waits for a worker with {_words(need)}")
             _follow({name: tasks[name] for name in needs}, cells, say)
     _dvc("repro", "--pull", *targets)
+    require_cached(cells)
 
 
 def _origin(cells: dict[str, Node], *, local: bool) -> Origin:
