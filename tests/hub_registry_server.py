@@ -8,6 +8,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from ruamel.yaml import YAML
+
+# Of the lists of licences (hub-docs, docs/hub/repositories-licenses.md) and of libraries (huggingface.js,
+# packages/tasks/src/model-libraries.ts), those that models of this architecture have.
+HUB_LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc0-1.0", "bsd-3-clause", "gemma")
+HUB_LIBRARIES = ("transformers", "mlx", "peft", "keras", "diffusers", "sentence-transformers")
 LFS_FROM = 1000  # bytes; smaller files are kept in git
 
 
@@ -55,6 +61,30 @@ class HubRegistryServer:
         return next((commit for commit in commits if commit[0] == sha), None)
 
 
+def metadata_errors(card):
+    """Yield what the Hub refuses, or what it would not understand, in the metadata of a model card.
+
+    Rules: https://github.com/huggingface/hub-docs/blob/main/modelcard.md, and the pages on licences and model cards.
+    """
+    metadata = YAML(typ="safe").load(card.split("---\n")[1])
+    if metadata.get("license") not in (*HUB_LICENSES, "other"):
+        yield f"license {metadata.get('license')} is not in the Hub's list"
+    if metadata.get("license") == "other" and not re.fullmatch(r"[a-z0-9.-]+", metadata.get("license_name", "")):
+        yield "another license needs license_name"
+    if metadata.get("license_link", "LICENSE") not in ("LICENSE", "LICENSE.md"):
+        yield "license_link names no file of the repository"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", metadata.get("base_model", "a/b")):
+        yield "base_model is no name of a repository"
+    if metadata.get("base_model_relation", "quantized") not in ("adapter", "finetune", "merge", "quantized"):
+        yield "base_model_relation is unknown"
+    if metadata.get("library_name", "transformers") not in HUB_LIBRARIES:
+        yield f"the Hub knows no library {metadata['library_name']}"
+    if metadata.get("pipeline_tag") != "text-generation":
+        yield "pipeline_tag is unknown"
+    if not all(re.fullmatch(r"[\w .-]+", tag) for tag in metadata.get("tags", [])):
+        yield "a tag has other characters than letters"
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -93,7 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
                 hub.private.add(repo)
             return self._answer(200 if created else 409, {"url": f"{hub.url}/{repo}"})
         if path == "/api/validate-yaml":
-            return self._answer(200, {"errors": [], "warnings": []})
+            errors = [{"message": error} for error in metadata_errors(json.loads(body)["content"])]
+            return self._answer(400 if errors else 200, {"errors": errors, "warnings": []})
         if path.startswith("/lfs/"):
             hub.lfs[path.removeprefix("/lfs/")] = body
             return self._answer(200, {})

@@ -90,6 +90,7 @@ def release_folder(tmp_path, monkeypatch):
     run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start", cwd=tmp_path)
     paths.source(MODEL).mkdir(parents=True)
     (paths.source(MODEL) / "LICENSE").write_text("MIT")
+    (paths.source(MODEL) / "config.json").write_text('{"model_type": "phi3"}')
     build()
     return tmp_path
 

@@ -13,6 +13,16 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import HubOrigin, VariantManifest, read_manifest
 from pipeline.common.paths import MANIFEST
 
+# The licences that the Hub knows by their SPDX identifier: https://huggingface.co/docs/hub/repositories-licenses
+HUB_LICENCES = frozenset(
+    """
+    afl-3.0 apache-2.0 artistic-2.0 bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0
+    cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
+    cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0
+    cdla-sharing-1.0 ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 isc lppl-1.3c mit mpl-2.0 ms-pl ncsa ofl-1.1
+    osl-3.0 postgresql unlicense wtfpl zlib
+    """.split()  # noqa: SIM905  forty lines with one name each are no easier to read
+)
 CARD, METRICS, PROVENANCE, SBOM = "README.md", "metrics.json", "provenance.json", "sbom.cdx.json"
 
 
@@ -37,19 +47,29 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
 def card(manifest: VariantManifest, metrics: dict[str, Any], measured: dict[str, Any], *, version: str) -> str:
     """Return the model card: the Hub's metadata, the metrics of the variant, and the measurements of one machine.
 
+    It names no library, because the Hub knows neither openvino nor onnxruntime-genai; it then counts downloads by
+    `config.json`.
+
     Metadata: https://huggingface.co/docs/hub/model-cards#model-card-metadata
     """
     from huggingface_hub import ModelCardData
 
-    library = "openvino" if "openvino" in manifest.tools else "onnxruntime-genai"
+    licence = manifest.license.lower()
+    known = licence in HUB_LICENCES
     base = manifest.source.hub if isinstance(manifest.source, HubOrigin) else None
     data = ModelCardData(
-        license=manifest.license.lower(),
+        license=licence if known else "other",
+        license_name=None if known else licence,
+        license_link=None if known else "LICENSE",
         base_model=base,
         base_model_relation="quantized" if base else None,
-        library_name=library,
         pipeline_tag="text-generation",
-        tags=[library, manifest.variant, "phi3", *(device.lower() for device in manifest.runtime.devices)],
+        tags=[
+            "openvino" if "openvino" in manifest.tools else "onnx",
+            manifest.variant,
+            "phi3",
+            *(device.lower() for device in manifest.runtime.devices),
+        ],
     )
     formats = ", ".join(f"{share:.1%} {name}" for name, share in manifest.recipe.achieved.formats.items())
     requires = " ".join(f"{package}=={number}" for package, number in manifest.runtime.requires.items())

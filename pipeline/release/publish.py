@@ -49,7 +49,8 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="phi3-release-") as folder:
         added = Path(folder)
         write_documents(added, model=model, variant=variant, version=version)
-        contents = {path.name: path for path in [*directory.iterdir(), *_licences(model), *added.iterdir()]} | blobs
+        files = [*_of_source(model), *directory.iterdir(), *added.iterdir()]
+        contents = {path.name: path for path in files} | blobs
         release = Release(
             model=model,
             variant=variant,
@@ -125,5 +126,6 @@ def _blobs(ir: VariantManifest, *, progress: Callable[[str], None]) -> dict[str,
     return contents
 
 
-def _licences(model: str) -> list[Path]:
-    return [path for path in paths.source(model).iterdir() if path.name in LICENCE_FILES]
+def _of_source(model: str) -> list[Path]:
+    # The Hub counts the downloads of config.json, which ONNX models lack.
+    return [path for path in paths.source(model).iterdir() if path.name in (*LICENCE_FILES, "config.json")]

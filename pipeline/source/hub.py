@@ -1,6 +1,7 @@
 """A checkpoint from the Hugging Face Hub: a pinned commit, an allow-list of files, every byte checked."""
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,8 +15,6 @@ from pipeline.common.manifest import HubOrigin, digest
 from pipeline.common.params import COMMIT, HubSource
 from pipeline.common.progress import Bar, say
 
-CACHED_LFS_BLOB = re.compile(r"[0-9a-f]{64}")
-
 
 def fetch(source: HubSource, target: Path) -> HubOrigin:
     """Download the checkpoint of `source` into the directory `target` and return its origin with the resolved commit.
@@ -25,12 +24,20 @@ def fetch(source: HubSource, target: Path) -> HubOrigin:
     run left incomplete is fetched from its beginning, since huggingface_hub 1.21 continues a file within one run only.
 
     Raises PipelineError when the repository cannot be reached or read, lists a hostile path, has no safetensors,
-    does not fit on the disk, or serves a file whose hash differs from the listing's.
+    does not fit on the disk, serves a file whose hash differs from the listing's, or has trusted code that is to come
+    from another repository.
     """
+    from huggingface_hub import constants
+
+    origin = _from_cache(source, target) if constants.HF_HUB_OFFLINE else _from_hub(source, target)
+    if source.trust_remote_code:
+        _refuse_code_of_others(source, target)
+    return origin
+
+
+def _from_hub(source: HubSource, target: Path) -> HubOrigin:
     from huggingface_hub import HfApi, constants, hf_hub_download
 
-    if constants.HF_HUB_OFFLINE:
-        return _from_cache(source, target)
     with _sentences(source):
         info = HfApi().model_info(
             source.repo, revision=source.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
@@ -93,11 +100,22 @@ def _from_cache(source: HubSource, target: Path) -> HubOrigin:
     for path in paths:
         say(f"{source.repo}: {path.name} from the Hugging Face cache")
         shutil.copyfile(path, target / path.name)
-        # In the cache an LFS file is a link to a blob that is named by its SHA-256.
-        blob = path.resolve().name
-        if CACHED_LFS_BLOB.fullmatch(blob) and digest(target / path.name).sha256 != blob:
+        # In the cache a file is a link to a blob that is named by its SHA-256, or by git's hash of a small file. Where
+        # links are not possible the cache has no hashes.
+        if path.is_symlink() and path.resolve().name not in (digest(path).sha256, _git_hash(path)):
             raise PipelineError(f"{path} is damaged in the Hugging Face cache: delete it and download it again.")
     return HubOrigin(hub=source.repo, revision=snapshot.name)
+
+
+def _refuse_code_of_others(source: HubSource, checkpoint: Path) -> None:
+    # A class such as `other/repository--module.Class` would be fetched from the newest commit of that repository.
+    for name in ("config.json", "tokenizer_config.json"):
+        classes = read_json(checkpoint / name).get("auto_map", {}) if (checkpoint / name).exists() else {}
+        if other := re.search(r"[\w.-]+/[\w.-]+--", json.dumps(classes)):
+            raise PipelineError(
+                f"{source.repo}: {name} takes Python code from {other[0][:-2]}, whose commit nothing pins: copy that "
+                "code into the repository, or remove trust_remote_code from params.yaml."
+            )
 
 
 def _refuse_hostile_path(source: HubSource, name: str) -> None:
@@ -124,8 +142,13 @@ def _is_intact(path: Path, sibling: Any) -> bool:
         return False
     if sibling.lfs:
         return digest(path).sha256 == str(sibling.lfs.sha256)
-    content = path.read_bytes()  # git's own object id; these files are small
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == str(sibling.blob_id)
+    return _git_hash(path) == str(sibling.blob_id)
+
+
+def _git_hash(path: Path) -> str:
+    hashed = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashed).hexdigest()
 
 
 def _check_space(target: Path, needed: int) -> None:

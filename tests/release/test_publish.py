@@ -50,6 +50,7 @@ def test_publish_then_pull(tmp_path):
     assert sorted(path.name for path in directory.iterdir()) == [
         "LICENSE",
         "README.md",
+        "config.json",
         "manifest.json",
         "metrics.json",
         "openvino_model.bin",
@@ -61,7 +62,7 @@ def test_publish_then_pull(tmp_path):
     assert check(directory) == release
     assert (directory / "openvino_model.bin").read_bytes() == b"weights"
     card = (directory / "README.md").read_text()
-    assert card.startswith("---\nbase_model: microsoft/Phi-3-mini-4k-instruct\nlibrary_name: openvino\nlicense: mit\n")
+    assert card.startswith("---\nbase_model: microsoft/Phi-3-mini-4k-instruct\nlicense: mit\n")
     assert "\nbase_model_relation: quantized\n---\n" in card
     rule, by = "\n| --- | --- |\n", "on CPU by openvino-genai"
     assert f"| judged in float32 {by} | |{rule}| size | 1e-07 MB |\n| mean KL | 0.1000 nats |" in card
@@ -270,7 +271,7 @@ def test_the_commands(tmp_path):
     directory = run("phi3", "pull", "dir:registry", NAME, "--to", "model", cwd=tmp_path).stdout.strip()
     assert directory == "model"
     verify(paths.variant(MODEL, VARIANT))
-    assert run("phi3", "verify", "model", cwd=tmp_path).stdout.startswith(f"{NAME}: 8 files, 0.0 MB, all as in")
+    assert run("phi3", "verify", "model", cwd=tmp_path).stdout.startswith(f"{NAME}: 9 files, 0.0 MB, all as in")
     chosen = run("phi3", "pull", "dir:registry", "--for", "gpu", "--to", "chosen", cwd=tmp_path)
     assert (chosen.stdout, chosen.stderr.splitlines()[0]) == ("chosen\n", f"{NAME}: asked for")
     refused = run("phi3", "pull", "dir:registry", "--for", "npu", cwd=tmp_path, check=False)

@@ -174,6 +174,20 @@ def test_trusted_remote_code_is_downloaded_too(hub: HubServer, client: Client) -
     assert files(client.target) == WANTED | {"modeling_phi3.py": UNWANTED["modeling_phi3.py"]}
 
 
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_code_of_another_repository_is_refused(serve: Callable[..., HubServer], client: Client, offline: str) -> None:
+    """Trusted code must be the pinned repository's own: the commit of another one would be whatever is newest."""
+    foreign = {"auto_map": {"AutoTokenizer": [None, "other/tokenizers--own.Tokenizer"]}}
+    hub = serve(WANTED | UNWANTED | {"tokenizer_config.json": json.dumps(foreign).encode()})
+    client.fill_cache(hub)
+    assert client.fetch(hub.url, *client.command(trust_remote_code=True), HF_HUB_OFFLINE=offline) == (
+        1,
+        f"{REPO}: tokenizer_config.json takes Python code from other/tokenizers, whose commit nothing pins: copy that "
+        "code into the repository, or remove trust_remote_code from params.yaml.\n",
+    )
+    assert client.fetch(hub.url, HF_HUB_OFFLINE=offline) == (0, ORIGIN)  # without trust no code is used
+
+
 def test_a_branch_is_recorded_as_its_commit(hub: HubServer, client: Client) -> None:
     """With allow_branch the origin names the commit that the branch pointed to, and the files are that commit's."""
     assert client.fetch(hub.url, *client.command(revision="main", allow_branch=True)) == (0, ORIGIN)
@@ -469,17 +483,19 @@ def test_offline_without_a_cache_is_told_in_a_sentence(hub: HubServer, client: C
     assert hub.log == []
 
 
-def test_offline_takes_the_snapshot_in_the_cache(hub: HubServer, client: Client) -> None:
-    """With HF_HUB_OFFLINE the snapshot that huggingface_hub cached is used without a request; damage is refused."""
+@pytest.mark.parametrize(("name", "damaged"), [(SECOND, DAMAGED), ("tokenizer.json", b'{"model":{} }')])
+def test_offline_takes_the_snapshot_in_the_cache(hub: HubServer, client: Client, name: str, damaged: bytes) -> None:
+    """With HF_HUB_OFFLINE the snapshot that huggingface_hub cached is used without a request; damage is refused in
+    large files and in small ones."""
     client.fill_cache(hub)
     assert client.fetch(hub.url, HF_HUB_OFFLINE="1") == (0, ORIGIN)
     assert files(client.target) == WANTED
     assert client.fetch(hub.url, *client.command(revision="main", allow_branch=True), HF_HUB_OFFLINE="1") == (0, ORIGIN)
-    (shard,) = (client.folder / "home").rglob(SECOND)
-    shard.write_bytes(DAMAGED)
+    (cached,) = (client.folder / "home").rglob(name)
+    cached.write_bytes(damaged)
     assert client.fetch(hub.url, HF_HUB_OFFLINE="1") == (
         1,
-        f"{shard} is damaged in the Hugging Face cache: delete it and download it again.\n",
+        f"{cached} is damaged in the Hugging Face cache: delete it and download it again.\n",
     )
     assert hub.log == []
 
