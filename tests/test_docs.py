@@ -1,11 +1,14 @@
-"""The tests that the documents name exist."""
+"""The tests and mutations that the documents name exist."""
 
 import re
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.conftest import ROOT
 
+MUTATIONS = YAML(typ="safe").load((ROOT / "tests/mutations.yaml").read_text("utf-8"))
+PROMISES = re.findall(r"^\| \d+ .*", (ROOT / "docs/promises.md").read_text("utf-8"), re.MULTILINE)
 NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/promises.md").read_text("utf-8"))
 
 
@@ -13,3 +16,19 @@ NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/promises.md").r
 def test_promises_name_tests(file, test):
     """Each test that docs/promises.md names exists."""
     assert f"\ndef {test}(" in (ROOT / file).read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutations_can_be_made(name):
+    """The code that a mutation replaces is there once, and so is the test that finds it. `make mutants` runs them."""
+    mutation = MUTATIONS[name]
+    assert (ROOT / mutation["file"]).read_text("utf-8").count(mutation["old"]) == 1
+    file, _, test = mutation["test"].partition("::")
+    assert f"\ndef {test}(" in (ROOT / file).read_text("utf-8")
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.split("|")[1].strip())
+def test_each_promise_has_a_mutation(promise):
+    """Each promise names a mutation that its test finds."""
+    cells = promise.split("|")
+    assert cells[4].strip() in MUTATIONS

@@ -53,6 +53,32 @@ def test_disk_at_full_size(cell, size):
 
 
 @pytest.mark.parametrize(
+    ("cell", "memory", "seconds", "temporary"),
+    [
+        ("download@phi-3-mini-4k-instruct", 0.05, 24, 0),
+        ("reference@phi-3-mini-4k-instruct", 1.65, 3117, 0),
+        ("calibrate@phi-3-mini-4k-instruct", 2.76, 1176, 0),
+        ("export_openvino@phi-3-mini-4k-instruct-openvino-fp16", 0.88, 66, 7.64),
+        ("quantize_openvino@phi-3-mini-4k-instruct-openvino-int4", 3.87, 514, 0),
+        ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 3.12, 580, 15.28),
+        ("build_onnx@phi-3-mini-4k-instruct-onnx-directml-int4", 2.58, 542, 2.35),
+        ("build_onnx@phi-3-mini-4k-instruct-onnx-cpu-int4", 3.45, 542, 3.27),
+        ("compile_npu@phi-3-mini-4k-instruct-npu-int4-group128-4000", 0.56, 66, 0),
+        ("validate@phi-3-mini-4k-instruct-openvino-fp16", 9.75, 809, 0),
+        ("validate@phi-3-mini-4k-instruct-openvino-int4", 4.88, 809, 0),
+        ("validate@phi-3-mini-4k-instruct-onnx-directml-int4", 4.99, 809, 0),
+        ("validate@phi-3-mini-4k-instruct-onnx-cpu-int4", 4.25, 809, 5.73),
+    ],
+)
+def test_memory_and_time_at_full_size(cell, memory, seconds, temporary):
+    """For Phi-3-mini's config the plan gives these figures: memory and temporary disk in GB, time in seconds."""
+    cost = plan.estimate(Cell.parse(cell, PARAMS), params=PARAMS, config=PHI_3_MINI)
+    assert [cost.memory / 1e9, cost.seconds, cost.temporary / 1e9] == pytest.approx(
+        [memory, seconds, temporary], rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
     ("variant", "copies"), [("npu-int4-channelwise", 2), ("openvino-int4", 2), ("onnx-cpu-int4", 1)]
 )
 def test_a_rotation(variant, copies):

@@ -85,7 +85,7 @@ def read_release(content: bytes, *, origin: str) -> Release:
 def unsafe(path: str) -> str | None:
     """Return why it is unsafe, on some system, to write a file of this path below a directory; None when it is safe."""
     parts = path.split("/")
-    if not path or len(path) > 200 or PurePosixPath(path).is_absolute():
+    if not path or len(path.encode("utf-8", "surrogatepass")) > 200 or PurePosixPath(path).is_absolute():
         return "is empty, long or absolute"
     if any(part in ("", ".", "..") for part in parts):
         return "leaves the directory"

@@ -191,6 +191,22 @@ def test_recipe(built, expected, failure):
         assert (failures[0].expected, failures[0].actual)[: len(failure)] == failure
 
 
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("Paris, a large city", 1.0),
+        ("A large city", 2 / 3),
+        ("Paris", 1 / 3),
+        ("The capital of France", 0.0),
+    ],
+)
+def test_recall(text, share):
+    """The recall is the share of the source's words that are new to the question and in the answer, too."""
+    source = answer("The capital of France is Paris, large city. It has two million people.")
+    source = source.model_copy(update={"question": "What is the capital of France?"})
+    assert checks.recall(answer(text), source) == pytest.approx(share)
+
+
 def test_one_slip_among_several_answers():
     """One wrong answer of four passes, since fidelity judges it; two are a failure, which shows the worst answer."""
     source = REFERENCE.answers[0]

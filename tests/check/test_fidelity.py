@@ -104,6 +104,28 @@ def test_the_tail_makes_a_lower_bound(answers, monkeypatch):
         assert metrics[name] == pytest.approx(whole[name], rel=1e-4)
 
 
+def test_the_tail_counts_as_one_outcome(monkeypatch):
+    """Of four tokens two are kept: the KL divergence is that of three outcomes, calculated by hand."""
+    monkeypatch.setattr(fidelity, "TOP", 2)
+    source = distributions(np.log(np.array([[0.2, 0.4, 0.1, 0.3]], np.float32)))
+    assert source.ids.tolist() == [[1, 3]]
+    assert np.exp(source.log_probs) == pytest.approx(np.array([[0.4, 0.3, 0.3]]), rel=1e-6)
+    by_hand = 0.4 * np.log(0.4 / 0.25) + 0.3 * np.log(0.3 / 0.25) + 0.3 * np.log(0.3 / 0.5)
+    assert fidelity.divergence(np.zeros((1, 4), np.float32), source) == pytest.approx([by_hand], rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite(answers, value):
+    """Each logit that is NaN or infinite is counted, so that no figure hides it."""
+    reference, variant = kept(Table(0), answers), Table(1)
+    variant._table[answers[0].ids[-2], 5] = value
+    logits = [variant.logits(answer.prompt_ids + answer.ids[:-1], last=len(answer.ids)) for answer in answers]
+    expected = sum(int((~np.isfinite(rows)).sum()) for rows in logits)
+    assert expected > 0
+    with np.errstate(all="ignore"):
+        assert compare(variant, answers, reference).non_finite == expected
+
+
 def test_the_source_against_itself(answers):
     """Compared with itself, the source has no divergence, agrees everywhere and shares its whole answers."""
     reference = kept(Table(0), answers)

@@ -195,6 +195,7 @@ def test_a_small_weight_block_zeroed(artifact, embedded):
         in evidence["failures"]
     )
     assert not any("'answer'" in failure for failure in evidence["failures"])
+    assert evidence["optimum-intel"]["text"].strip()  # the tutorials' way to load it was tried, too
 
 
 def test_departure():

@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 
 from pipeline.check.reference import read_reference
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import building, read_manifest, seal, verify
+from pipeline.common.manifest import BlobManifest, building, read_manifest, seal, verify
 from pipeline.common.params import OWN_PROPERTIES, Npu
 from pipeline.convert import npu
 from pipeline.convert.npu.blob import read_blob
@@ -129,6 +129,22 @@ def test_choose_the_blob_that_fits(variant):
     assert choice.options == {"BLOB_PATH": str(blob), "WEIGHTS_PATH": str(variant / "openvino_model.bin")}
     assert choice.reason == "the blob is for NPU 4000 and OpenVINO 2026.4.1"
     assert choice.lengths == LENGTHS
+
+
+def test_choose_a_blob_with_weights(variant):
+    """A blob that has its weights inside is loaded without those of the IR, and one that was not compiled is not."""
+    directory = variant.parent / "blobs" / f"{VARIANT}-4000"
+    made = read_manifest(directory, BlobManifest)
+    recipe = made.recipe.model_copy(update={"asked": made.recipe.asked.model_copy(update={"weightless": False})})
+    (directory / "manifest.json").write_text(made.model_copy(update={"recipe": recipe}).model_dump_json())
+    choice = choose(variant, architecture="4000", openvino="2026.4.1")
+    assert choice.options == {"BLOB_PATH": str(directory / "x.blob")}
+    hashes = {"openvino_model.bin": read_manifest(variant).files["openvino_model.bin"].sha256}
+    with building(directory) as build:
+        seal(build, blob_manifest(manifest(), "4000", hashes=hashes, not_compiled="it ran out of patience"))
+    choice = choose(variant, architecture="4000", openvino="2026.4.1")
+    assert (choice.device, choice.options) == ("NPU", LENGTHS)
+    assert "does not fit, it was not compiled (it ran out of patience): the IR is compiled" in choice.reason
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.matrices import CHANNEL_WISE
@@ -181,6 +183,37 @@ def test_scales_are_those_of_the_file():
         grid = Grid(bits=4, group_size=32, symmetric=True, scale_dtype=torch.float16, scale_divisor=divisor)
         scales = quantize(weight, factor, grid).scales
         assert torch.equal((scales / divisor).half().float() * divisor, scales)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 70)),
+    bits=st.sampled_from([4, 8]),
+    size=st.sampled_from([CHANNEL_WISE, 1, 16, 32, 128]),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    magnitude=st.integers(-9, 4),
+    seed=st.integers(0, 999),
+)
+def test_any_format(shape, bits, size, symmetric, dtype, magnitude, seed):
+    """Whatever matrix and format, what is solved can be stored: codes and zero points in range, scales as in the file,
+    one for each group; two codes in a byte are read back."""
+    torch.manual_seed(seed)
+    rows, columns = shape
+    weight = torch.randn(rows, columns) * 10.0**magnitude
+    grid = Grid(bits=bits, group_size=size, symmetric=symmetric, scale_dtype=dtype)
+    solved = quantize(weight, factorize(hessian(columns + 3, columns), name="m"), grid)
+    groups = -(-columns // solved.group_size)
+    assert (solved.codes.shape, solved.scales.shape, solved.zero_points.shape) == (shape, *[(rows, groups)] * 2)
+    assert int(solved.codes.max()) <= grid.highest
+    assert int(solved.zero_points.max()) <= grid.highest
+    assert not symmetric or (solved.zero_points == grid.middle).all()
+    assert torch.equal(grid.stored(solved.scales), solved.scales)
+    assert torch.isfinite(solved.weights()).all()
+    packed = pack(solved.codes.numpy())
+    codes = torch.from_numpy(packed).repeat_interleave(2)[: rows * columns]
+    codes[1::2] >>= 4
+    assert torch.equal(codes & 15, solved.codes.flatten() & 15)
 
 
 def test_threads():

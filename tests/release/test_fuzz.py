@@ -2,7 +2,9 @@
 
 import json
 import random
-from pathlib import Path
+import tempfile
+import warnings
+from pathlib import Path, PureWindowsPath
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +16,7 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import Manifest, Runtime, building, read_manifest, seal, verify
 from pipeline.common.params import load_params
 from pipeline.convert.npu.blob import ELF, MAGIC, read_blob
-from pipeline.release.release import read_release
+from pipeline.release.release import read_release, unsafe
 from pipeline.source.gguf import convert_gguf
 from tests.conftest import ROOT
 from tests.manifests import variant_manifest
@@ -32,6 +34,26 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
     max_leaves=12,
+)
+# Parts of paths, many of which some system treats specially.
+PARTS = (
+    "a",
+    "b.bin",
+    "",
+    ".",
+    "..",
+    "c:",
+    "nul",
+    "Con.txt",
+    "LPT¹",
+    "aux ",
+    "a.",
+    " a",
+    "a\\b",
+    "~",
+    "$x",
+    "é" * 99,
+    "😀" * 99,
 )
 # Damage to a file: positions (as shares of its length) with the bytes written there, and where the file is cut.
 DAMAGE = st.tuples(st.floats(0, 1), st.binary(min_size=1, max_size=8), st.floats(0.5, 1) | st.just(1.0))
@@ -99,6 +121,22 @@ def test_release(release_folder, place, value):
     else:
         paths = read_release(content, origin="here").files
         assert not any(path.startswith("/") or ".." in path.split("/") for path in paths)
+
+
+@bounded
+@given(path=st.lists(st.sampled_from(PARTS) | st.text(max_size=4), min_size=1, max_size=4).map("/".join))
+def test_paths(path):
+    """A path that is not refused can be written here, names a file below the folder on Windows, too, and no device."""
+    if unsafe(path) is None:
+        on_windows = PureWindowsPath(path)
+        assert (on_windows.anchor, on_windows.parts) == ("", tuple(path.split("/")))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the method below, from Python 3.13 on
+            assert not any(PureWindowsPath(part).is_reserved() for part in on_windows.parts)
+        folder = Path(tempfile.mkdtemp(dir=".")).resolve()
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+        assert (folder / path).resolve().is_relative_to(folder)
 
 
 @bounded

@@ -223,7 +223,7 @@ def make_blob(platform, *, compiled=True, ir="weights"):
 
 def test_blobs_come_along():
     """A release has the compiled blobs of its variant, which an application then finds; a missing one is named, and one
-    compiled from another IR is refused."""
+    that has changed or was compiled from another IR is refused."""
     make_blob("4000")
     make_blob("3720", compiled=False)
     said = []
@@ -249,6 +249,10 @@ def test_blobs_come_along():
         manifest.model_copy(update={"variant": "openvino-int4-128"}).model_dump_json()
     )
     assert publish_version("1.1.0").files.keys() == release.files.keys()  # the other variant's blob stays out
+    blob = paths.blob(paths.variant(MODEL, VARIANT), "4000") / "x.blob"
+    blob.write_text("BLOB for 4000")
+    with pytest.raises(PipelineError, match=r"openvino-int4-4000: x\.blob has changed"):
+        publish_version("2.0.0")
     make_blob("4000", ir="other")
     with pytest.raises(PipelineError, match=r"tiny/blobs/openvino-int4-4000 was compiled from another IR"):
         publish_version("2.0.0")

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -91,6 +90,23 @@ def test_a_corrupt_content_in_the_registry(content):
     assert not Path("model").exists()
     publish_version("1.0.1")
     check(pull_latest(to=Path("model")))
+
+
+def test_a_download_without_an_end():
+    """A download ends as soon as it is longer than release.json says, and nothing is installed."""
+    publish_version()
+    sent = []
+
+    class Endless(DirectoryRegistry):
+        def download(self, release, path, *, offset):
+            while len(sent) < 1000:
+                sent.append(path)
+                yield b"x"
+
+    with pytest.raises(PipelineError, match=r"gave other bytes for LICENSE than release\.json says"):
+        pull.pull(Endless(Path("registry")), NAME, to=Path("model"), progress=quiet)
+    assert len(sent) == len("MIT") + 1
+    assert not Path("model").exists()
 
 
 def test_a_corrupt_file_in_the_cache():
@@ -213,14 +229,9 @@ def test_a_target_that_is_taken(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(tmp_path, mount):
     """A file system of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False).returncode:
-        pytest.skip("only root can mount a small file system")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    return mount(tmp_path / "disk", 1.05)
 
 
 def test_too_little_space(small_disk, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.common.errors import PipelineError
 from pipeline.release.pull import check
+from pipeline.release.registry.directory import DirectoryRegistry
 from tests.conftest import run
 from tests.release_project import NAME, build, publish_version, pull_latest
 from tests.release_project import release_folder as release_folder
@@ -59,6 +60,32 @@ def test_not_signed_by_the_key_that_was_given():
         with pytest.raises(PipelineError, match=r"is not signed by the owner of ours\.pub"):
             pull_signed()
     assert not Path("model").exists()
+
+
+@pytest.mark.usefixtures("keys")
+def test_an_installed_copy(monkeypatch):
+    """A copy that is installed already is not trusted for that: with a key, its signature is verified again."""
+    publish_version()
+    refused = [r"is not signed, and a key was given", r"is not signed by the owner of others\.pub"]
+    for key, why in zip(("ours.pub", "others.pub"), refused, strict=True):
+        for to in (None, Path("model")):
+            pull_latest(to=to)
+            with pytest.raises(PipelineError, match=why):
+                pull_signed(key, to=to)
+        signed("2.0.0")
+        shutil.rmtree("model")
+    signed("3.0.0")
+    shutil.copytree(pull_latest(), "copy")
+    Path("copy/release.sig").unlink()
+    read = DirectoryRegistry.read
+
+    def read_slowly(registry, name, version):  # meanwhile another process installs a copy without a signature
+        shutil.copytree("copy", "model")
+        return read(registry, name, version)
+
+    monkeypatch.setattr(DirectoryRegistry, "read", read_slowly)
+    with pytest.raises(PipelineError, match=refused[0]):
+        pull_signed()
 
 
 @pytest.mark.usefixtures("keys")

@@ -75,6 +75,14 @@ def test_greedy_tokens_are_the_sources(tiny_checkpoint, fp16, npu):
     assert found.ids == Torch(tiny_checkpoint).generate(prompt, max_new_tokens=60).ids
 
 
+def test_the_longest_prompt_of_an_npu(fp16):
+    """The NPU's static pipeline takes prompts of the length that params.yaml says, and no longer ones."""
+    runtime = OpenvinoGenai(fp16, device="CPU", npu=Npu(max_prompt_len=64, min_response_len=64))
+    assert len(runtime.generate(list(range(30, 94)), max_new_tokens=1).ids) == 1
+    with pytest.raises(RuntimeError, match="64"):
+        runtime.generate(list(range(30, 95)), max_new_tokens=1)
+
+
 def test_a_prompt_read_in_pieces(tiny_checkpoint, fp16):
     """The logits at the last positions are the source's, however long the prompt is."""
     source, scorer = Torch(tiny_checkpoint), OpenvinoLogits(fp16, device="CPU")
