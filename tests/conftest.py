@@ -155,6 +155,8 @@ def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = Fa
 def run(*arguments: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program of the tests' environment, and return the result with its output."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if os.environ.get("MUTANT_UNDER_TEST") == "stats":  # mutmut counts the calls of its own process only
+        environment |= {"MUTANT_UNDER_TEST": ""}
     return subprocess.run(
         list(map(str, arguments)),
         cwd=cwd,

@@ -32,7 +32,7 @@ def link(source: str, target: str) -> None:
         Path(target).hardlink_to(source)
 
 
-def tests(copy: Path, *names: str) -> subprocess.CompletedProcess[str]:
+def outcome(copy: Path, *names: str) -> subprocess.CompletedProcess[str]:
     """Run tests in the copy; the embedded model's artifacts are taken as they are."""
     pytest_ = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
     return run(*pytest_, *names, cwd=copy, check=False, PHI3_TESTS_BUILT="1", PYTHONDONTWRITEBYTECODE="1")
@@ -40,7 +40,7 @@ def tests(copy: Path, *names: str) -> subprocess.CompletedProcess[str]:
 
 def test_without_mutation(copy):
     """All of the tests pass in the copy."""
-    result = tests(copy, *sorted({mutation["test"] for mutation in MUTATIONS.values()}))
+    result = outcome(copy, *sorted({mutation["test"] for mutation in MUTATIONS.values()}))
     assert result.returncode == 0, result.stdout
 
 
@@ -52,7 +52,7 @@ def test_found(copy, name):
     before = file.read_text("utf-8")
     edit(file, mutation["old"], mutation["new"])
     try:
-        result = tests(copy, mutation["test"])
+        result = outcome(copy, mutation["test"])
     finally:
         file.write_text(before, "utf-8")
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout

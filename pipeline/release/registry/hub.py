@@ -78,6 +78,7 @@ class HubRegistry:
     def publish(self, release: Release, signature: bytes | None) -> None:
         documents = {RELEASE: release.content()} | ({} if signature is None else {SIGNATURE: signature})
         operations: list[Any] = [*self._uploads.values()]
+        self._uploads = {}  # an upload belongs to one release
         operations += [
             CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in documents.items()
         ]

@@ -1,0 +1,173 @@
+"""Every kind of registry keeps the same promises: a directory, an OCI registry and an emulated Hub, on this machine."""
+
+from pathlib import Path
+
+import pytest
+import requests
+from huggingface_hub import constants
+
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import File, digest
+from pipeline.release import pull
+from pipeline.release.registry import open_registry
+from pipeline.release.registry.interface import Entry
+from pipeline.release.release import Release
+from tests.oci_registry_server import Registry
+from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet
+from tests.release_project import release_folder as release_folder
+
+pytestmark = [pytest.mark.slow, pytest.mark.mutants]
+BIG = bytes(range(256)) * 100
+REPO = "someone/tiny-openvino-int4"
+
+
+@pytest.fixture
+def hub(hub_registry, monkeypatch):
+    """The emulated Hub, as the Hub of this process."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub_registry.url)
+    template = f"{hub_registry.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    return hub_registry
+
+
+@pytest.fixture
+def oci(tmp_path):
+    """A real OCI registry without passwords."""
+    server = Registry(tmp_path / "oci")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["dir", "oci", "hf"])
+def registry(request):
+    """An empty registry of each kind."""
+    if request.param == "dir":
+        Path("registry").mkdir()
+        return open_registry("dir:registry")
+    if request.param == "oci":
+        return open_registry(request.getfixturevalue("oci").url)
+    request.getfixturevalue("hub")
+    return open_registry(f"hf:{REPO}")
+
+
+def published(registry, version, weights=b"weights", aliases=()):
+    """Publish an artifact with these weights; return its release."""
+    build(weights)
+    return publish_version(version, registry=registry, aliases=aliases)
+
+
+def test_nothing_is_there(registry):
+    """An empty registry has no versions, no aliases and no releases."""
+    assert registry.entries() == []
+    assert (registry.resolve(NAME, "latest"), registry.resolve(NAME, "1.0.0")) == (None, None)
+    assert registry.read(NAME, "1.0.0") is None
+
+
+def test_versions_and_aliases(registry):
+    """Versions are sorted by their numbers; an alias stands for one version, and can be moved to another."""
+    first = published(registry, "1.10.0", aliases=("latest", "stage"))
+    published(registry, "1.9.0", b"older")
+    assert registry.entries() == [Entry(NAME, "1.9.0"), Entry(NAME, "1.10.0", ["latest", "stage"])]
+    assert (registry.resolve(NAME, "stage"), registry.resolve(NAME, "1.9.0")) == ("1.10.0", "1.9.0")
+    assert (registry.resolve(NAME, "production"), registry.resolve(NAME, "1.8.0")) == (None, None)
+    assert registry.read(NAME, "1.10.0") == (first.content(), None)
+    for _ in range(2):
+        registry.point(NAME, "stage", "1.9.0")
+    assert registry.entries() == [Entry(NAME, "1.9.0", ["stage"]), Entry(NAME, "1.10.0", ["latest"])]
+
+
+def test_a_version_never_changes(registry):
+    """Other bytes as a version that is there are refused, and the version stays as it was."""
+    first = published(registry, "1.0.0")
+    build(BIG)
+    other = first.model_copy(update={"requires": {"other": "1.0"}})
+    registry.prepare(NAME)
+    for path, local in documents(other).items():
+        registry.upload(NAME, path, local, digest(local))
+    with pytest.raises(FileExistsError):
+        registry.publish(other, b"signature")
+    assert registry.read(NAME, "1.0.0") == (first.content(), None)
+
+
+def documents(release: Release) -> dict[str, Path]:
+    """Return a file with the content of each path of `release`, as far as the folder has it."""
+    folder = Path("artifacts") / MODEL / VARIANT
+    return {path: folder / path for path in release.files if (folder / path).exists()}
+
+
+def test_a_signature_comes_along(registry):
+    """A signature is kept beside the release that it belongs to."""
+    release = published(registry, "1.0.0")
+    signed = release.model_copy(update={"version": "1.1.0"})
+    registry.prepare(NAME)
+    for path, local in documents(signed).items():
+        registry.upload(NAME, path, local, signed.files[path])
+    registry.publish(signed, b"signature")
+    assert registry.read(NAME, "1.1.0") == (signed.content(), b"signature")
+    assert registry.read(NAME, "1.0.0") == (release.content(), None)
+
+
+def test_downloads(registry):
+    """A content comes whole or from a given byte on; a pull has the bytes that were published."""
+    release = published(registry, "1.0.0", BIG)
+    for offset in (0, 5, len(BIG) - 1):
+        assert b"".join(registry.download(release, "openvino_model.bin", offset=offset)) == BIG[offset:]
+    pull.pull(registry, NAME, reference="1.0.0", to=Path("model"), progress=quiet)
+    assert pull.check(Path("model")) == release
+    assert Path("model/openvino_model.bin").read_bytes() == BIG
+
+
+@pytest.mark.parametrize("registry", ["oci", "hf"], indirect=True)
+def test_a_registry_of_one_artifact(registry):
+    """A repository that has one artifact refuses another."""
+    registry.prepare("tiny/other")
+    published(registry, "1.0.0")
+    registry.prepare(NAME)
+    with pytest.raises(PipelineError, match=f"{registry.url} is the registry of {NAME}: give tiny/other a repository"):
+        registry.prepare("tiny/other")
+
+
+def test_contents_that_are_there(oci):
+    """An OCI registry says which contents it has; only the others are uploaded."""
+    registry = open_registry(oci.url)
+    release = published(registry, "1.0.0")
+    assert all(registry.has(NAME, file) for file in release.files.values())
+    assert not registry.has(NAME, File(size=1, sha256="0" * 64))
+
+
+def test_what_others_put_there(oci, hub):
+    """An image that is no release, and aliases that are no JSON, are refused with a sentence."""
+    registry = open_registry(oci.url)
+    published(registry, "1.0.0")
+    address = f"http://{oci.host}/v2/models/tiny/manifests"
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    manifest = requests.get(f"{address}/1.0.0", headers={"Accept": kind}, timeout=9).json()
+    manifest["layers"] = manifest["layers"][:1]
+    requests.put(f"{address}/2.0.0", json=manifest, headers={"Content-Type": kind}, timeout=9).raise_for_status()
+    with pytest.raises(PipelineError, match=r":2\.0\.0 is no model that this pipeline published: it has no release"):
+        registry.read(NAME, "2.0.0")
+    registry = open_registry(f"hf:{REPO}")
+    published(registry, "1.0.0")
+    for content in (b"[", b"[]", b'{"latest": 1}'):
+        hub.commit(REPO, hub.revision(REPO, "main")[1] | {"aliases.json": content})
+        with pytest.raises(PipelineError, match=r"aliases\.json is not valid: pull a version by its number"):
+            registry.resolve(NAME, "latest")
+
+
+def test_a_server_that_fails(hub):
+    """When the Hub fails, the sentence names it and says what to do; no token is shown."""
+    registry = open_registry(f"hf:{REPO}")
+    published(registry, "1.0.0")
+    for part, call in (
+        ("/resolve/", lambda: registry.read(NAME, "1.0.0")),
+        ("/refs", lambda: registry.entries()),
+        ("/commit/", lambda: registry.point(NAME, "stage", "1.0.0")),
+    ):
+        hub.fail = {part: 403}
+        with pytest.raises(
+            PipelineError, match=f"^hf:{REPO}: {hub.url} failed .*: check the network and HF_TO"
+        ) as said:
+            call()
+        assert "hf_secret" not in str(said.value)
