@@ -6,7 +6,7 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine directml chromium docker-registry repro models test test-fast lint audit bench bench-cluster bench-fidelity bench-width clean
+.PHONY: wine directml chromium docker-registry repro models test test-fast mutants lint audit bench bench-cluster bench-fidelity bench-width clean
 
 repro: $(VENV)/.installed wine
 	dvc repro
@@ -26,6 +26,14 @@ test: $(VENV)/.installed wine chromium docker-registry
 
 test-fast: $(VENV)/.installed
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "not slow"
+
+# Change the code in ways that a test must notice: first as tests/mutations.yaml says (10 minutes), then in every place of
+# the modules that pyproject.toml names (20 minutes). docs/promises.md says what is known to survive.
+mutants: $(VENV)/.installed wine docker-registry
+	dvc repro
+	OMP_NUM_THREADS=1 pytest tests/mutants.py
+	OMP_NUM_THREADS=1 mutmut run --max-children 2
+	mutmut results
 
 lint: $(VENV)/.installed
 	ruff check .

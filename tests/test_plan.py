@@ -96,6 +96,64 @@ def test_a_rotation(variant, copies):
     assert costs[True, True].temporary < more
 
 
+def estimated(cell, *, config=PHI_3_MINI, **changes):
+    """Return the cost of a cell of Phi-3-mini, or of another config, with changes of its variant."""
+    cell = Cell.parse(cell, PARAMS)
+    variants = PARAMS.variants
+    if changes:
+        variants = {name: variant.model_copy(update=changes) for name, variant in variants.items()}
+    return plan.estimate(cell, params=PARAMS.model_copy(update={"variants": variants}), config=config)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "copies"),
+    [({"dtype": "float32"}, 2), ({"torch_dtype": "float32"}, 2), ({"dtype": "float16", "torch_dtype": "float32"}, 1)],
+)
+def test_a_checkpoint_in_float32(dtype, copies):
+    """A float32 checkpoint takes twice the disk; the newer name of the key counts, and without one it is bfloat16."""
+    config = {name: value for name, value in PHI_3_MINI.items() if name != "torch_dtype"}
+    plain = estimated("download@phi-3-mini-4k-instruct", config=config).disk
+    more = estimated("download@phi-3-mini-4k-instruct", config=config | dtype).disk
+    assert more - plan.OTHER_FILES == pytest.approx(copies * (plain - plan.OTHER_FILES))
+    assert plan.tensors(config)["lm_head.weight"] == ("bfloat16", [32064, 3072])
+    untied = {name: value for name, value in config.items() if name != "tie_word_embeddings"}
+    assert plan.tensors(untied) == plan.tensors(config)
+
+
+def test_rewriting_a_gguf_file_takes_memory():
+    """The embedded model comes as GGUF, which is rewritten in memory."""
+    here, elsewhere = (estimated(f"download@{name}").memory for name in ("smol-phi3", "phi-3-mini-4k-instruct"))
+    assert here - elsewhere == pytest.approx(2.7 * 7.64e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["openvino-int4", "onnx-cpu-int4"])
+def test_without_calibration(name):
+    """A variant without calibration needs neither the solver's memory nor its time, and `calibrate` has no work."""
+    stage = PARAMS.variants[name].stage
+    with_it, without = (
+        estimated(f"{stage}@phi-3-mini-4k-instruct-{name}", calibrated=calibrated) for calibrated in (True, False)
+    )
+    assert with_it.seconds - without.seconds == pytest.approx(458.5, rel=0.01)
+    assert (with_it.memory - without.memory > 5e8) is (name == "openvino-int4")  # the ONNX builder needs more before
+    assert estimated("calibrate@phi-3-mini-4k-instruct", calibrated=False) == plan.IDLE
+    assert estimated("calibrate@phi-3-mini-4k-instruct").disk == pytest.approx(6.16e9, rel=0.01)
+
+
+def test_a_group_size_that_is_adjusted():
+    """For a model whose width 128 does not divide, the size is that of smaller groups."""
+    small = PHI_3_MINI | {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes = [
+        estimated(f"quantize_openvino@{name}-npu-int4-group128", config=small).disk
+        for name in ("smol-phi3", "phi-3-mini-4k-instruct")
+    ]
+    assert sizes[0] > sizes[1]
+
+
+def test_nothing_to_build():
+    """When all cells can be reused, nothing is needed."""
+    assert plan.total([]) == plan.Need(0, 0, 0)
+
+
 def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
     """A stage that needs more than the machine has refuses to start, with figures, unless it is told to try."""
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 from pipeline.check import checks
 from pipeline.check.checks import Failure
 from pipeline.check.fidelity import Comparison
+from pipeline.check.long_context import Found
 from pipeline.check.reference import Answer, Chat, LongContext, Reference, Text
 from pipeline.common.matrices import Matrix
 from pipeline.common.params import Limits, OpenvinoInt4, Validate
@@ -27,7 +28,7 @@ def answer(text, *, ids=(5, 6, 1), stopped=True):
 
 
 REFERENCE = Reference(
-    texts=[Text(text="1é", ids=[7, 8], decoded="1é")],
+    texts=[Text(text="1é", ids=[7, 8], decoded="1é"), Text(text="x", ids=[9], decoded="x ")],
     chats=[Chat(messages=[{"role": "user", "content": "Hi"}], rendered="<user>Hi")],
     eos_token_ids=[1, 2],
     answers=[answer("The capital of France is Paris.")],
@@ -39,57 +40,74 @@ REFERENCE = Reference(
 
 
 class Fake:
-    """A runtime whose every reply can be set."""
+    """A runtime that replies as the source does, but for what `changes` say of an argument."""
 
     name = device = "fake"
 
-    def __init__(self, **replies):
-        self._replies = {
-            "encode": [7, 8],
-            "decode": "1é",
-            "render_chat": "<user>Hi",
-            "eos_token_ids": [1, 2],
-        } | replies
+    def __init__(self, changes=()):
+        self._replies = {"1é": [7, 8], "x": [9], "[7, 8]": "1é", "[9]": "x ", "Hi": "<user>Hi", "eos": [1, 2]}
+        self._replies |= dict(changes)
 
-    def __getattr__(self, name):
-        return lambda *arguments, **options: self._replies[name]
+    def encode(self, text):
+        return self._replies[text]
+
+    def decode(self, ids):
+        return self._replies[str(ids)]
+
+    def render_chat(self, messages):
+        return self._replies[messages[0]["content"]]
+
+    def eos_token_ids(self):
+        return self._replies["eos"]
 
 
 @pytest.mark.parametrize(
-    ("check", "replies", "failure"),
+    ("check", "changes", "failure"),
     [
-        (checks.check_tokenizer, {"encode": [7]}, Failure("tokenizer", {"text": "1é", "ids": [7, 8]}, [7])),
-        (checks.check_tokenizer, {"decode": "1?"}, Failure("tokenizer", {"ids": [7, 8], "decoded": "1é"}, "1?")),
-        (checks.check_chat_template, {"render_chat": "Hi"}, Failure("chat-template", "<user>Hi", "Hi")),
-        (checks.check_eos, {"eos_token_ids": [1]}, Failure("eos", [1, 2], [1])),
+        (checks.check_tokenizer, {"1é": [7]}, Failure("tokenizer", {"text": "1é", "ids": [7, 8]}, [7])),
+        (checks.check_tokenizer, {"x": [7]}, Failure("tokenizer", {"text": "x", "ids": [9]}, [7])),
+        (checks.check_tokenizer, {"[7, 8]": "1?"}, Failure("tokenizer", {"ids": [7, 8], "decoded": "1é"}, "1?")),
+        (checks.check_chat_template, {"Hi": "Hi"}, Failure("chat-template", "<user>Hi", "Hi")),
+        (checks.check_eos, {"eos": [1]}, Failure("eos", [1, 2], [1])),
     ],
 )
-def test_runtime_checks(check, replies, failure):
+def test_runtime_checks(check, changes, failure):
     """Tokenizer, chat template and eos ids are each compared with the source's."""
     assert list(check(Fake(), REFERENCE)) == []
-    assert list(check(Fake(**replies), REFERENCE)) == [failure]
+    assert list(check(Fake(changes), REFERENCE)) == [failure]
+
+
+RIGHT = "The capital of France is Paris."
 
 
 @pytest.mark.parametrize(
-    ("given", "name"),
+    ("given", "failure"),
     [
         (answer("It is Paris, of course."), None),
-        (answer("The capital of France is Lyon."), "answer"),
-        (answer(" \n"), "empty"),
-        (answer("Paris Paris Paris", ids=[5] * 24), "loop"),
-        (answer("Paris and so on", stopped=False), "stop"),
+        (answer("It is Lyon."), ("answer", {"question": PARAMS.prompts[0], "answer": RIGHT}, "It is Lyon.")),
+        (answer(" \n"), ("empty", RIGHT, " \n")),
+        (answer("Paris Paris Paris", ids=[5] * 24), ("loop", RIGHT, "Paris Paris Paris")),
+        (answer("Paris and", stopped=False), ("stop", f"an end within 32 tokens, as: {RIGHT}", "Paris and")),
     ],
 )
-def test_answers(given, name):
+def test_answers(given, failure):
     """Wrong, empty, looping and endless answers are told apart, and other words for the same fact are accepted."""
-    assert [failure.check for failure in checks.check_answers([given], REFERENCE, params=PARAMS)] == (
-        [name] if name else []
-    )
+    assert list(checks.check_answers([given], REFERENCE, params=PARAMS)) == ([Failure(*failure)] if failure else [])
 
 
 @pytest.mark.parametrize(
     ("ids", "loop"),
-    [([], False), (list(range(100)), False), ([9, *[1, 2, 3] * 8], True), ([4] * 23, False), ([4] * 24, True)],
+    [
+        ([], False),
+        (list(range(100)), False),
+        ([9, *[1, 2, 3] * 8], True),
+        ([4] * 23, False),
+        ([4] * 24, True),
+        ([4] * 24 + [5], False),
+        ([5, 5] + [4] * 22, False),
+        ([1, 2, 3, 4, 5, 6] * 4, True),
+        ([1, 2, 3, 4, 5, 6, 7] * 3, False),
+    ],
 )
 def test_is_loop(ids, loop):
     """An answer is a loop if it ends with at least four repeats that make up at least 24 tokens."""
@@ -99,6 +117,8 @@ def test_is_loop(ids, loop):
 def test_a_failure_shows_expected_and_actual():
     """The message names the check and both values."""
     assert str(Failure("eos", [1], [2])) == "check 'eos' failed: expected [1], got [2]"
+    long = str(Failure("empty", "é" * 400, ""))
+    assert long == f'check \'empty\' failed: expected "{"é" * 299}, got ""'
 
 
 COMPARISON = Comparison(
@@ -176,19 +196,63 @@ INT4 = {"bits": 4, "group_size": 128}
         ([INT8, INT8, INT4], [INT8, INT8, INT4], None),
         ([INT8, INT8, INT4 | {"group_size": 64}], [INT8, INT8, INT4], ("int4-sym-g128 for b", "int4-sym-g64")),
         ([INT8, INT4, INT4], [INT8, INT4, INT4], ("INT4 ratio 0.5 (-0.500)", 1.0)),
-        ([INT8, INT8], [INT8, INT8], ({"weights": {"embedding": 1024, "head": 0, "layer": 2048}},)),
+        (
+            [INT8, INT8],
+            [INT8, INT8],
+            (
+                {"weights": {"embedding": 1024, "head": 0, "layer": 2048}},
+                {"weights": {"embedding": 1024, "head": 0, "layer": 1024}},
+            ),
+        ),
     ],
 )
 def test_recipe(built, expected, failure):
     """Another group size, another ratio and a lost matrix are found."""
-
-    def forms(changes):
-        return [Matrix(**SOURCE[i].__dict__ | change) for i, change in enumerate(changes)]
-
     failures = list(checks.check_recipe(forms(built), forms(expected), source=SOURCE, recipe=RECIPE))
-    assert [f.check for f in failures] == (["recipe"] if failure else [])
-    if failure:
-        assert (failures[0].expected, failures[0].actual)[: len(failure)] == failure
+    assert failures == ([Failure("recipe", *failure)] if failure else [])
+
+
+def forms(changes):
+    """Return the matrices of SOURCE, each with changes."""
+    return [Matrix(**vars(SOURCE[i]) | change) for i, change in enumerate(changes)]
+
+
+@pytest.mark.parametrize(("ratio", "fails"), [(0.5, False), (0.499, True), (0.999, False), (1.0, False)])
+def test_the_ratio(ratio, fails):
+    """INT4's share may be below the ratio by up to the largest layer, and never above it."""
+    built = forms([INT8, INT8, INT4])
+    source = [replace(SOURCE[0], rows=800), *SOURCE[1:]]  # a large embedding does not count
+    built = [replace(built[0], rows=800), *built[1:]]
+    recipe = RECIPE.model_copy(update={"ratio": ratio})
+    assert bool(list(checks.check_recipe(built, built, source=source, recipe=recipe))) is fails
+
+
+def test_the_share_is_told_in_four_digits():
+    """A share that is no short number is rounded."""
+    source = [replace(matrix, role="layer") for matrix in SOURCE]
+    built = [replace(source[0], **INT4), replace(source[1], **INT4), replace(source[2], **INT8)]
+    recipe = RECIPE.model_copy(update={"ratio": 0.25})
+    expected = [Failure("recipe", "INT4 ratio 0.25 (-0.333)", 0.6667)]
+    assert list(checks.check_recipe(built, built, source=source, recipe=recipe)) == expected
+
+
+def test_a_value_at_its_limit():
+    """What is exactly at a limit passes: the recall of answers, a size, and what is found after long prompts."""
+    source = REFERENCE.answers[0]
+    reference = REFERENCE.model_copy(update={"answers": [source] * 2})
+    half = [source, source.model_copy(update={"text": "no idea"})]
+    assert list(checks.check_answers(half, reference, params=PARAMS)) == []
+    assert list(checks.check_size(125, 100.0, tolerance=0.25)) == []
+    found = [Found(256, kl_mean=LIMITS.kl_p99, departure=checks.NEAR_TIE)]
+    assert list(checks.check_long_context(found, limits=LIMITS)) == []
+
+
+def test_lists_of_different_lengths():
+    """A missing answer or matrix is never passed over."""
+    with pytest.raises(ValueError, match="argument 2 is"):
+        list(checks.check_answers([], REFERENCE, params=PARAMS))
+    with pytest.raises(ValueError, match="argument 2 is"):
+        list(checks.check_recipe(forms([INT8]), forms([INT8, INT8]), source=SOURCE, recipe=RECIPE))
 
 
 @pytest.mark.parametrize(
@@ -203,8 +267,9 @@ def test_recipe(built, expected, failure):
 def test_recall(text, share):
     """The recall is the share of the source's words that are new to the question and in the answer, too."""
     source = answer("The capital of France is Paris, large city. It has two million people.")
-    source = source.model_copy(update={"question": "What is the capital of France?"})
     assert checks.recall(answer(text), source) == pytest.approx(share)
+    nothing_new = answer("The capital of France!")
+    assert checks.recall(answer(text), nothing_new) == 1
 
 
 def test_one_slip_among_several_answers():

@@ -83,9 +83,24 @@ def test_a_second_implementation_agrees(answers):
     """With no tail, all figures are those that torch computes over the whole vocabulary."""
     source, variant = Table(0), Table(1)
     reference = kept(source, answers)
+    assert (reference.ids.shape, reference.ids.dtype) == ((24, VOCABULARY - 1), np.int32)
+    assert (reference.log_probs.shape, reference.log_probs.dtype) == ((24, VOCABULARY), np.float32)
     metrics = compare(variant, answers, reference).metrics()
     assert metrics.pop("common_prefix_tokens") >= 0
     assert metrics == pytest.approx(independent(source, variant, answers), rel=1e-4)
+
+
+def test_answers_that_are_not_the_most_probable(answers):
+    """At a near tie the answer's token may be the second: its own probability is taken."""
+    source = Table(0)
+    second = []
+    for answer in answers:
+        best = np.argsort(source.logits(answer.prompt_ids + answer.ids[:-1], last=1)[0])
+        ids = [*answer.ids[:-1], int(best[-2])]
+        second.append(answer.model_copy(update={"ids": ids}))
+    metrics = compare(Table(1), second, kept(source, second)).metrics()
+    expected = independent(source, Table(1), second)
+    assert metrics["perplexity_source"] == pytest.approx(expected["perplexity_source"], rel=1e-4)
 
 
 def test_the_tail_makes_a_lower_bound(answers, monkeypatch):

@@ -1,6 +1,7 @@
 """Checkpoints are read without trusting their files."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -65,13 +66,17 @@ def test_a_damaged_shard(tmp_path, content):
 
 
 def test_pickle_weights_are_no_weights(tmp_path):
-    """A checkpoint with only pickle weights is refused, and so is an index that leads out of the folder."""
-    (tmp_path / "pytorch_model.bin").touch()
+    """A checkpoint with only pickle weights is refused, and so is an index that names them or leads out."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "pytorch_model.bin").touch()
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(PipelineError, match=r"lacks model\.safetensors: .* pickle weights \(\.bin, \.pt\) are refused"):
-        checkpoint.shards(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "../model.safetensors"}}')
-    with pytest.raises(PipelineError, match=r"lacks \.\./model\.safetensors"):
-        checkpoint.shards(tmp_path)
+        checkpoint.shards(folder)
+    for name in ("../model.safetensors", "pytorch_model.bin"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(PipelineError, match=f"lacks {re.escape(name)}"):
+            checkpoint.shards(folder)
 
 
 def test_another_architecture(tiny_checkpoint, tmp_path):

@@ -31,6 +31,7 @@ ALL = [FP16, INT4, NPU, DIRECTML]
 def test_asked_for(target, chosen):
     """A device gets the smallest release made for it; DirectML's models suit DirectML alone."""
     assert choose_release(ALL, target)[0] == chosen
+    assert not suits(INT4, "directml")
     assert [suits(DIRECTML, name) for name in ("cpu", "gpu", "npu", "directml")] == [False, False, False, True]
 
 
@@ -48,12 +49,30 @@ def test_nothing_suits():
         choose_release([FP16], "npu")
 
 
+def test_several_packages_are_missing():
+    """All packages that are missing, and all releases that are published, are named."""
+    lacking = Release(**vars(INT4) | {"requires": {"nowhere-1": "1", "nowhere-2": "1"}})
+    assert choose_release([lacking], "cpu")[1] == "asked for; it needs nowhere-1, nowhere-2, which is not installed"
+    with pytest.raises(PipelineError, match="only m/openvino-fp16, m/openvino-int4: name"):
+        choose_release([INT4, FP16], "npu")
+    with pytest.raises(PipelineError, match="nothing for npu is published there, only nothing: name"):
+        choose_release([], "npu")
+
+
+def test_an_npu_that_linux_shows(monkeypatch):
+    """Without OpenVINO, Linux' device file shows that there is an NPU."""
+    monkeypatch.setattr(device, "openvino_devices", list)
+    monkeypatch.setattr(device.Path, "exists", lambda path: str(path) == "/dev/accel/accel0")
+    assert machine() == ("npu", "/dev/accel/accel0 is an NPU")
+
+
 @pytest.mark.parametrize(
     ("devices", "platform", "chosen"),
     [
         (["CPU", "GPU.0", "NPU"], "linux", ("npu", "OpenVINO sees CPU, GPU, NPU")),
         (["CPU", "GPU.0", "GPU.1"], "linux", ("gpu", "OpenVINO sees CPU, GPU, GPU")),
         (["CPU"], "win32", ("cpu", "OpenVINO sees CPU")),
+        (["CPU", "TEMPLATE"], "linux", ("cpu", "OpenVINO sees CPU, TEMPLATE")),
         ([], "win32", ("directml", "Windows has DirectML, and openvino is not installed to look for an NPU")),
         ([], "linux", ("cpu", "no NPU was found, and openvino is not installed to look for a GPU")),
     ],

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.release.pull import check
+from pipeline.release.pull import check, verify_any
 from pipeline.release.registry.directory import DirectoryRegistry
 from tests.conftest import run
-from tests.release_project import NAME, build, publish_version, pull_latest
+from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, pull_latest
 from tests.release_project import release_folder as release_folder
 
 
@@ -39,8 +40,15 @@ def test_signed():
     directory = pull_signed()
     shutil.rmtree("registry")
     assert check(directory, key=Path("ours.pub")).version == "1.0.0"
-    with pytest.raises(PipelineError, match=r"model is not signed by the owner of others\.pub: it is refused"):
-        check(directory, key=Path("others.pub"))
+    for verifier in (check, verify_any):
+        assert verifier(directory, key=Path("ours.pub")).version == "1.0.0"
+        with pytest.raises(PipelineError, match=r"model is not signed by the owner of others\.pub: it is refused"):
+            verifier(directory, key=Path("others.pub"))
+    assert verify_any(directory) == check(directory)
+    built = paths.variant(MODEL, VARIANT)
+    assert verify_any(built).name == NAME
+    with pytest.raises(PipelineError, match="was not pulled from a registry"):  # what was built is never signed
+        verify_any(built, key=Path("ours.pub"))
 
 
 @pytest.mark.usefixtures("keys")
