@@ -1,16 +1,19 @@
 """Every kind of registry keeps the same promises: a directory, an OCI registry and an emulated Hub, on this machine."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import requests
 from huggingface_hub import constants
+from urllib3.util import Retry
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import File, digest
 from pipeline.release import pull
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.interface import Entry
+from pipeline.release.registry.oci import _kind
 from pipeline.release.release import Release
 from tests.oci_registry_server import Registry
 from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet
@@ -135,6 +138,82 @@ def test_contents_that_are_there(oci):
     release = published(registry, "1.0.0")
     assert all(registry.has(NAME, file) for file in release.files.values())
     assert not registry.has(NAME, File(size=1, sha256="0" * 64))
+
+
+def test_the_format_of_modelpack(oci):
+    """The manifest and the config of a version are those of ModelPack, and each file is a layer of its kind."""
+    release = published(open_registry(oci.url), "1.0.0")
+    address, kind = f"http://{oci.host}/v2/models/tiny", "application/vnd.oci.image.manifest.v1+json"
+    manifest = requests.get(f"{address}/manifests/1.0.0", headers={"Accept": kind}, timeout=9).json()
+    model = "application/vnd.cncf.model"
+    kinds = dict.fromkeys(release.files, "weight.config") | {"openvino_model.bin": "weight"}
+    kinds |= dict.fromkeys(["LICENSE", "README.md"], "doc")
+    layers = [
+        {
+            "mediaType": f"{model}.{kinds[path]}.v1.raw",
+            "digest": f"sha256:{file.sha256}",
+            "size": file.size,
+            "annotations": {"org.cncf.model.filepath": path},
+        }
+        for path, file in release.files.items()
+    ]
+    content = hashlib.sha256(release.content()).hexdigest()
+    layers.append(
+        {
+            "mediaType": f"{model}.weight.config.v1.raw",
+            "digest": f"sha256:{content}",
+            "size": len(release.content()),
+            "annotations": {"org.cncf.model.filepath": "release.json"},
+        }
+    )
+    config = requests.get(f"{address}/blobs/{manifest['config']['digest']}", timeout=9).json()
+    assert manifest == {
+        "schemaVersion": 2,
+        "mediaType": kind,
+        "artifactType": f"{model}.manifest.v1+json",
+        "config": manifest["config"] | {"mediaType": f"{model}.config.v1+json"},
+        "layers": layers,
+    }
+    assert manifest["config"].keys() == {"mediaType", "digest", "size"}
+    assert config == {
+        "descriptor": {"name": NAME, "version": "1.0.0"},
+        "config": {},
+        "modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers[:-1]]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [(f"x.{end}", "weight") for end in ("bin", "data", "onnx", "safetensors", "blob")]
+    + [("README.md", "doc"), ("LICENSE", "doc"), ("tokenizer.json", "weight.config"), ("x.xml", "weight.config")],
+)
+def test_kinds_of_layers(path, kind):
+    """Weights, documents and configs are layers of different kinds."""
+    assert _kind(path) == kind
+
+
+def test_a_registry_that_went_away(oci, monkeypatch):
+    """When the registry does not answer, whatever is asked of it ends with a sentence that names it."""
+    registry = open_registry(oci.url)
+    release = published(registry, "1.0.0")
+    oci.stop()
+    monkeypatch.setattr(Retry, "sleep", lambda *_: None)
+    (path, file), *_ = release.files.items()
+    for call in (
+        registry.entries,
+        lambda: registry.resolve(NAME, "latest"),
+        lambda: registry.prepare(NAME),
+        lambda: registry.has(NAME, file),
+        lambda: registry.upload(NAME, path, Path("artifacts/tiny/source/LICENSE"), file),
+        lambda: registry.publish(release, None),
+        lambda: registry.point(NAME, "stage", "1.0.0"),
+        lambda: list(registry.download(release, path, offset=0)),
+        lambda: registry._digest("1.0.0"),
+        lambda: registry._put({}, "1.0.0"),
+        lambda: registry._small({"digest": "sha256:0"}),
+    ):
+        with pytest.raises(PipelineError, match=f"^{registry.url} failed .*: check the network and `docker login`"):
+            call()
 
 
 def test_what_others_put_there(oci, hub):

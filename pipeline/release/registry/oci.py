@@ -272,4 +272,4 @@ def _descriptor(file: File, path: str) -> dict[str, Any]:
 def _kind(path: str) -> str:
     if path.endswith((".bin", ".data", ".onnx", ".safetensors", ".blob")):
         return "weight"
-    return "doc" if path.endswith((".md", "LICENSE", "LICENSE.md")) else "weight.config"
+    return "doc" if path.endswith((".md", "LICENSE")) else "weight.config"
