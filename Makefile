@@ -6,7 +6,7 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine directml chromium docker-registry repro models test test-fast mutants lint audit bench bench-cluster bench-fidelity bench-width clean
+.PHONY: wine directml chromium docker-registry repro models test test-fast coverage mutants lint audit bench bench-cluster bench-fidelity bench-width clean
 
 repro: $(VENV)/.installed wine
 	dvc repro
@@ -26,6 +26,12 @@ test: $(VENV)/.installed wine chromium docker-registry
 
 test-fast: $(VENV)/.installed
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "not slow"
+
+# Run all tests and say which lines of the code they never reach.
+coverage: $(VENV)/.installed wine chromium docker-registry
+	OMP_NUM_THREADS=1 coverage run -m pytest -n 2 --dist worksteal
+	coverage combine --quiet
+	coverage report
 
 # Change the code in ways that a test must notice: first as tests/mutations.yaml says (10 minutes), then in every place of
 # the modules that pyproject.toml names (20 minutes). docs/promises.md says what is known to survive.

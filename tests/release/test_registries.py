@@ -9,12 +9,13 @@ from huggingface_hub import constants
 from urllib3.util import Retry
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File, digest
+from pipeline.common.manifest import File, Recipe, Stored, digest
 from pipeline.release import pull
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.interface import Entry
-from pipeline.release.registry.oci import _kind
+from pipeline.release.registry.oci import _config, _kind
 from pipeline.release.release import Release
+from tests.manifests import variant_manifest
 from tests.oci_registry_server import Registry
 from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet
 from tests.release_project import release_folder as release_folder
@@ -176,10 +177,34 @@ def test_the_format_of_modelpack(oci):
     }
     assert manifest["config"].keys() == {"mediaType", "digest", "size"}
     assert config == {
-        "descriptor": {"name": NAME, "version": "1.0.0"},
-        "config": {},
+        "descriptor": {
+            "name": NAME,
+            "version": "1.0.0",
+            "family": "phi3",
+            "licenses": ["MIT"],
+            "sourceURL": "https://huggingface.co/microsoft/Phi-3-mini-4k-instruct",
+            "revision": "f" * 40,
+        },
+        "config": {
+            "architecture": "transformer",
+            "format": "openvino",
+            "precision": "int4",
+            "quantization": "int4-sym-channel",
+            "capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]},
+        },
         "modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers[:-1]]},
     }
+
+
+def test_the_config_of_several_formats():
+    """All precisions and formats of a model are named; a local checkpoint has no address."""
+    stored = Stored(int4_ratio=0.8, formats={"int4-asym-g32": 0.8, "f16": 0.1, "int8-asym-g32": 0.1}, matrices={})
+    made = variant_manifest(NAME, tools={"onnxruntime-genai": "1"}, recipe=Recipe(asked={}, achieved=stored))
+    config = _config(publish_version(registry=open_registry("dir:registry")), made)
+    assert config["descriptor"].keys() == {"name", "version", "family", "licenses"}
+    assert config["config"]["format"] == "onnx"
+    assert config["config"]["precision"] == "float16,int4,int8"
+    assert config["config"]["quantization"] == "int4-asym-g32,int8-asym-g32"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from pipeline.common.errors import PipelineError, lines
-from pipeline.common.manifest import File, digest
+from pipeline.common.manifest import File, HubOrigin, VariantManifest, digest
+from pipeline.common.paths import MANIFEST
 from pipeline.release.registry.interface import Entry, require_own
 from pipeline.release.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 
@@ -33,6 +34,7 @@ TYPE = "application/vnd.cncf.model"
 FILEPATH = "org.cncf.model.filepath"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 UPLOAD_CHUNK, DOWNLOAD_CHUNK = 64 << 20, 1 << 20
+PRECISIONS = {"f16": "float16", "int8": "int8", "int4": "int4"}  # by the first part of a format's name in a manifest
 TOKEN_LIFETIME = 60  # seconds at least: https://distribution.github.io/distribution/spec/auth/token/
 
 
@@ -108,11 +110,9 @@ class OciRegistry:
     def publish(self, release: Release, signature: bytes | None) -> None:
         layers = [_descriptor(file, path) for path, file in release.files.items()]
         documents = {RELEASE: release.content()} | ({} if signature is None else {SIGNATURE: signature})
-        config = {
-            "descriptor": {"name": release.name, "version": release.version},
-            "config": {},
-            "modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers]},
-        }
+        manifest_file = next(layer for layer in layers if layer["annotations"][FILEPATH] == MANIFEST)
+        config = _config(release, VariantManifest.model_validate_json(self._small(manifest_file)))
+        config |= {"modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers]}}
         with tempfile.TemporaryDirectory(prefix="phi3-oci-") as folder:
             for path, content in documents.items():
                 layers.append(self._upload_bytes(Path(folder) / path, content, path))
@@ -258,6 +258,29 @@ MANIFEST_SCHEMA = {
         }
     },
 }
+
+
+def _config(release: Release, manifest: VariantManifest) -> dict[str, Any]:
+    # What ModelPack's tools show of a model: https://github.com/modelpack/model-spec/blob/main/docs/config.md
+    formats = manifest.recipe.achieved.formats
+    precisions = {PRECISIONS[name.split("-")[0]] for name in formats}
+    hub = manifest.source if isinstance(manifest.source, HubOrigin) else None
+    return {
+        "descriptor": {
+            "name": release.name,
+            "version": release.version,
+            "family": "phi3",
+            "licenses": [manifest.license],
+        }
+        | ({"sourceURL": f"https://huggingface.co/{hub.hub}", "revision": hub.revision} if hub else {}),
+        "config": {
+            "architecture": "transformer",
+            "format": "openvino" if "openvino" in manifest.tools else "onnx",
+            "precision": ",".join(sorted(precisions)),
+            "quantization": ",".join(sorted(name for name in formats if name.startswith("int"))),
+            "capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]},
+        },
+    }
 
 
 def _descriptor(file: File, path: str) -> dict[str, Any]:
