@@ -3,20 +3,23 @@
 import json
 import os
 import random
+import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from platformdirs import user_cache_path
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import digest
-from pipeline.release import pull
+from pipeline.common.manifest import digest, read_manifest, seal
+from pipeline.release import publish, pull
 from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.release import RELEASE, read_release, unsafe
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, edit, run
 from tests.release_project import MODEL, NAME, VARIANT, build, exit_codes, publish_version, pull_latest, quiet
 from tests.release_project import release_folder as release_folder
 
@@ -72,6 +75,101 @@ def test_a_pull_continues():
     pull.pull(registry, NAME, reference="latest", to=Path("model"), progress=quiet)
     assert [offset for path, offset in offsets if path == "openvino_model.bin"] == [0, 3]
     check(Path("model"))
+
+
+def test_progress():
+    """The caller is told, after each piece, how many bytes of all files are there, and which file is coming."""
+    release = publish_version()
+    told = []
+    pull.pull(open_registry("dir:registry"), NAME, to=Path("model"), progress=lambda *figures: told.append(figures))
+    done, expected = 0, []
+    for path, file in release.files.items():
+        done += file.size
+        expected.append((done, release.size, path))
+    assert told == expected
+
+
+@pytest.mark.parametrize(("left", "offset"), [(b"weights", None), (b"weights and more", 0), (b"wei", 3)])
+def test_what_an_interrupted_pull_left(left, offset, monkeypatch):
+    """A complete content is not fetched again, a part is continued, and what is too long is fetched anew. Only what is
+    missing must have room."""
+    publish_version()
+    offsets, room = [], []
+
+    class Recorded(DirectoryRegistry):
+        def download(self, release, path, *, offset):
+            offsets.append((path, offset))
+            return super().download(release, path, offset=offset)
+
+    sha256 = digest(paths.variant(MODEL, VARIANT) / "openvino_model.bin").sha256
+    part = pull.cache() / "blobs" / sha256[:2] / f".{sha256}.partial"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(left)
+    monkeypatch.setattr(pull, "_require_space", lambda directory, needed: room.append((directory, needed)))
+    pull.pull(Recorded(Path("registry")), NAME, to=Path("model"), progress=quiet)
+    assert [found for path, found in offsets if path == "openvino_model.bin"] == [7 if offset is None else offset]
+    assert (part.parent, 7 - (7 if offset is None else offset)) in room
+    assert Path("model/openvino_model.bin").read_bytes() == b"weights"
+
+
+def test_the_cache(monkeypatch):
+    """Without PHI3_CACHE the cache is this user's."""
+    monkeypatch.delenv("PHI3_CACHE")
+    assert pull.cache() == user_cache_path("phi3-pipeline")
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny/", "/openvino-int4", "tiny/../x", "../x/openvino-int4", "tiny/a/b"])
+def test_a_name_that_is_none(name):
+    """A name is a model and a variant, so it never leads out of the cache."""
+    with pytest.raises(PipelineError, match=f"^'{re.escape(name)}' is no name: give MODEL/VARIANT"):
+        pull.pull(open_registry("dir:registry"), name)
+
+
+def test_another_version_was_installed_meanwhile(monkeypatch):
+    """What another process installs in the same place at the same time must be the same release."""
+    publish_version("1.0.0")
+    pull_latest(to=Path("first"))
+    publish_version("1.1.0")
+    read = DirectoryRegistry.read
+
+    def read_slowly(registry, name, version):
+        if not Path("model").exists():
+            shutil.copytree("first", "model")
+        return read(registry, name, version)
+
+    monkeypatch.setattr(DirectoryRegistry, "read", read_slowly)
+    refused = f"^model has {NAME} 1.0.0, not {NAME} 1.1.0: it is refused"
+    for _ in range(2):
+        with pytest.raises(PipelineError, match=refused):
+            pull_latest(to=Path("model"))
+
+
+def test_suggest(monkeypatch):
+    """The variant for a device is chosen among the releases of one model, and the choice is explained."""
+    monkeypatch.setattr("pipeline.release.device.missing", lambda release: [])
+    publish_version()
+    registry, said = open_registry("dir:registry"), []
+
+    def suggest(model, reference="latest"):
+        return pull.suggest(registry, model, reference=reference, target="cpu", say=said.append)
+
+    assert [suggest("tiny"), suggest("")] == [NAME, NAME]
+    assert said == [f"{NAME}: asked for"] * 2
+    with pytest.raises(PipelineError, match="registry has no other latest: see `phi3 list dir:"):
+        suggest("other")
+    with pytest.raises(PipelineError, match="registry has no release stage: see `phi3 list dir:"):
+        suggest("", "stage")
+    shutil.copytree("artifacts/tiny", "artifacts/tinier")
+    manifest = read_manifest(paths.variant("tinier", VARIANT))
+    changed = manifest.model_copy(update={"name": f"tinier/{VARIANT}", "model": "tinier"})
+    (paths.variant("tinier", VARIANT) / "manifest.json").unlink()
+    seal(paths.variant("tinier", VARIANT), changed)
+    sha256 = digest(paths.variant("tinier", VARIANT) / "manifest.json").sha256
+    edit(paths.validation("tinier", VARIANT), digest(paths.variant(MODEL, VARIANT) / "manifest.json").sha256, sha256)
+    publish.publish("tinier", VARIANT, registry=registry, version="1.0.0", aliases=("latest",), progress=quiet)
+    assert suggest("tiny") == NAME
+    with pytest.raises(PipelineError, match="registry has tinier, tiny: name the one you want"):
+        suggest("")
 
 
 def blob_of(path):
