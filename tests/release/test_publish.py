@@ -123,6 +123,10 @@ def test_the_same_again_is_nothing_and_other_bytes_are_a_conflict():
     with pytest.raises(PipelineError, match=r"1\.0\.0 with other bytes \(manifest\.json, openvino_model\.bin, prov"):
         publish_version()
     assert (pull_latest() / "openvino_model.bin").read_bytes() == b"weights"
+    build()
+    Path("artifacts/tiny/source/NOTICE").write_text("x")
+    with pytest.raises(PipelineError, match=r"1\.0\.0 with other bytes \(NOTICE\), and a version never changes"):
+        publish_version()
 
 
 def test_only_what_was_validated(tmp_path):
@@ -198,16 +202,29 @@ def test_two_publishers_at_once():
     """Several publishers of a version succeed if their bytes are the same; one with other bytes is refused."""
     assert exit_codes(publish_version, processes=4) == [0] * 4
     assert check(pull_latest()).version == "1.0.0"
-
-    class Late(DirectoryRegistry):
-        def read(self, name, version):
-            found = super().read(name, version)
-            self.read = super().read  # as if the other publisher came after this check
-            return None if found else found
-
+    assert publish_version(registry=Late(Path("registry"))) == check(pull_latest())
+    run("openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", "key.pem", cwd=Path.cwd())
+    with pytest.raises(PipelineError, match=r"has tiny/openvino-int4 1\.0\.0 unsigned: sign a new version"):
+        publish_version(registry=Late(Path("registry")), key=Path("key.pem"))
+    with pytest.raises(PipelineError, match=r"^another publisher is at work on dir:.*: run again when it has ended"):
+        publish_version(registry=Busy(Path("registry")))
     build(b"others")
     with pytest.raises(PipelineError, match="with other bytes"):
         publish_version(registry=Late(Path("registry")))
+
+
+class Late(DirectoryRegistry):
+    """A registry to which another publisher comes after the first look."""
+
+    def read(self, name, version):
+        self.read = super().read
+
+
+class Busy(DirectoryRegistry):
+    """A registry in which another publisher has taken the place of a version, but nothing can be read there yet."""
+
+    def read(self, name, version):
+        return None
 
 
 def make_blob(platform, *, compiled=True, ir="weights"):
@@ -248,7 +265,9 @@ def test_blobs_come_along():
     Path("artifacts/tiny/blobs/openvino-int4-128-4000/manifest.json").write_text(
         manifest.model_copy(update={"variant": "openvino-int4-128"}).model_dump_json()
     )
-    assert publish_version("1.1.0").files.keys() == release.files.keys()  # the other variant's blob stays out
+    make_blob("5010")
+    more = {"blobs/5010/manifest.json", "blobs/5010/x.blob"}  # the other variant's blob stays out
+    assert publish_version("1.1.0").files.keys() == release.files.keys() | more
     blob = paths.blob(paths.variant(MODEL, VARIANT), "4000") / "x.blob"
     blob.write_text("BLOB for 4000")
     with pytest.raises(PipelineError, match=r"openvino-int4-4000: x\.blob has changed"):

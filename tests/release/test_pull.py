@@ -18,7 +18,7 @@ from pipeline.release import publish, pull
 from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.directory import DirectoryRegistry
-from pipeline.release.release import RELEASE, read_release, unsafe
+from pipeline.release.release import MAX_RELEASE, RELEASE, read_release, unsafe
 from tests.conftest import ROOT, edit, run
 from tests.release_project import MODEL, NAME, VARIANT, build, exit_codes, publish_version, pull_latest, quiet
 from tests.release_project import release_folder as release_folder
@@ -314,6 +314,15 @@ def test_content_that_is_not_json():
     for content in (b"\xff", b"[" * 100_000, b" " * 2_000_000):
         with pytest.raises(PipelineError, match=r"^here: release\.json is "):
             read_release(content, origin="here")
+    content = publish_version().content()
+    assert read_release(content + b" " * (MAX_RELEASE - len(content)), origin="here").version == "1.0.0"
+    with pytest.raises(PipelineError, match=r"^here: release\.json is larger than a megabyte"):
+        read_release(content + b" " * (MAX_RELEASE + 1 - len(content)), origin="here")
+    newer = content.replace(b'"schema_version": 1', b'"schema_version": 2')
+    with pytest.raises(PipelineError) as refused:
+        read_release(newer, origin="here")
+    why = "is of another schema; install the phi3-pipeline that published it"
+    assert str(refused.value) == f"here: release.json is refused (schema_version: {why})."
 
 
 def test_a_target_that_is_taken(tmp_path):

@@ -69,6 +69,13 @@ def test_nothing_is_there(registry):
     assert registry.read(NAME, "1.0.0") is None
 
 
+@pytest.mark.parametrize("url", ["s3:a/b", "a/b", "hf:a", "hf:a/b/c", "dir:", "oci:host", "oci:host/UPPER", "x:a/b"])
+def test_another_kind(url):
+    """What is no address of a known kind of registry is refused."""
+    with pytest.raises(PipelineError, match=f"^'{url}' is no registry: give dir:PATH, hf:OWNER/REPOSITORY or oci:HOST"):
+        open_registry(url)
+
+
 def test_versions_and_aliases(registry):
     """Versions are sorted by their numbers; an alias stands for one version, and can be moved to another."""
     first = published(registry, "1.10.0", aliases=("latest", "stage"))
