@@ -34,7 +34,7 @@ coverage: $(VENV)/.installed wine chromium docker-registry
 	coverage report
 
 # Change the code in ways that a test must notice: first as tests/mutations.yaml says (10 minutes), then in every place of
-# the modules that pyproject.toml names (20 minutes). docs/promises.md says what is known to survive.
+# the modules that pyproject.toml names (an hour). docs/promises.md says what is known to survive.
 mutants: $(VENV)/.installed wine docker-registry
 	dvc repro
 	OMP_NUM_THREADS=1 pytest tests/mutants.py
