@@ -15,6 +15,8 @@ from pipeline.common.manifest import HubOrigin, digest
 from pipeline.common.params import COMMIT, HubSource
 from pipeline.common.progress import Bar, say
 
+CACHED_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
 
 def fetch(source: HubSource, target: Path) -> HubOrigin:
     """Download the checkpoint of `source` into the directory `target` and return its origin with the resolved commit.
@@ -100,9 +102,10 @@ def _from_cache(source: HubSource, target: Path) -> HubOrigin:
     for path in paths:
         say(f"{source.repo}: {path.name} from the Hugging Face cache")
         shutil.copyfile(path, target / path.name)
-        # In the cache a file is a link to a blob that is named by its SHA-256, or by git's hash of a small file. Where
-        # links are not possible the cache has no hashes.
-        if path.is_symlink() and path.resolve().name not in (digest(path).sha256, _git_hash(path)):
+        # In the cache a file is a link to a blob that is named by its SHA-256, or by git's hash of a small file. Blobs
+        # from a mirror of the Hub may have other names, and where links are not possible the cache has no hashes.
+        blob = path.resolve().name
+        if CACHED_BLOB.fullmatch(blob) and blob not in (digest(path).sha256, _git_hash(path)):
             raise PipelineError(f"{path} is damaged in the Hugging Face cache: delete it and download it again.")
     return HubOrigin(hub=source.repo, revision=snapshot.name)
 
