@@ -107,8 +107,8 @@ def require_cached(graph: dict[str, Node]) -> None:
         missing = {path.rstrip("/") for path in repo.data_status()["not_in_cache"]}
     if names := [name for name, node in graph.items() if missing & set(node.cached)]:
         raise PipelineError(
-            f"DVC could not keep the output of {', '.join(names)} in its cache: "
-            "make room there, then run `dvc commit -f`."
+            f"the output of {', '.join(names)} is not in DVC's cache, as after its disk was full: make room "
+            "there, then run `dvc commit -f`."
         )
 
 

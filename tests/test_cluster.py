@@ -153,6 +153,19 @@ def test_a_killed_worker(quick):
     assert built(build(clone, "local:2", "quantize_openvino").stdout) == CELLS[:3]
 
 
+def test_a_full_cache(quick, mount):
+    """When the disk of DVC's cache is full, the build ends with an error that says so; once there is room it works."""
+    build(quick, "local:2", "quantize_openvino")
+    cache = mount(quick / ".dvc/cache", 0.1)
+    ballast = cache / "ballast"
+    with ballast.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(cache).free)
+    full = build(quick, "local:2", "quantize_openvino", check=False)
+    assert (full.returncode, "No space left on device" in full.stderr) == (1, True)
+    ballast.unlink()
+    build(quick, "local:2", "quantize_openvino")
+
+
 def test_a_failing_cell(quick):
     """Cells that depend on a failed cell are skipped and all others are built; status and summary say so, and the next
     build continues from there."""

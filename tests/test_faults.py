@@ -186,8 +186,10 @@ def test_full_disk_of_the_cache(plain, mount):
     verify(source)
     assert YAML(typ="safe").load(plain / "dvc.lock")["stages"].keys() == {"download@tiny"}
     noticed = run(sys.executable, "-m", "pipeline.graph", cwd=plain, check=False)
-    sentence = "DVC could not keep the output of download@tiny in its cache: make room there, then run `dvc commit -f`."
-    assert (noticed.returncode, noticed.stderr) == (1, f"error: {sentence}\n")
+    sentence = (
+        "the output of download@tiny is not in DVC's cache, as after its disk was full: make room there, then run"
+    )
+    assert (noticed.returncode, noticed.stderr) == (1, f"error: {sentence} `dvc commit -f`.\n")
     subprocess.run(["umount", cache], check=True)
     run("dvc", "commit", "-f", "download", cwd=plain)
     run(sys.executable, "-m", "pipeline.graph", cwd=plain)
