@@ -244,34 +244,50 @@ def hostile(**changes):
     return str(refused.value)
 
 
+LONG, OUT = "is empty, long or absolute", "leaves the directory"
+CHARACTER, DEVICE = "has a character that file names must not have", "is a name that Windows treats specially"
+OWN = "is the release's own"
+
+
 @pytest.mark.parametrize(
-    "path",
+    ("path", "reason"),
     [
-        "../x",
-        "/etc/x",
-        "a/../../x",
-        "a//x",
-        "C:/x",
-        "a\\x",
-        "nul",
-        "com1.txt",
-        "x.",
-        "x ",
-        "x\n",
-        "release.json",
-        "",
-        "Release.JSON",
-        "release.json/x",
-        "CONIN$",
-        "lpt²",
-        "x" * 201,
+        ("", LONG),
+        ("/etc/x", LONG),
+        ("x" * 201, LONG),
+        ("\u00e9" * 101, LONG),
+        ("../x", OUT),
+        ("a/../../x", OUT),
+        ("a/./x", OUT),
+        ("a//x", OUT),
+        ("C:/x", CHARACTER),
+        ("a\\x", CHARACTER),
+        ("x\n", CHARACTER),
+        ("x\x7f", CHARACTER),
+        ("x\x1f", CHARACTER),
+        ("nul", DEVICE),
+        ("com1.txt", DEVICE),
+        ("CONIN$", DEVICE),
+        ("lpt\u00b2", DEVICE),
+        ("x.", DEVICE),
+        ("x ", DEVICE),
+        ("release.json", OWN),
+        ("Release.JSON", OWN),
+        ("release.json/x", OWN),
+        ("release.sig", OWN),
     ],
 )
-def test_hostile_paths(path):
+def test_hostile_paths(path, reason):
     """A path that leaves the directory, or that an operating system treats specially, is refused before any write."""
-    assert unsafe(path)
+    assert unsafe(path) == reason
     file = {"size": 1, "sha256": "0" * 64}
-    assert "release.json is refused (files: the path " in hostile(files={path: file})
+    assert f"release.json is refused (files: the path {path!r} {reason})"[:99] in hostile(files={path: file})
+
+
+@pytest.mark.parametrize("path", ["x" * 200, "\u00e9" * 100, "a.b/c d/X", "blobs/4000/x.blob", "X", "a/release.json"])
+def test_harmless_paths(path):
+    """Other paths are taken, up to 200 bytes long."""
+    assert unsafe(path) is None
 
 
 @pytest.mark.parametrize(
