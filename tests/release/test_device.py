@@ -1,5 +1,6 @@
 """The artifact that suits a device is found, and the choice is explained."""
 
+import openvino
 import pytest
 
 from pipeline.common.errors import PipelineError
@@ -82,6 +83,15 @@ def test_auto_looks_at_the_machine(devices, platform, chosen, monkeypatch):
     monkeypatch.setattr(device, "openvino_devices", lambda: [name.split(".")[0] for name in devices])
     monkeypatch.setattr(device.sys, "platform", platform)
     assert machine() == chosen
+
+
+def test_the_devices_of_openvino(monkeypatch):
+    """OpenVINO is asked for its devices, without their numbers; where it is not installed there are none."""
+    assert device.openvino_devices() == [name.split(".")[0] for name in openvino.Core().available_devices]
+    monkeypatch.setattr(openvino.Core, "available_devices", ["CPU", "GPU.0"])
+    assert device.openvino_devices() == ["CPU", "GPU"]
+    monkeypatch.setattr(device.importlib.util, "find_spec", {"openvino": None}.get)
+    assert device.openvino_devices() == []
 
 
 def test_auto_falls_back_to_the_cpu(monkeypatch):

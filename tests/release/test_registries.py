@@ -2,10 +2,11 @@
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from urllib3.util import Retry
 
 from pipeline.common.errors import PipelineError
@@ -265,6 +266,49 @@ def test_what_others_put_there(oci, hub):
         hub.commit(REPO, hub.revision(REPO, "main")[1] | {"aliases.json": content})
         with pytest.raises(PipelineError, match=r"aliases\.json is not valid: pull a version by its number"):
             registry.resolve(NAME, "latest")
+
+
+def test_files_of_an_older_version_go(hub):
+    """The main branch of a repository of the Hub has the files of the newest version, and the Hub's own."""
+    registry = open_registry(f"hf:{REPO}")
+    Path("artifacts/tiny/source/NOTICE").write_text("x")
+    published(registry, "1.0.0", aliases=("latest",))
+    Path("artifacts/tiny/source/NOTICE").unlink()
+    release = published(registry, "1.1.0")
+    main = hub.revision(REPO, "main")[1]
+    assert main.keys() == {*release.files, "release.json", "aliases.json", ".gitattributes"}
+    assert "NOTICE" in hub.revision(REPO, "1.0.0")[1]
+
+
+def test_somebody_else_commits_meanwhile(hub, monkeypatch):
+    """A commit that another publisher makes after the first look is never overwritten: it is looked at again."""
+    registry = open_registry(f"hf:{REPO}")
+    release = published(registry, "1.0.0")
+    look, others = HfApi.repo_info, iter([b"one", b"two"])
+
+    def look_slowly(*arguments, **options):
+        found = look(*arguments, **options)
+        if (content := next(others, None)) is not None:
+            hub.commit(REPO, hub.revision(REPO, "main")[1] | {"other": content})
+        return found
+
+    monkeypatch.setattr(HfApi, "repo_info", look_slowly)
+    with pytest.raises(FileExistsError):
+        registry.publish(release.model_copy(update={"version": "1.1.0"}), None)
+    assert hub.revision(REPO, "main")[1]["other"] == b"one"
+    assert hub.revision(REPO, "1.1.0") is None
+    registry.point(NAME, "stage", "1.0.0")
+    assert hub.revision(REPO, "main")[1]["other"] == b"two"
+    assert registry.resolve(NAME, "stage") == "1.0.0"
+
+
+def test_an_alias_that_others_move_all_the_time(hub, monkeypatch):
+    """When others commit again and again, the alias is given up with a sentence."""
+    registry = open_registry(f"hf:{REPO}")
+    published(registry, "1.0.0")
+    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="0" * 40, siblings=[]))
+    with pytest.raises(PipelineError, match=f"^others publish to hf:{REPO} all the time: run again to move stage"):
+        registry.point(NAME, "stage", "1.0.0")
 
 
 def test_a_server_that_fails(hub):
