@@ -1,17 +1,12 @@
 """The real client publishes to an emulated repository of the Hugging Face Hub and pulls from it, on loopback."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
-from pipeline.common import paths
-from pipeline.release.pull import check
-from tests.conftest import ROOT, edit, run
-from tests.hub_registry_server import metadata_errors
-from tests.release_project import MODEL, NAME, build, run_and_kill, validate
+from tests.conftest import ROOT, run
+from tests.release_project import NAME, build, run_and_kill
 from tests.release_project import release_folder as release_folder
 
 pytestmark = pytest.mark.slow
@@ -29,62 +24,6 @@ def phi3(hub, *arguments, check=True, program=("phi3",)):
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     return run(*program, *arguments, cwd=Path.cwd(), check=check, PYTHONPATH=str(ROOT), **environment)
-
-
-def test_publish_list_pull(hub_registry, tmp_path):
-    """Each version is a commit with a tag, and a pull returns what was published."""
-    build(BIG)
-    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
-    build(BIG + b"newer")
-    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.1.0", "--alias", "stage")
-    repository = hub_registry.repositories[REPO]
-    assert hub_registry.private == {REPO}  # a fine-tune must not become public by mistake
-    assert list(repository["tags"]) == ["1.0.0", "1.1.0"]
-    assert len(repository["commits"]) == 5  # a first one, and for each version the files and the alias
-    assert phi3(hub_registry, "list", URL).stdout == f"{NAME} 1.0.0 latest\n{NAME} 1.1.0 stage\n"
-    assert phi3(hub_registry, "pull", URL, NAME, "--to", "model").stdout == "model\n"
-    assert check(tmp_path / "model").version == "1.0.0"
-    assert (tmp_path / "model/openvino_model.bin").read_bytes() == BIG
-    phi3(hub_registry, "pull", URL, f"{NAME}@stage", "--to", "newer")
-    assert (tmp_path / "newer/openvino_model.bin").read_bytes() == BIG + b"newer"
-
-
-@pytest.mark.parametrize(
-    ("licence", "metadata"),
-    [
-        ("MIT", {"license": "mit"}),
-        ("LicenseRef-Acme", {"license": "other", "license_name": "licenseref-acme", "license_link": "LICENSE"}),
-    ],
-)
-def test_the_card_follows_the_rules_of_the_hub(hub_registry, licence, metadata):
-    """The Hub takes the card's metadata, and each artifact has the file by which the Hub counts downloads."""
-    manifest = paths.variant(MODEL, "openvino-int4") / "manifest.json"
-    edit(manifest, '"license": "MIT"', f'"license": "{licence}"')
-    validate()
-    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
-    files = hub_registry.repositories[REPO]["commits"][-1][1]
-    card = YAML(typ="safe").load(files["README.md"].decode().split("---\n")[1])
-    assert list(metadata_errors(files["README.md"].decode())) == []
-    assert card == metadata | {
-        "base_model": "microsoft/Phi-3-mini-4k-instruct",
-        "base_model_relation": "quantized",
-        "pipeline_tag": "text-generation",
-        "tags": ["openvino", "openvino-int4", "phi3", "cpu", "gpu"],
-    }
-    assert ("POST", "/api/validate-yaml") in hub_registry.log
-    assert json.loads(files["config.json"]) == {"model_type": "phi3"}
-
-
-def test_published_again(hub_registry):
-    """The same bytes change nothing, other bytes are a conflict, and another artifact is refused."""
-    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
-    commits = len(hub_registry.repositories[REPO]["commits"])
-    again = phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0").stdout
-    assert "is there already, with the same bytes" in again
-    build(BIG)
-    refused = phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0", check=False)
-    assert (refused.returncode, "with other bytes (manifest.json, openvino_model.bin" in refused.stderr) == (1, True)
-    assert len(hub_registry.repositories[REPO]["commits"]) == commits
 
 
 @pytest.mark.parametrize("part", ["/commit/", "/tag/", "/lfs/"])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import requests
 from requests import Session
 from urllib3.util import Retry
 
@@ -30,36 +29,6 @@ def registry(tmp_path):
     registry = Registry(tmp_path / "oci")
     yield registry
     registry.stop()
-
-
-def test_publish_list_pull(registry, tmp_path):
-    """A version is a ModelPack manifest with a layer per file; what is pulled is what was published; aliases move."""
-    build(BIG)
-    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0", "--alias", "latest", "--alias", "stage")
-    build(BIG + b"newer")
-    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.1.0")
-    assert registry.phi3("list", registry.url).stdout == f"{NAME} 1.0.0 stage\n{NAME} 1.1.0 latest\n"
-    registry.phi3("pull", registry.url, f"{NAME}@stage", "--to", "model")
-    assert check(tmp_path / "model").version == "1.0.0"
-    assert (tmp_path / "model/openvino_model.bin").read_bytes() == BIG
-    address = f"http://{registry.host}/v2/models/tiny/manifests/1.0.0"
-    manifest = requests.get(address, headers={"Accept": "application/vnd.oci.image.manifest.v1+json"}, timeout=9).json()
-    assert manifest["artifactType"] == "application/vnd.cncf.model.manifest.v1+json"
-    assert manifest["config"]["mediaType"] == "application/vnd.cncf.model.config.v1+json"
-    kinds = {layer["annotations"]["org.cncf.model.filepath"]: layer["mediaType"] for layer in manifest["layers"]}
-    assert kinds["openvino_model.bin"] == "application/vnd.cncf.model.weight.v1.raw"
-    assert kinds["tokenizer.json"] == "application/vnd.cncf.model.weight.config.v1.raw"
-    assert kinds["README.md"] == kinds["LICENSE"] == "application/vnd.cncf.model.doc.v1.raw"
-
-
-def test_published_again(registry):
-    """The same bytes change nothing, and other bytes are a conflict."""
-    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
-    again = registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0").stdout
-    assert "is there already, with the same bytes" in again
-    build(BIG)
-    refused = registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0", check=False)
-    assert (refused.returncode, "with other bytes (manifest.json, openvino_model.bin" in refused.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(

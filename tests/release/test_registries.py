@@ -1,24 +1,29 @@
 """Every kind of registry keeps the same promises: a directory, an OCI registry and an emulated Hub, on this machine."""
 
 import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import requests
 from huggingface_hub import HfApi, constants
+from ruamel.yaml import YAML
 from urllib3.util import Retry
 
+from pipeline.common import paths
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import File, Recipe, Stored, digest
-from pipeline.release import pull
+from pipeline.release import publish, pull
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.interface import Entry
 from pipeline.release.registry.oci import _config, _kind
 from pipeline.release.release import Release
+from tests.conftest import edit
+from tests.hub_registry_server import metadata_errors
 from tests.manifests import variant_manifest
 from tests.oci_registry_server import Registry
-from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet
+from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet, validate
 from tests.release_project import release_folder as release_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.mutants]
@@ -107,6 +112,18 @@ def documents(release: Release) -> dict[str, Path]:
     """Return a file with the content of each path of `release`, as far as the folder has it."""
     folder = Path("artifacts") / MODEL / VARIANT
     return {path: folder / path for path in release.files if (folder / path).exists()}
+
+
+def test_the_same_again(registry):
+    """Publishing the same bytes again says so and changes nothing; other bytes as the same version are a conflict."""
+    first, said = published(registry, "1.0.0"), []
+    options = {"registry": registry, "version": "1.0.0", "aliases": ("latest",), "progress": said.append}
+    assert publish.publish(MODEL, VARIANT, **options) == first
+    assert said[-1] == f"{NAME} 1.0.0 is there already, with the same bytes"
+    build(BIG)
+    with pytest.raises(PipelineError, match=r"with other bytes \(manifest\.json, openvino_model\.bin"):
+        publish.publish(MODEL, VARIANT, **options)
+    assert registry.entries() == [Entry(NAME, "1.0.0", ["latest"])]
 
 
 def test_a_signature_comes_along(registry):
@@ -266,6 +283,34 @@ def test_what_others_put_there(oci, hub):
         hub.commit(REPO, hub.revision(REPO, "main")[1] | {"aliases.json": content})
         with pytest.raises(PipelineError, match=r"aliases\.json is not valid: pull a version by its number"):
             registry.resolve(NAME, "latest")
+
+
+@pytest.mark.parametrize(
+    ("licence", "metadata"),
+    [
+        ("MIT", {"license": "mit"}),
+        ("LicenseRef-Acme", {"license": "other", "license_name": "licenseref-acme", "license_link": "LICENSE"}),
+    ],
+)
+def test_the_card_follows_the_rules_of_the_hub(hub, licence, metadata):
+    """The Hub takes the card's metadata, each release has the file by which it counts downloads, and the repository is
+    private: a fine-tune must not become public by mistake."""
+    manifest = paths.variant(MODEL, VARIANT) / "manifest.json"
+    edit(manifest, '"license": "MIT"', f'"license": "{licence}"')
+    validate()
+    publish_version(registry=open_registry(f"hf:{REPO}"))
+    assert hub.private == {REPO}
+    files = hub.revision(REPO, "1.0.0")[1]
+    card = YAML(typ="safe").load(files["README.md"].decode().split("---\n")[1])
+    assert list(metadata_errors(files["README.md"].decode())) == []
+    assert card == metadata | {
+        "base_model": "microsoft/Phi-3-mini-4k-instruct",
+        "base_model_relation": "quantized",
+        "pipeline_tag": "text-generation",
+        "tags": ["openvino", "openvino-int4", "phi3", "cpu", "gpu"],
+    }
+    assert ("POST", "/api/validate-yaml") in hub.log
+    assert json.loads(files["config.json"]) == {"model_type": "phi3"}
 
 
 def test_files_of_an_older_version_go(hub):
