@@ -5,7 +5,17 @@ import json
 import pytest
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File, Manifest, Nothing, PathOrigin, building, read_manifest, seal, verify
+from pipeline.common.manifest import (
+    File,
+    Manifest,
+    Nothing,
+    PathOrigin,
+    VariantManifest,
+    building,
+    read_manifest,
+    seal,
+    verify,
+)
 
 MANIFEST = Manifest(
     name="m/v",
@@ -87,6 +97,20 @@ def test_verify_lists_every_fault(sealed):
     assert str(refused.value) == (
         f"{sealed}: a.bin has changed; c.bin is not listed; sub/b.bin is missing. Build or pull it again."
     )
+
+
+def test_a_link_in_the_place_of_a_file(sealed, tmp_path):
+    """A link is refused even if it leads to the same bytes: what it leads to could change after the check."""
+    (sealed / "a.bin").rename(tmp_path / "elsewhere")
+    (sealed / "a.bin").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PipelineError, match=r"v: a\.bin has changed\. Build or pull it again"):
+        verify(sealed)
+
+
+def test_another_kind_of_artifact(sealed):
+    """Where a variant is expected, the manifest of something else is refused with the field that differs."""
+    with pytest.raises(PipelineError, match=r"manifest\.json is not a manifest \(recipe.*\): build or pull it again"):
+        verify(sealed, VariantManifest)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"schema_version": 1}', "[" * 100_000])
