@@ -3,11 +3,10 @@
 import re
 
 import pytest
-from ruamel.yaml import YAML
 
 from tests.conftest import ROOT
+from tests.mutants import MUTATIONS
 
-MUTATIONS = YAML(typ="safe").load((ROOT / "tests/mutations.yaml").read_text("utf-8"))
 PROMISES = re.findall(r"^\| \d+ .*", (ROOT / "docs/promises.md").read_text("utf-8"), re.MULTILINE)
 NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/promises.md").read_text("utf-8"))
 

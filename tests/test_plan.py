@@ -36,6 +36,15 @@ def test_shapes_follow_from_the_config(tmp_path, style):
     assert matrices(shapes) == matrices(tensor_shapes(checkpoint))
 
 
+def estimated(cell, *, config=PHI_3_MINI, **changes):
+    """Return the cost of a cell of Phi-3-mini, or of another config, with changes of its variant."""
+    cell = Cell.parse(cell, PARAMS)
+    variants = PARAMS.variants
+    if changes:
+        variants = {name: variant.model_copy(update=changes) for name, variant in variants.items()}
+    return plan.estimate(cell, params=PARAMS.model_copy(update={"variants": variants}), config=config)
+
+
 @pytest.mark.parametrize(
     ("cell", "size"),
     [
@@ -48,8 +57,7 @@ def test_shapes_follow_from_the_config(tmp_path, style):
 )
 def test_disk_at_full_size(cell, size):
     """For Phi-3-mini's config the plan gives the sizes that were measured at its shape."""
-    cost = plan.estimate(Cell.parse(cell, PARAMS), params=PARAMS, config=PHI_3_MINI)
-    assert cost.disk == pytest.approx(size, rel=0.05)
+    assert estimated(cell).disk == pytest.approx(size, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +80,7 @@ def test_disk_at_full_size(cell, size):
 )
 def test_memory_and_time_at_full_size(cell, memory, seconds, temporary):
     """For Phi-3-mini's config the plan gives these figures: memory and temporary disk in GB, time in seconds."""
-    cost = plan.estimate(Cell.parse(cell, PARAMS), params=PARAMS, config=PHI_3_MINI)
+    cost = estimated(cell)
     assert [cost.memory / 1e9, cost.seconds, cost.temporary / 1e9] == pytest.approx(
         [memory, seconds, temporary], rel=0.01
     )
@@ -85,24 +93,12 @@ def test_a_rotation(variant, copies):
     """Rotation takes temporary disk for a rotated checkpoint and, for OpenVINO, its IR; a tied model needs none."""
     costs = {}
     for rotated, tied in ((False, False), (True, False), (True, True)):
-        recipe = PARAMS.variants[variant].model_copy(update={"rotated": rotated})
-        params = PARAMS.model_copy(update={"variants": PARAMS.variants | {variant: recipe}})
-        config = PHI_3_MINI | {"tie_word_embeddings": tied}
-        cell = Cell(recipe.stage, "phi-3-mini-4k-instruct", variant)
-        costs[rotated, tied] = plan.estimate(cell, params=params, config=config)
+        cell = f"{PARAMS.variants[variant].stage}@phi-3-mini-4k-instruct-{variant}"
+        costs[rotated, tied] = estimated(cell, config=PHI_3_MINI | {"tie_word_embeddings": tied}, rotated=rotated)
     more = costs[True, False].temporary - costs[False, False].temporary
     assert more == pytest.approx(copies * 7.64e9, rel=0.01)
     assert costs[True, False].seconds > costs[False, False].seconds + 60
     assert costs[True, True].temporary < more
-
-
-def estimated(cell, *, config=PHI_3_MINI, **changes):
-    """Return the cost of a cell of Phi-3-mini, or of another config, with changes of its variant."""
-    cell = Cell.parse(cell, PARAMS)
-    variants = PARAMS.variants
-    if changes:
-        variants = {name: variant.model_copy(update=changes) for name, variant in variants.items()}
-    return plan.estimate(cell, params=PARAMS.model_copy(update={"variants": variants}), config=config)
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,8 @@ def _from_cache(source: HubSource, target: Path) -> HubOrigin:
         shutil.copyfile(path, target / path.name)
         # In the cache a file is a link to a blob that is named by its SHA-256, or by git's hash of a small file. Blobs
         # from a mirror of the Hub may have other names, and where links are not possible the cache has no hashes.
-        blob = path.resolve().name
-        if CACHED_BLOB.fullmatch(blob) and blob not in (digest(path).sha256, _git_hash(path)):
+        blob, copy = path.resolve().name, target / path.name
+        if CACHED_BLOB.fullmatch(blob) and blob != (digest(copy).sha256 if len(blob) == 64 else _git_hash(copy)):
             raise PipelineError(f"{path} is damaged in the Hugging Face cache: delete it and download it again.")
     return HubOrigin(hub=source.repo, revision=snapshot.name)
 

@@ -58,6 +58,9 @@ class _Tokens(TokenAuth):  # type: ignore[misc]
         return super().get_auth_header()
 
 
+auth_backends["tokens"] = _Tokens
+
+
 class OciRegistry:
     """The repository `HOST/NAME`; credentials are those of `docker login`. On the loopback it speaks plain HTTP."""
 
@@ -231,7 +234,6 @@ def _client(container: Container, *, url: str) -> Any:
         session.mount(f"{prefix}://", retries)
         challenge = session.get(f"{prefix}://{container.registry}/v2/", timeout=30).headers.get("Www-Authenticate", "")
     basic = challenge.casefold().startswith("basic")
-    auth_backends["tokens"] = _Tokens
     client = _Client(hostname=container.registry, insecure=insecure, auth_backend="basic" if basic else "tokens")
     client.session.mount(f"{prefix}://", retries)
     client.auth.load_configs(container)
