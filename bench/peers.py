@@ -261,7 +261,8 @@ def own_cost(costs: dict[str, Cost], variant: str) -> Cost:
     if stage == "quantize_openvino":
         steps.append(f"export_openvino {MODEL} openvino-fp16")
     chosen = [costs[step] for step in steps]
-    return Cost(wall=sum(cost.wall for cost in chosen), anonymous=max(cost.anonymous for cost in chosen))
+    wall, cpu = (sum(getattr(cost, figure) for cost in chosen) for figure in ("wall", "cpu"))
+    return Cost(wall=wall, cpu=cpu, anonymous=max(cost.anonymous for cost in chosen))
 
 
 def write_config(recipe: Recipe, target: Path) -> Path:
@@ -335,12 +336,12 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"Made by `make bench-peers` on {results['date']}: {results['machine']}; {results['versions']}."]
     for target, rows in results["targets"].items():
         lines += ["", f"### {target}", ""]
-        lines += ["| tool | recipe | wall | memory | size | mean KL | top-1 |", "| --- " * 7 + "|"]
+        lines += ["| tool | recipe | wall | CPU | memory | size | mean KL | top-1 |", "| --- " * 8 + "|"]
         for row in rows:
-            figures = f"*{row['failed']}* | | | |" if "failed" in row else ""
+            figures = f"*{row['failed']}* | | | | |" if "failed" in row else ""
             if not figures:
-                figures = f"{row['wall_s']:.0f} s | {row['anonymous_gb']:.2f} GB | {row['size_mb']:.0f} MB"
-                figures += f" | {row['kl_mean']:.3f} | {row['top1_agreement']:.1%}"
+                figures = f"{row['wall_s']:.0f} s | {row['cpu_s']:.0f} s | {row['anonymous_gb']:.2f} GB"
+                figures += f" | {row['size_mb']:.0f} MB | {row['kl_mean']:.3f} | {row['top1_agreement']:.1%}"
             lines.append(f"| {row['tool']} | {row['label']} | {figures} |")
     return "\n".join(lines)
 
@@ -428,7 +429,7 @@ def main() -> None:
 
 def _costs(cost: Cost) -> dict[str, float]:
     figures = cost.figures()
-    return {name: figures[name] for name in ("wall_s", "anonymous_gb")}
+    return {name: figures[name] for name in ("wall_s", "cpu_s", "anonymous_gb")}
 
 
 if __name__ == "__main__":
