@@ -36,7 +36,7 @@ START, END = "<!-- made by `make bench-peers`: -->\n", "<!-- end -->"
 PINS = Path(__file__).with_suffix("")
 FOLDER = WORK.absolute() / "peers"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-MESSAGE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception): .+", re.MULTILINE)
+MESSAGE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception):\s+.+", re.MULTILINE)
 ANSWERS = FOLDER / "answers.jsonl"  # this project's calibration answers, as a data set for Olive
 OPTIMUM = "optimum-cli export openvino --model {checkpoint} --task text-generation-with-past --weight-format int4"
 ADJUST = "--group-size-fallback adjust"  # without it a width of 576 is an error
@@ -119,8 +119,8 @@ TARGETS: dict[str, tuple[list[str], list[Recipe]]] = {
             ),
             Recipe(
                 "optimum-cli",
-                "the same, AWQ and scale estimation on 32 texts of the model's own",
-                f"{TUTORIAL} --awq --scale-estimation --dataset auto --num-samples 32 {{target}}",
+                "the same, AWQ and scale estimation on the model's own texts",
+                f"{TUTORIAL} --awq --scale-estimation --dataset auto {{target}}",
                 "its --help",
             ),
             olive(
@@ -141,11 +141,12 @@ TARGETS: dict[str, tuple[list[str], list[Recipe]]] = {
                 "channel-wise, AWQ and scale estimation on wikitext2",
                 f"{CHANNELS} --awq --scale-estimation --dataset wikitext2 {{target}}",
                 GUIDE,
+                "olive",  # which has the same optimum-intel, and `datasets`
             ),
             Recipe(
                 "optimum-cli",
-                "channel-wise, AWQ and scale estimation on 32 texts of the model's own",
-                f"{CHANNELS} --awq --scale-estimation --dataset auto --num-samples 32 {{target}}",
+                "channel-wise, AWQ and scale estimation on the model's own texts",
+                f"{CHANNELS} --awq --scale-estimation --dataset auto {{target}}",
                 "its --help",
             ),
             Recipe(
@@ -303,7 +304,7 @@ def run_peer(recipe: Recipe, target: Path) -> Cost | str:
         cost = None
     if cost and (any(target.glob("*.onnx")) or any(target.glob("*.xml"))):
         return cost
-    return MESSAGE.findall(log.read_text("utf-8", "replace"))[-1]
+    return " ".join(MESSAGE.findall(log.read_text("utf-8", "replace"))[-1].split())
 
 
 def judge(directory: Path, variant: str, loads_in: str | None) -> dict[str, Any]:
