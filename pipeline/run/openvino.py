@@ -82,6 +82,9 @@ def answer_together(directory: Path, prompts: Sequence[list[int]], *, max_new_to
 
     An answer ends with an eos id, or when it has as many tokens as `max_new_tokens` says for its prompt. Each pass
     through the model reads the weights once for BATCH prompts (continuous batching: Yu et al., Orca, OSDI 2022).
+
+    With LongRoPE no prompt and its answer may be longer than the original limit, because the IR would then use the
+    factors for long texts for all prompts that it reads at the same time.
     """
     import numpy as np
     import openvino
@@ -89,7 +92,7 @@ def answer_together(directory: Path, prompts: Sequence[list[int]], *, max_new_to
 
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_seqs, scheduler.enable_prefix_caching = BATCH, False
-    # With LongRoPE a prompt has to be read at once (see pipeline_options).
+    # Prompts are read at once, so that one with LongRoPE is read as the source reads it (see pipeline_options).
     scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, *map(len, prompts))
     pipeline = openvino_genai.ContinuousBatchingPipeline(directory, scheduler, "CPU", F32)
     handles = []
