@@ -1,13 +1,14 @@
 """The source checkpoint in torch: the model that every variant is compared with."""
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.progress import Bar
-from pipeline.run.torch_device import torch_device
+from pipeline.run.torch_device import product, torch_device
 from pipeline.run.transformers import Transformers
 
 
@@ -42,7 +43,7 @@ class Torch(Transformers):
             for _, layer in reading.layers():
                 with reading.watching(layer):
                     reading.go_through(layer)
-            norm, head = (copy.deepcopy(part).float() for part in (self.model.model.norm, self.model.lm_head))
+            norm, head = (_in_float32(part) for part in (self.model.model.norm, self.model.lm_head))
             with reading.watching(norm):
                 for place, wanted in enumerate(positions):
                     logits = head(reading.normed(place, norm)[list(wanted)])
@@ -90,7 +91,7 @@ class Reading:
     def layers(self) -> Iterator[tuple[str, Any]]:
         """Yield the name of each decoder layer and the layer itself in float32; send the texts through each."""
         for index, layer in enumerate(Bar(self.model.model.layers, desc="reading texts, layer by layer")):
-            yield f"model.layers.{index}", copy.deepcopy(layer).float()
+            yield f"model.layers.{index}", _in_float32(layer)
 
     def go_through(self, layer: Any) -> None:
         """Send all texts through `layer`."""
@@ -117,3 +118,18 @@ class Reading:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _in_float32(part: Any) -> Any:
+    # Return a copy of a part of the model that computes in float32.
+    import torch
+
+    part = copy.deepcopy(part).float()
+    for module in part.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = functools.partial(_linear, module)
+    return part
+
+
+def _linear(module: Any, inputs: Any) -> Any:
+    return product(inputs, module.weight, module.bias)
