@@ -1,7 +1,6 @@
 """The source checkpoint in torch: the model that every variant is compared with."""
 
 import copy
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -124,12 +123,13 @@ def _in_float32(part: Any) -> Any:
     # Return a copy of a part of the model that computes in float32.
     import torch
 
+    class Linear(torch.nn.Linear):  # type: ignore[misc]
+        def forward(self, inputs: Any) -> Any:
+            return product(inputs, self.weight, self.bias)
+
     part = copy.deepcopy(part).float()
     for module in part.modules():
         if isinstance(module, torch.nn.Linear):
-            module.forward = functools.partial(_linear, module)
+            # A `forward` of its own would be a reference cycle, and keep the weights until the garbage collector runs.
+            module.__class__ = Linear
     return part
-
-
-def _linear(module: Any, inputs: Any) -> Any:
-    return product(inputs, module.weight, module.bias)
