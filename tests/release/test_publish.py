@@ -313,7 +313,9 @@ def test_the_usual_names_on_the_hub():
     assert dict(re.findall(r"^\| `([\w-]+)` \| `(Phi-[\w.-]+)` \|$", page, re.MULTILINE)) == {
         variant: url.rpartition("/")[2] for variant, url in names.items()
     }
-    build()
+    with building(paths.variant(MODEL, VARIANT)) as target:  # of a checkpoint in a directory
+        seal(target, variant_manifest(NAME))
+    assert publish.full_url("hf:someone", model=MODEL, variant=VARIANT) == "hf:someone/tiny-int4-cw-ov"
     for url in ("hf:someone/tiny", "dir:registry", "hf:a/b/c", "hf:"):
         assert publish.full_url(url, model=MODEL, variant=VARIANT) == url
     shutil.rmtree("artifacts/tiny/openvino-int4")
