@@ -57,22 +57,24 @@ def verify_command(directory: Path, key: Path | None) -> None:
 
 @main.command("publish")
 @click.argument("artifact", metavar="MODEL/VARIANT")
-@click.option("--to", "url", required=True, help="The registry: dir:PATH, hf:OWNER/REPOSITORY or oci:HOST/NAME.")
+@click.option("--to", "url", required=True, help="The registry: dir:PATH, hf:OWNER[/REPOSITORY] or oci:HOST/NAME.")
 @click.option("--version", required=True, help="Three numbers, such as 1.0.0.")
 @click.option("--alias", "aliases", multiple=True, default=("latest",), show_default=True, help="Names to move to it.")
 @click.option("--key", type=KEY, help="Private EC key (PEM) to sign with.")
 def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, ...], key: Path | None) -> None:
     """Publish the validated artifact MODEL/VARIANT. A version never changes; aliases move.
 
+    Without REPOSITORY the command takes OWNER's repository with the usual name for the artifact.
+
     Example: phi3 publish smol-phi3/openvino-int4 --to dir:/srv/models --version 1.0.0
     """
-    from pipeline.release.publish import publish
+    from pipeline.release.publish import full_url, publish
 
     model, _, variant = artifact.partition("/")
-    release = publish(
-        model, variant, registry=open_registry(url), version=version, aliases=aliases, key=key, progress=click.echo
-    )
-    click.echo(f"published {release.name} {version}, {release.size / 1e6:.1f} MB, as {', '.join(aliases)}")
+    registry = open_registry(full_url(url, model=model, variant=variant))
+    release = publish(model, variant, registry=registry, version=version, aliases=aliases, key=key, progress=click.echo)
+    size, names = f"{release.size / 1e6:.1f} MB", ", ".join(aliases)
+    click.echo(f"published {release.name} {version}, {size}, to {registry.url} as {names}")
 
 
 @main.command("list")
