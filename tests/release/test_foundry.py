@@ -45,17 +45,20 @@ MERGED = (
 SCAN = """
 import sys
 from foundry_local_sdk import Configuration, FoundryLocalManager, LogLevel
+from openai import OpenAI
 
 catalogs, models = [(f"{sys.argv[1]}/asset-gallery/v1.0/models", None)], sys.argv[2]
 level = LogLevel.INFORMATION
 FoundryLocalManager.initialize(Configuration("app", model_cache_dir=models, catalog_urls=catalogs, log_level=level))
-found = FoundryLocalManager.instance.catalog.get_cached_models()
+manager = FoundryLocalManager.instance
+found = manager.catalog.get_cached_models()
 print("listed", [model.id for model in found])
+manager.start_web_service()
+client = OpenAI(base_url=f"{manager.urls[0]}/v1", api_key="none")
 for model in found:
     model.load()
-    client = model.get_chat_client()
-    client.settings.temperature = 0
-    answer = client.complete_chat([{"role": "user", "content": "What is the capital of Japan?"}])
+    chat = [{"role": "user", "content": "What is the capital of Japan?"}]
+    answer = client.chat.completions.create(model=model.id, messages=chat, temperature=0)
     print(answer.usage.prompt_tokens, answer.choices[0].message.content)
 """
 
