@@ -88,7 +88,15 @@ def python(tmp_path_factory) -> Callable[[str], Path]:
     def environment(version: str) -> Path:
         def build(folder: Path) -> None:
             venv.create(folder, with_pip=True)
-            pip = [folder / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            pip = [
+                folder / "bin/python",
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-compile",
+            ]
             subprocess.run([*pip, "--constraint", CONSTRAINTS, f"foundry-local-sdk=={version}"], check=True)
 
         return built_once(tmp_path_factory, f"foundry-{version}", build) / "bin/python"
