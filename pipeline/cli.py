@@ -14,6 +14,7 @@ from pipeline.common.params import json_schema, load_params
 from pipeline.common.paths import PARAMS_FILE
 from pipeline.dvc_yaml import DVC_FILE, render
 from pipeline.release.device import TARGETS, Target
+from pipeline.release.foundry import GENAI_CONFIG, registration
 from pipeline.release.pull import pull, suggest, verify_any
 from pipeline.release.registry import open_registry
 
@@ -91,7 +92,9 @@ def list_command(url: str) -> None:
 @main.command("pull")
 @click.argument("url")
 @click.argument("artifact", metavar="[MODEL[/VARIANT][@VERSION]]", default="")
-@click.option("--for", "target", type=click.Choice(TARGETS), default="auto", show_default=True, help="The device.")
+@click.option(
+    "--for", "target", type=click.Choice(TARGETS), default="auto", show_default=True, help="The device or program."
+)
 @click.option("--to", type=click.Path(file_okay=False, path_type=Path), help="By default a directory in the cache.")
 @click.option("--key", type=KEY, help="Public key (PEM) of whoever must have signed it.")
 def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: Path | None) -> None:
@@ -115,6 +118,8 @@ def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: 
             bar.set_description(file)
 
         directory = pull(registry, name, reference=reference, to=to, key=key, progress=progress)
+    if target == "foundry" and (directory / GENAI_CONFIG).exists():
+        _say(f"in Foundry Local: {registration(directory.absolute())}")
     click.echo(directory)
 
 
