@@ -180,8 +180,10 @@ def in_environment(python, *arguments):
 
 
 def snippet(model):
-    """Return the program of the page, with this folder."""
+    """Return the program of the page, with this folder; the page installs the versions that the tests have."""
     page = (ROOT / "docs/programs.md").read_text("utf-8").split("## ONNX Runtime's OpenVINO EP")[1]
+    installed = (ROOT / "tests/environments/openvino-ep.txt").read_text("utf-8").split()
+    assert set(re.search(r"^pip install (.*)$", page, re.MULTILINE)[1].split()) < set(installed)
     return re.search(r"```py\n(.*?)```", page, re.DOTALL)[1].replace("/tmp/model", str(model))
 
 
