@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.chat import load_chat
 from pipeline.common import paths
-from pipeline.common.manifest import Runtime, building, read_manifest, seal
+from pipeline.common.manifest import Runtime, building, digest, read_manifest, seal
 from pipeline.common.paths import MANIFEST
 from pipeline.release.openvino_ep import write_openvino_ep
 from pipeline.release.publish import publish
@@ -111,7 +111,7 @@ def test_an_npu_variant(with_blob):
 
 
 def test_an_onnx_variant_stays_as_it_is():
-    """A release of an ONNX variant has its own genai_config.json, and no node."""
+    """A release of an ONNX variant has its own genai_config.json, the source's config.json, and no node."""
     directory = paths.variant(MODEL, VARIANT)
     with building(directory) as target:
         (target / "model.onnx").write_bytes(b"weights")
@@ -120,6 +120,7 @@ def test_an_onnx_variant_stays_as_it_is():
     validate()
     release = publish_version()
     assert release.files["genai_config.json"] == read_manifest(directory).files["genai_config.json"]
+    assert release.files["config.json"] == digest(paths.source(MODEL) / "config.json")
     assert "openvino_model.onnx" not in release.files
 
 
