@@ -80,12 +80,21 @@ def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, .
 
 @main.command("list")
 @click.argument("url")
-def list_command(url: str) -> None:
-    """List the artifacts in the registry at URL.
+@click.option("--format", "form", type=click.Choice(["text", "winml"]), default="text", show_default=True)
+def list_command(url: str, form: str) -> None:
+    """List the artifacts in the registry at URL; with `--format winml` as a model catalogue of Windows ML.
 
-    Example: phi3 list dir:/srv/models
+    \b
+    Examples: phi3 list dir:/srv/models
+              phi3 list hf:someone/phi-3-mini --format winml > catalogue.json
     """
-    for entry in open_registry(url).entries():
+    registry = open_registry(url)
+    if form == "winml":
+        from pipeline.release.winml import catalogue
+
+        click.echo(json.dumps(catalogue(registry), indent=2))
+        return
+    for entry in registry.entries():
         click.echo(f"{entry.name} {entry.version} {' '.join(entry.aliases)}".strip())
 
 

@@ -11,10 +11,11 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import BlobManifest, HubOrigin, VariantManifest, digest, read_manifest, verify
 from pipeline.common.paths import MANIFEST
 from pipeline.release.documents import write_documents
+from pipeline.release.openvino_ep import write_openvino_ep
 from pipeline.release.registry.interface import Registry
 from pipeline.release.release import NAME, VERSION, Release, read_release
 from pipeline.release.signing import sign
-from pipeline.run.blobs import RELEASED_BLOBS, belongs
+from pipeline.run.blobs import RELEASED_BLOBS, asked_lengths, belongs
 
 
 def publish(
@@ -49,6 +50,8 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="phi3-release-") as folder:
         added = Path(folder)
         write_documents(added, model=model, variant=variant, version=version)
+        if "openvino-genai" in manifest.runtime.requires:
+            write_openvino_ep(added, directory, manifest, npu_lengths=asked_lengths(directory, manifest))
         files = [*_of_source(model), *directory.iterdir(), *added.iterdir()]
         contents = {path.name: path for path in files} | blobs
         release = Release(

@@ -43,7 +43,7 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
         return Choice("CPU", {}, "this machine has no NPU, or no driver for it: the IR runs on the CPU")
     places = (directory / RELEASED_BLOBS / architecture, paths.blob(directory, architecture))
     blob_directory = next((place for place in places if place.is_dir()), None)
-    lengths = _lengths(directory, ir)
+    lengths = asked_lengths(directory, ir)
     if blob_directory is None:
         return Choice("NPU", {**lengths}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
     blob = verify(blob_directory, BlobManifest)
@@ -59,8 +59,11 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
     return Choice("NPU", options, f"the blob is for NPU {architecture} and OpenVINO {made_by}", lengths)
 
 
-def _lengths(directory: Path, ir: VariantManifest) -> dict[str, int]:
-    # The static lengths that params.yaml asks for, which the manifests of all blobs of the variant state.
+def asked_lengths(directory: Path, ir: VariantManifest) -> dict[str, int]:
+    """Return the static lengths in tokens that params.yaml asks for, which the manifests of all blobs of `ir` state.
+
+    They are the options MAX_PROMPT_LEN and MIN_RESPONSE_LEN. Without any blob the dictionary is empty.
+    """
     for path in (*directory.glob(f"{RELEASED_BLOBS}/*"), *directory.parent.glob(f"blobs/{directory.name}-*")):
         blob = read_manifest(path, BlobManifest)
         if f"{blob.model}/{blob.variant}" == ir.name:

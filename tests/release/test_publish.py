@@ -54,9 +54,13 @@ def test_publish_then_pull(tmp_path):
         "LICENSE",
         "README.md",
         "config.json",
+        "genai_config.json",
+        "generation_config.json",
         "manifest.json",
         "metrics.json",
         "openvino_model.bin",
+        "openvino_model.onnx",
+        "openvino_model.xml",
         "provenance.json",
         "release.json",
         "sbom.cdx.json",
@@ -331,7 +335,7 @@ def test_the_commands(tmp_path):
     directory = run("phi3", "pull", "dir:registry", NAME, "--to", "model", cwd=tmp_path).stdout.strip()
     assert directory == "model"
     verify(paths.variant(MODEL, VARIANT))
-    assert run("phi3", "verify", "model", cwd=tmp_path).stdout.startswith(f"{NAME}: 9 files, 0.0 MB, all as in")
+    assert run("phi3", "verify", "model", cwd=tmp_path).stdout.startswith(f"{NAME}: 13 files, 0.0 MB, all as in")
     chosen = run("phi3", "pull", "dir:registry", "--for", "gpu", "--to", "chosen", cwd=tmp_path)
     assert (chosen.stdout, chosen.stderr.splitlines()[0]) == ("chosen\n", f"{NAME}: asked for")
     refused = run("phi3", "pull", "dir:registry", "--for", "npu", cwd=tmp_path, check=False)

@@ -151,6 +151,12 @@ class OciRegistry:
                     raise requests.RequestException("the registry cannot continue a download")
                 yield from response.iter_content(DOWNLOAD_CHUNK)
 
+    def address(self, release: Release, path: str = "") -> str:
+        raise PipelineError(
+            f"{self.url} gives its files only to clients of OCI registries, not to a program that has their addresses: "
+            "publish to hf: or dir: as well."
+        )
+
     def _container(self, tag: str) -> Container:
         return Container(f"{self._repository}:{tag}")
 
