@@ -20,7 +20,17 @@ def python_of(name: str) -> Path:
     with FileLock(f"{directory}.lock"):
         if not installed.exists() or installed.read_bytes() != versions.read_bytes():
             venv.create(directory, clear=True, with_pip=True)
-            pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            # Most of the modules are never imported, so pip compiles none of them.
+            pip = [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-compile",
+                "--no-deps",
+            ]
             subprocess.run([*pip, "--requirement", versions], check=True)
             shutil.copy(versions, installed)
     return python

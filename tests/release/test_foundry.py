@@ -5,8 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -16,12 +15,12 @@ import pytest
 from pipeline.common.manifest import digest
 from pipeline.release.foundry import inference_model
 from pipeline.release.release import read_release
-from tests.conftest import ROOT, TEMPLATE, built_once, make_tokenizer, run
+from tests.conftest import ROOT, TEMPLATE, make_tokenizer, run
+from tests.environments import python_of
 
 PAGE = (ROOT / "docs/programs.md").read_text("utf-8").split("## Foundry Local\n")[1].split("\n## ")[0]
 COMMANDS, CHAT, SERVE = re.findall(r"```\w+\n(.*?)```", PAGE, re.DOTALL)
 VERSION = re.search(r"pip install foundry-local-sdk==([\d.]+)", PAGE)[1]
-CONSTRAINTS = Path(__file__).with_name("foundry.txt")
 NAME, ANSWER = "smol-phi3-onnx-cpu-int4-1.0.0:1", "The capital of Japan is Tokyo."
 PHI_3 = {
     "system": "<|system|>\n{Content}<|end|>",
@@ -82,29 +81,6 @@ def test_prompt_template(template, expected, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Callable[[str], Path]:
-    """A function that returns the Python of an environment with a version of foundry-local-sdk."""
-
-    def environment(version: str) -> Path:
-        def build(folder: Path) -> None:
-            venv.create(folder, with_pip=True)
-            pip = [
-                folder / "bin/python",
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--disable-pip-version-check",
-                "--no-compile",
-            ]
-            subprocess.run([*pip, "--constraint", CONSTRAINTS, f"foundry-local-sdk=={version}"], check=True)
-
-        return built_once(tmp_path_factory, f"foundry-{version}", build) / "bin/python"
-
-    return environment
-
-
-@pytest.fixture(scope="module")
 def folder(embedded, tmp_path_factory) -> Path:
     """A folder in which the page's commands were run."""
     folder = tmp_path_factory.mktemp("foundry")
@@ -118,10 +94,14 @@ def here(text: str, folder: Path) -> str:
     return text.replace("/tmp/", f"{folder}/")
 
 
-def execute(python: Path, program: str, home: Path) -> str:
-    """Return what the program prints; Foundry Local keeps its registrations in `home`."""
+def execute(version: str, program: str, home: Path) -> str:
+    """Return what the program prints with a version of Foundry Local, which keeps its registrations in `home`."""
     result = subprocess.run(
-        [python, "-c", program], env={"HOME": str(home)}, capture_output=True, text=True, check=True
+        [python_of(f"foundry-local-{version}"), "-c", program],
+        env={"HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return result.stdout
 
@@ -146,13 +126,13 @@ def test_release(folder):
 
 
 @pytest.mark.slow
-def test_chat_and_serve(folder, python, tmp_path):
+def test_chat_and_serve(folder, tmp_path):
     """The page's programs answer, a second time with the registration that was kept; the model stays as it was pulled.
 
     It still passes `phi3 verify`, and plain onnxruntime-genai still answers with it.
     """
     for _ in range(2):
-        assert execute(python(VERSION), here(CHAT + SERVE, folder), tmp_path).splitlines() == [ANSWER, ANSWER]
+        assert execute(VERSION, here(CHAT + SERVE, folder), tmp_path).splitlines() == [ANSWER, ANSWER]
     assert "all as in the manifest" in run("phi3", "verify", folder / "model", cwd=ROOT).stdout
     plain = subprocess.run(
         [Path(sys.executable).with_name("phi3"), "chat", folder / "model"],
@@ -166,13 +146,13 @@ def test_chat_and_serve(folder, python, tmp_path):
 
 
 @pytest.mark.slow
-def test_directml_is_refused(folder, python, tmp_path):
+def test_directml_is_refused(folder, tmp_path):
     """Foundry Local refuses the DirectML model with the words that the page quotes."""
     name, registry = "smol-phi3/onnx-directml-int4", f"dir:{tmp_path}/registry"
     run("phi3", "publish", name, "--to", registry, "--version", "1.0.0", cwd=ROOT)
     run("phi3", "pull", registry, name, "--to", tmp_path / "model", cwd=ROOT, PHI3_CACHE=str(folder / "cache"))
     with pytest.raises(subprocess.CalledProcessError) as error:
-        execute(python(VERSION), CHAT.replace("/tmp/", f"{tmp_path}/"), tmp_path)
+        execute(VERSION, CHAT.replace("/tmp/", f"{tmp_path}/"), tmp_path)
     words = re.search(r'onnx-directml-int4`: "(.*?)"', " ".join(PAGE.split()))[1]
     assert words in error.value.stderr
 
@@ -198,7 +178,7 @@ def catalog() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("version", "listed"), [("2.0.1", [NAME]), (VERSION, [])])
-def test_scan(version, listed, folder, python, catalog, tmp_path):
+def test_scan(version, listed, folder, catalog, tmp_path):
     """Foundry Local finds the model in its cache by inference_model.json, whose prompt template it does not use.
 
     Version 2.2.1 does not list what it found.
@@ -206,7 +186,7 @@ def test_scan(version, listed, folder, python, catalog, tmp_path):
     model = shutil.copytree(folder / "model", tmp_path / "models/someone/smol")
     content = {"Name": NAME, "PromptTemplate": {"assistant": "{Content}", "prompt": "Say banana. {Content} banana"}}
     (model / "inference_model.json").write_text(json.dumps(content))
-    arguments = [python(version), "-c", SCAN, catalog, tmp_path / "models"]
+    arguments = [python_of(f"foundry-local-{version}"), "-c", SCAN, catalog, tmp_path / "models"]
     result = subprocess.run(arguments, env={"HOME": str(tmp_path)}, capture_output=True, text=True, check=True)
     assert "Found 1 locally cached models." in result.stdout + result.stderr
     assert f"listed {listed}" in result.stdout
