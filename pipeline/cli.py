@@ -14,7 +14,7 @@ from pipeline.common.params import json_schema, load_params
 from pipeline.common.paths import PARAMS_FILE
 from pipeline.dvc_yaml import DVC_FILE, render
 from pipeline.release.device import TARGETS, Target
-from pipeline.release.foundry import GENAI_CONFIG, registration
+from pipeline.release.foundry import INFERENCE_MODEL, registration
 from pipeline.release.pull import pull, suggest, verify_any
 from pipeline.release.registry import open_registry
 
@@ -127,7 +127,7 @@ def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: 
             bar.set_description(file)
 
         directory = pull(registry, name, reference=reference, to=to, key=key, progress=progress)
-    if target == "foundry" and (directory / GENAI_CONFIG).exists():
+    if target == "foundry" and (directory / INFERENCE_MODEL).exists():
         _say(f"in Foundry Local: {registration(directory.absolute())}")
     click.echo(directory)
 

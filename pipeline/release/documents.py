@@ -12,7 +12,7 @@ from pipeline.common.context import describe
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import HubOrigin, VariantManifest, read_manifest
 from pipeline.common.paths import MANIFEST
-from pipeline.release.foundry import GENAI_CONFIG, INFERENCE_MODEL, inference_model, model_id
+from pipeline.release.foundry import INFERENCE_MODEL, inference_model, model_id
 
 # The licences that the Hub knows by their SPDX identifier: https://huggingface.co/docs/hub/repositories-licenses
 HUB_LICENCES = frozenset(
@@ -41,7 +41,7 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
         PROVENANCE: provenance(manifest, version=version),
         SBOM: bill_of_materials(manifest, version=version),
     }
-    if GENAI_CONFIG in manifest.files:
+    if not manifest.runtime.openvino:
         documents[INFERENCE_MODEL] = inference_model(artifact, name=model_id(model, variant, version))
     for name, content in documents.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
@@ -69,7 +69,7 @@ def card(manifest: VariantManifest, metrics: dict[str, Any], measured: dict[str,
         base_model_relation="quantized" if base else None,
         pipeline_tag="text-generation",
         tags=[
-            "openvino" if "openvino" in manifest.tools else "onnx",
+            "openvino" if manifest.runtime.openvino else "onnx",
             manifest.variant,
             "phi3",
             *(device.lower() for device in manifest.runtime.devices),

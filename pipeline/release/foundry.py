@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.release.release import RELEASE, read_release
 
-GENAI_CONFIG, INFERENCE_MODEL = "genai_config.json", "inference_model.json"
+INFERENCE_MODEL = "inference_model.json"
 CONTENT = "{Content}"  # where Foundry Local puts the text of a message
 CONVERSATION = ("system", "user", "assistant", "user")
 

@@ -50,7 +50,7 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="phi3-release-") as folder:
         added = Path(folder)
         write_documents(added, model=model, variant=variant, version=version)
-        if "openvino-genai" in manifest.runtime.requires:
+        if manifest.runtime.openvino:
             write_openvino_ep(added, directory, manifest, npu_lengths=asked_lengths(directory, manifest))
         files = [*_of_source(model), *directory.iterdir(), *added.iterdir()]
         contents = {path.name: path for path in files} | blobs

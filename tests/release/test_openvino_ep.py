@@ -17,7 +17,7 @@ from pipeline.release.openvino_ep import write_openvino_ep
 from pipeline.release.publish import publish
 from pipeline.release.pull import check, pull
 from pipeline.release.registry import open_registry
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, make_tokenizer, run
 from tests.environments import python_of
 from tests.manifests import blob_manifest, variant_manifest
 from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, pull_latest, quiet, validate
@@ -116,6 +116,7 @@ def test_an_onnx_variant_stays_as_it_is():
     with building(directory) as target:
         (target / "model.onnx").write_bytes(b"weights")
         (target / "genai_config.json").write_text('{"of": "the builder"}')
+        make_tokenizer().save_pretrained(target)
         seal(target, variant_manifest(NAME, runtime=Runtime(requires={"onnxruntime-genai": "0.18.0"}, devices=["CPU"])))
     validate()
     release = publish_version()

@@ -16,7 +16,7 @@ from pipeline.release import publish
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.winml import catalogue
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, make_tokenizer, run
 from tests.manifests import blob_manifest, variant_manifest
 from tests.oci_registry_server import Registry
 from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet, validate
@@ -86,6 +86,7 @@ def publish_onnx(variant, *packages):
     runtime = Runtime(requires=dict.fromkeys(packages, "1"), devices=["CPU"])
     with building(paths.variant(MODEL, variant)) as target:
         (target / "model.onnx").write_bytes(b"weights")
+        make_tokenizer().save_pretrained(target)
         seal(target, variant_manifest(f"{MODEL}/{variant}", runtime=runtime))
     validate(variant=variant)
     publish_version(variant=variant)

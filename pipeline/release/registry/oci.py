@@ -283,7 +283,7 @@ def _config(release: Release, manifest: VariantManifest) -> dict[str, Any]:
         | ({"sourceURL": f"https://huggingface.co/{hub.hub}", "revision": hub.revision} if hub else {}),
         "config": {
             "architecture": "transformer",
-            "format": "openvino" if "openvino" in manifest.tools else "onnx",
+            "format": "openvino" if manifest.runtime.openvino else "onnx",
             "precision": ",".join(sorted(precisions)),
             "quantization": ",".join(sorted(name for name in formats if name.startswith("int"))),
             "capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]},
