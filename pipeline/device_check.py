@@ -111,8 +111,8 @@ def check_device(directory: Path, *, device: str | None = None) -> Result:
 
     excerpt, judged = read_excerpt(directory), _judged(directory)
     answers, source = excerpt.passages_up_to(place.longest_prompt)
-    longest_answer = max(len(answer.ids) for answer in excerpt.answers)
-    asked = AnswerLimits(max_new_tokens=max(2 * longest_answer, 8), min_recall=RECALL_SHARE * judged.answer_recall)
+    longest = max(len(answer.ids) for answer in excerpt.answers)
+    asked = AnswerLimits(max_new_tokens=max(2 * longest, 96), min_recall=RECALL_SHARE * judged.answer_recall)
     figures: dict[str, Any] = {"machine": machine(), "runtime": place.runtime, "device": place.device}
     figures |= {"prompts": len(answers), "tokens": len(source.ids)}
     failures = []

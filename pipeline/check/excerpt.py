@@ -19,7 +19,7 @@ EXCERPT = "reference.json"
 PER_CATEGORY, TOKENS, TOP, DECIMALS = 2, 32, 32, 4
 MAX_BYTES = 10**7
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Ids = Annotated[list[int], Field(min_length=1)]
 LogProbs = list[Annotated[FiniteFloat, Field(le=0)]]
 
 
@@ -117,9 +117,9 @@ def read_excerpt(directory: Path) -> Excerpt:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES / 1e6:.0f} MB")
         found = Excerpt.model_validate_json(path.read_bytes(), strict=True)
-        vocabulary = read_json(directory / "config.json").get("vocab_size")
-        if not isinstance(vocabulary, int) or max(found.ids()) >= vocabulary:
-            raise ValueError("it has tokens beyond the vocabulary of config.json")
+        vocabulary, ids = read_json(directory / "config.json").get("vocab_size"), found.ids()
+        if not isinstance(vocabulary, int) or min(ids) < 0 or max(ids) >= vocabulary:
+            raise ValueError("it has tokens outside the vocabulary of config.json")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:100]
