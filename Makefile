@@ -6,7 +6,7 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine directml chromium docker-registry repro models test test-fast coverage mutants lint audit bench bench-cluster bench-fidelity bench-width clean
+.PHONY: wine directml chromium docker-registry repro models test test-fast coverage mutants lint audit bench bench-rehearsal bench-cluster bench-fidelity bench-width clean
 
 repro: $(VENV)/.installed wine
 	dvc repro
@@ -16,8 +16,7 @@ repro: $(VENV)/.installed wine
 # Build the variants with two cells at a time, each on one core. At full size this is faster than `dvc repro`, which builds
 # one after the other: much of a data-free build keeps only one core busy.
 models: $(VENV)/.installed
-	dvc repro download
-	dvc stage list --name-only calibrate export_openvino | OMP_NUM_THREADS=1 xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
+	dvc repro calibrate
 	dvc stage list --name-only build_onnx quantize_openvino | OMP_NUM_THREADS=1 xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
 
 # Two tests at a time share two cores: OpenMP's threads wait for each other by spinning, so each test gets one.
@@ -52,6 +51,11 @@ audit: $(VENV)/.installed
 bench: $(VENV)/.installed
 	dvc repro download
 	python -m bench.full_size
+
+# Build, check, publish and pull all variants at Phi-3-mini's full size (hours, 75 GB of disk).
+bench-rehearsal: $(VENV)/.installed wine
+	dvc repro download
+	python -m bench.rehearsal
 
 bench-cluster: $(VENV)/.installed
 	dvc repro download

@@ -1,7 +1,7 @@
 """Build a model of Phi-3-mini's shape by hand, as tutorials do, and by this pipeline, on the same machine.
 
-Run it with `make bench`. A seeded random checkpoint replaces the real weights, since the cost depends on the shapes
-only. Both ways use the tutorial's recipes, and both results are compared, matrix by matrix.
+Run it with `make bench`. The embedded model, widened to that shape, takes the place of the real weights, since the cost
+depends on the shapes only. Both ways use the tutorial's recipes, and both results are compared, matrix by matrix.
 """
 
 import hashlib
@@ -16,8 +16,10 @@ from typing import Any
 
 import click
 
+from bench.make_checkpoint import widen
 from bench.measure import Cost, disk_used, made_by, measure
 from pipeline import plan
+from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import digest, replace_file
 from pipeline.common.params import load_params
@@ -98,12 +100,15 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[Cost, dict[str, Cost], 
     return whole, costs, built, more
 
 
-def clone_project(project: Path, checkpoint: Path, *, build: list[str]) -> None:
-    """Clone this project to build the models `build` with the tutorial's recipes, the last one from `checkpoint`."""
+def clone_project(project: Path, checkpoint: Path, *, build: list[str], plain: bool = True) -> None:
+    """Clone this project to build the models `build`, the last one from `checkpoint`.
+
+    Its recipes are the tutorial's, or the defaults when `plain` is false.
+    """
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
     params = (project / "params.yaml").read_text("utf-8")
-    for default, plain in PLAIN.items():
-        params = params.replace(default, plain)
+    for default, tutorial in PLAIN.items() if plain else ():
+        params = params.replace(default, tutorial)
     block = f"  {build[-1]}:\n    source: {{path: {checkpoint}}}\n    license: MIT\n    group_size_fallback: error\n"
     params = params.replace("build: [smol-phi3]", f"build: [{', '.join(build)}]")
     (project / "params.yaml").write_text(params.replace("models:\n", f"models:\n{block}", 1), "utf-8")
@@ -119,6 +124,7 @@ def plans(project: Path, checkpoint: Path, costs: dict[str, Cost]) -> dict[str, 
         measured = costs[step].anonymous / 1e9
         found[step] = {"memory_gb": round(cost.memory / 1e9, 2), "measured_gb": round(measured, 2)}
         found[step] |= {"ratio": round(cost.memory / 1e9 / measured, 2), "disk_gb": round(cost.disk / 1e9, 2)}
+        found[step] |= {"seconds": round(cost.seconds)}
     return found
 
 
@@ -213,8 +219,7 @@ def main(directory: Path, layers: int) -> None:
     folder = directory.absolute()
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
-        command = [sys.executable, "bench/make_checkpoint.py", str(checkpoint), "--layers", str(layers)]
-        subprocess.run(command, check=True, cwd=ROOT)
+        widen(ROOT / paths.source("smol-phi3"), checkpoint, layers=layers)
     for left in ("hand", "pipeline"):
         shutil.rmtree(folder / left, ignore_errors=True)
         (folder / left).mkdir()

@@ -145,8 +145,13 @@ def _openvino(directory: Path, manifest: VariantManifest, device: str | None) ->
     import openvino
     import openvino_genai
 
-    from pipeline.run.blobs import Choice, choose, compile_chosen, load_chosen, static_on_cpu
-    from pipeline.run.openvino import OpenvinoLogits, Pipeline, StaticLogits
+    from pipeline.run.blobs import Choice, StaticLogits, choose, compile_chosen, load_chosen, static_on_cpu
+    from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits
+
+    class Loaded(OpenvinoGenai):
+        def __init__(self) -> None:
+            self._pipeline, how = load_chosen(directory, choice)
+            self._tokenizer, self.device = self._pipeline.get_tokenizer(), f"{where} ({how})"
 
     core, npu = openvino.Core(), "NPU" in manifest.runtime.devices
     present = list(dict.fromkeys([*openvino_devices(), *core.available_devices]))
@@ -166,10 +171,6 @@ def _openvino(directory: Path, manifest: VariantManifest, device: str | None) ->
         where = device or "CPU"
         choice = Choice(where, {}, core.get_property(where, "FULL_DEVICE_NAME"))
 
-    def load() -> Runtime:
-        pipeline, how = load_chosen(directory, choice)
-        return Pipeline(pipeline, device=f"{where} ({how})")
-
     def load_scorer() -> Scorer:
         if choice.device == "NPU":
             return StaticLogits(compile_chosen(directory, choice))
@@ -179,7 +180,7 @@ def _openvino(directory: Path, manifest: VariantManifest, device: str | None) ->
     return Place(
         runtime=f"openvino-genai {openvino_genai.__version__.split('-')[0]}",
         device=f"{where} ({choice.reason})",
-        load=load,
+        load=Loaded,
         load_scorer=load_scorer,
         longest_prompt=int(longest) if choice.device == "NPU" else None,
     )

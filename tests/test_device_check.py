@@ -17,8 +17,8 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import VariantManifest, read_manifest
 from pipeline.device_check import NPU_ON_CPU, check_device
 from pipeline.release.documents import card
-from pipeline.run.blobs import compile_chosen, static_on_cpu
-from pipeline.run.openvino import F32, OpenvinoLogits, StaticLogits
+from pipeline.run.blobs import StaticLogits, compile_chosen, static_on_cpu
+from pipeline.run.openvino import F32, OpenvinoLogits
 from tests.conftest import ROOT, built_once, run
 
 pytestmark = pytest.mark.slow

@@ -1,11 +1,13 @@
 """IRs in openvino-genai, in OpenVINO itself for their logits, and in optimum-intel."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import is_longrope, pipeline_options
 from pipeline.common.params import Npu
+from pipeline.common.progress import Bar
 from pipeline.run.interface import Generation, Message, Precision
 from pipeline.run.pieces import pieces
 from pipeline.run.transformers import Transformers
@@ -16,20 +18,32 @@ from pipeline.run.transformers import Transformers
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 # The settings of the usual OpenVINO tutorial for a single user on a laptop.
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
+BATCH = 32  # prompts that are answered at a time
 
 
-# The NPU's static pipeline, compiled for the CPU.
-STATIC_ON_CPU = {"NPUW_DEVICES": "CPU", "NPU_USE_NPUW": "YES", "NPUW_ONLINE_PIPELINE": "NONE"}
-
-
-class Pipeline:
-    """A pipeline of openvino-genai that is loaded already, for `device`."""
+class OpenvinoGenai:
+    """openvino-genai on a device; with `npu` it runs the NPU's static-shape pipeline, compiled for the CPU."""
 
     name = "openvino-genai"
 
-    def __init__(self, pipeline: Any, *, device: str) -> None:
+    def __init__(self, directory: Path, *, device: str, npu: Npu | None = None, precision: Precision = "f32") -> None:
+        import openvino_genai
+
+        options: dict[str, Any] = dict(F32) if precision == "f32" else {}
         self.device = device
-        self._pipeline, self._tokenizer = pipeline, pipeline.get_tokenizer()
+        if npu:
+            self.device = "CPU (NPU static pipeline)"
+            options |= {
+                "NPUW_DEVICES": "CPU",
+                "NPU_USE_NPUW": "YES",
+                "NPUW_ONLINE_PIPELINE": "NONE",
+                "MAX_PROMPT_LEN": npu.max_prompt_len,
+                "MIN_RESPONSE_LEN": npu.min_response_len,
+            }
+        else:
+            options |= pipeline_options(directory)
+        self._pipeline = openvino_genai.LLMPipeline(directory, "NPU" if npu else device, **options)
+        self._tokenizer = self._pipeline.get_tokenizer()
 
     def encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).input_ids.data[0]
@@ -63,20 +77,35 @@ class Pipeline:
         )
 
 
-class OpenvinoGenai(Pipeline):
-    """openvino-genai on a device; with `npu` it runs the NPU's static-shape pipeline, compiled for the CPU."""
+def answer_together(directory: Path, prompts: Sequence[list[int]], *, max_new_tokens: Sequence[int]) -> list[list[int]]:
+    """Return the ids with which the IR in `directory` continues each of `prompts` greedily, in float32 on the CPU.
 
-    def __init__(self, directory: Path, *, device: str, npu: Npu | None = None, precision: Precision = "f32") -> None:
-        import openvino_genai
+    An answer ends with an eos id, or when it has as many tokens as `max_new_tokens` says for its prompt. Each pass
+    through the model reads the weights once for BATCH prompts (continuous batching: Yu et al., Orca, OSDI 2022).
 
-        options: dict[str, Any] = dict(F32) if precision == "f32" else {}
-        if npu:
-            options |= STATIC_ON_CPU
-            options |= {"MAX_PROMPT_LEN": npu.max_prompt_len, "MIN_RESPONSE_LEN": npu.min_response_len}
-        else:
-            options |= pipeline_options(directory)
-        pipeline = openvino_genai.LLMPipeline(directory, "NPU" if npu else device, **options)
-        super().__init__(pipeline, device="CPU (NPU static pipeline)" if npu else device)
+    With LongRoPE no prompt and its answer may be longer than the original limit, because the IR would then use the
+    factors for long texts for all prompts that it reads at the same time.
+    """
+    import numpy as np
+    import openvino
+    import openvino_genai
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.max_num_seqs, scheduler.enable_prefix_caching = BATCH, False
+    # Prompts are read at once, so that one with LongRoPE is read as the source reads it (see pipeline_options).
+    scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, *map(len, prompts))
+    pipeline = openvino_genai.ContinuousBatchingPipeline(directory, scheduler, "CPU", F32)
+    handles = []
+    for index, (prompt, most) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+        config = pipeline.get_config()
+        config.max_new_tokens, config.do_sample = most, False
+        handles.append(pipeline.add_request(index, openvino.Tensor(np.array([prompt], dtype=np.int64)), config))
+    with Bar(desc="answering prompts", total=len(prompts)) as bar:
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+            ended = sum(handle.get_status() == openvino_genai.GenerationStatus.FINISHED for handle in handles)
+            bar.update(ended - bar.n)
+    return [list(handle.read_all()[0].generated_ids) for handle in handles]
 
 
 class OpenvinoLogits:
@@ -99,26 +128,6 @@ class OpenvinoLogits:
         for start, end in pieces(len(ids), last=last, at_once=self._at_once):
             result = self._request.infer(model_inputs(ids[:end], start=start) | {"last": np.array([-last])})
         return np.array(result["logits"][0], dtype=np.float32)
-
-
-class StaticLogits:
-    """The logits of an IR in the NPU's static pipeline, which returns those of the last position alone.
-
-    `compiled` is what `pipeline.run.blobs.compile_chosen` returns.
-    """
-
-    def __init__(self, compiled: Any) -> None:
-        self._request = compiled.create_infer_request()
-
-    def logits(self, ids: list[int], *, last: int) -> Any:
-        import numpy as np
-
-        self._request.reset_state()
-        rows, start = [], 0
-        for end in range(len(ids) - last + 1, len(ids) + 1):  # a prompt, then one token at a time
-            rows.append(np.array(self._request.infer(model_inputs(ids[:end], start=start))["logits"][0, -1]))
-            start = end
-        return np.array(rows, dtype=np.float32)
 
 
 def model_inputs(ids: list[int], *, start: int = 0) -> dict[str, Any]:
