@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,7 +203,7 @@ def test_a_failure_is_told(released, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("pipeline.run.blobs.load_chosen", refuse)
     result = check_device(directory)
-    expected = 'check \'load\' failed: expected "a runtime that loads it and runs", got "the device is lost"'
+    expected = 'check \'load\' failed: expected "a runtime that loads and runs it", got "the device is lost"'
     assert result.failures == [expected]
     assert result.table().splitlines()[-1] == "compared at 442 tokens of 17 prompts"
 
@@ -236,8 +237,9 @@ def test_a_device_that_is_not_here(released, variant, device, reason):
         check_device(released(variant), device=device)
 
 
-def test_what_cannot_be_checked(embedded, released, tmp_path):
-    """A built directory, changed files and releases without reference or metrics are refused with a sentence."""
+def test_what_cannot_be_checked(embedded, released, tmp_path, monkeypatch):
+    """A built directory, changed files, releases without reference or metrics, and a runtime that is not installed are
+    one sentence each."""
     with pytest.raises(PipelineError, match="was built here, and only a release carries what the source model says"):
         check_device(embedded / "openvino-int4")
     directory = shutil.copytree(released("openvino-int4"), tmp_path / "model", copy_function=shutil.copyfile)
@@ -253,3 +255,6 @@ def test_what_cannot_be_checked(embedded, released, tmp_path):
         (older / "release.json").write_text(json.dumps(release))
         with pytest.raises(PipelineError, match=rf"{name} .*{reason}"):
             check_device(older)
+    monkeypatch.setitem(sys.modules, "openvino_genai", None)
+    with pytest.raises(PipelineError, match=r"openvino-int4\S* needs openvino-genai==2026\.4\.1\.0: pip install it"):
+        check_device(released("openvino-int4"))
