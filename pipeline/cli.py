@@ -155,6 +155,30 @@ def chat_command(directory: Path, device: str | None) -> None:
                 _say(remark)
 
 
+@main.command("check")
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--device", help="NPU, GPU or CPU; NPU-ON-CPU is the NPU's static pipeline on the CPU.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+def check_command(directory: Path, device: str | None, file: Path | None) -> None:
+    """Compare the pulled artifact in DIRECTORY, on this machine's device, with what its source model says.
+
+    Ends with status 1 when they differ. Without --device it is the device that `phi3 chat` would use.
+
+    Example: phi3 check /tmp/model --device NPU --json npu.json
+    """
+    from pipeline.device_check import check_device
+
+    result = check_device(directory, device=device)
+    if file:
+        replace_file(file, json.dumps(result.document(), indent=2))
+    click.echo(result.table())
+    for failure in result.failures:
+        click.echo(failure)
+    if result.failures:
+        raise click.ClickException("failed: this device does not compute what the source model says")
+    click.echo("passed")
+
+
 def _say(line: str) -> None:
     click.echo(line, err=True)
 

@@ -5,8 +5,11 @@ import json
 import multiprocessing
 import sys
 
+import numpy as np
 import pytest
 
+from pipeline.check.fidelity import Distributions, write_distributions
+from pipeline.check.reference import Answer, Continuation, LongContext, Reference
 from pipeline.check.report import FIGURES
 from pipeline.common import paths
 from pipeline.common.manifest import HubOrigin, building, seal
@@ -21,6 +24,17 @@ LOCAL = ("kl_mean_default", "time_to_first_token_s", "tokens_per_second", "load_
 METRICS = dict.fromkeys(FIGURES.keys() - set(LOCAL), 0.1)
 METRICS |= {"passed": True, "runtime": "openvino-genai", "device": "CPU"}
 MEASURED = dict.fromkeys(LOCAL, 0.3) | {"device": "GPU", "machine": "a laptop, 4 cores"}
+ANSWER = {"question": "Why?", "prompt_ids": [3, 2], "ids": [4, 1], "text": "So.", "stopped": True}
+REFERENCE = Reference(
+    texts=[],
+    chats=[],
+    eos_token_ids=[1],
+    answers=[Answer(**ANSWER)],
+    near_ties=[],
+    continuations=[Continuation(category="facts", **ANSWER)],
+    residual_peak=1,
+    long_context=LongContext(ids=[], lengths=[]),
+)
 
 
 CONFIG = {
@@ -74,9 +88,12 @@ def validate(failures=(), variant=VARIANT):
         (paths.validation(MODEL, variant), evidence),
         (paths.metrics(MODEL, variant), METRICS),
         (paths.measured(MODEL, variant), MEASURED),
+        (paths.reference(MODEL), REFERENCE.model_dump()),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
+    ids = np.tile(np.arange(40, dtype=np.int32), (2, 1))
+    write_distributions(paths.distributions(MODEL), Distributions(ids, np.full((2, 41), -3.7, dtype=np.float32)))
 
 
 def publish_version(version="1.0.0", registry=None, aliases=("latest",), key=None, variant=VARIANT):

@@ -1,4 +1,4 @@
-"""The example applications run in an environment of their own, each with a registry's URL."""
+"""The example applications and `phi3 check` run with only the base install and the runtimes."""
 
 import importlib.util
 import os
@@ -118,3 +118,16 @@ def test_csharp(embedded, tmp_path):
     for question in (QUESTION, QUESTION.replace("Japan", '"Japan"')):
         chat = run("mono", "Chat.exe", directory, question, cwd=tmp_path, LD_LIBRARY_PATH=str(tmp_path))
         assert chat.stdout.strip() == ANSWER
+
+
+@pytest.mark.parametrize("variant", ["openvino-int4", "onnx-cpu-int4"])
+def test_check(embedded, tmp_path, python, variant):
+    """`phi3 check` needs neither torch and transformers nor scipy and safetensors."""
+    packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
+    assert not re.search(r"^(torch|transformers|scipy|safetensors|tokenizers)==", packages, re.MULTILINE)
+    registry, environment = f"dir:{tmp_path}/registry", {"PHI3_CACHE": str(tmp_path / "cache")}
+    run("phi3", "publish", f"smol-phi3/{variant}", "--to", registry, "--version", "1.0.0", cwd=ROOT)
+    for arguments in (("pull", registry, f"smol-phi3/{variant}", "--to", "model"), ("check", "model")):
+        command = [python.parent / "phi3", *arguments]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert result.stdout.endswith("compared at 442 tokens of 17 prompts\npassed\n")

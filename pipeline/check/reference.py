@@ -79,14 +79,19 @@ class LongContext(BaseModel):
     lengths: list[int]
 
 
-class Reference(BaseModel):
-    """The content of reference.json."""
+class Expected(BaseModel):
+    """What a loaded variant has to do as the source model does."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     texts: list[Text]
     chats: list[Chat]
     eos_token_ids: list[int]
     answers: list[Answer]
+
+
+class Reference(Expected):
+    """The content of reference.json."""
+
     near_ties: list[str]  # for each question of validate.prompts that was left out, a sentence with the reason
     continuations: list[Continuation]
     residual_peak: float = Field(description="largest magnitude of the residual stream on all that the source read")

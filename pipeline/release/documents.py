@@ -5,6 +5,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from pipeline.check.excerpt import EXCERPT, make_excerpt
+from pipeline.check.fidelity import read_distributions
+from pipeline.check.reference import read_reference
 from pipeline.check.report import FIGURES, figure
 from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
@@ -45,6 +48,8 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
         documents[INFERENCE_MODEL] = inference_model(artifact, name=model_id(model, variant, version))
     for name, content in documents.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    excerpt = make_excerpt(read_reference(paths.reference(model)), read_distributions(paths.distributions(model)))
+    (directory / EXCERPT).write_text(excerpt.model_dump_json() + "\n", "utf-8")
     (directory / CARD).write_text(card(manifest, metrics, machine, version=version), "utf-8")
 
 
@@ -91,7 +96,7 @@ Made from {source}. Weights: {formats}. For {", ".join(manifest.runtime.devices)
 KL divergence, agreement, perplexity and prefix compare it with the source model, token by token.
 {_machine(measured)}
 `{MANIFEST}` has the recipe matrix by matrix, `{METRICS}` all figures, `{PROVENANCE}` how it was made,
-`{SBOM}` with what.
+`{SBOM}` with what. `{EXCERPT}` has what the source model says: `phi3 check` compares a device with it.
 """
 
 

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.check.checks import CHECKS
+from pipeline.check.checks import CHECKS, check_runtime
 from pipeline.check.fidelity import Distributions, read_distributions
 from pipeline.check.measurement import load_runtime
 from pipeline.check.reference import read_reference
-from pipeline.check.validation import check_files, check_runtime, departure, validate
+from pipeline.check.validation import check_files, departure, validate
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import read_manifest, seal
 from pipeline.common.params import load_params

@@ -45,7 +45,7 @@ def blobs():
 
 
 def test_publish_then_pull(tmp_path):
-    """A pull returns the artifact with licence, model card, metrics, provenance and bill of materials."""
+    """A pull returns the artifact with licence, model card, metrics, provenance, bill of materials and reference."""
     release = publish_version()
     directory = pull_latest()
     assert directory.is_relative_to(tmp_path / "cache/releases")
@@ -62,6 +62,7 @@ def test_publish_then_pull(tmp_path):
         "openvino_model.onnx",
         "openvino_model.xml",
         "provenance.json",
+        "reference.json",
         "release.json",
         "sbom.cdx.json",
         "tokenizer.json",
@@ -335,7 +336,7 @@ def test_the_commands(tmp_path):
     directory = run("phi3", "pull", "dir:registry", NAME, "--to", "model", cwd=tmp_path).stdout.strip()
     assert directory == "model"
     verify(paths.variant(MODEL, VARIANT))
-    assert run("phi3", "verify", "model", cwd=tmp_path).stdout.startswith(f"{NAME}: 13 files, 0.0 MB, all as in")
+    assert run("phi3", "verify", "model", cwd=tmp_path).stdout.startswith(f"{NAME}: 14 files, 0.0 MB, all as in")
     chosen = run("phi3", "pull", "dir:registry", "--for", "gpu", "--to", "chosen", cwd=tmp_path)
     assert (chosen.stdout, chosen.stderr.splitlines()[0]) == ("chosen\n", f"{NAME}: asked for")
     refused = run("phi3", "pull", "dir:registry", "--for", "npu", cwd=tmp_path, check=False)
