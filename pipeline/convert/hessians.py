@@ -16,7 +16,9 @@ from pipeline.convert.calibration import HEAD, SUMMARY, Summary, fold
 from pipeline.run.openvino import answer_together
 from pipeline.run.prompts import Prompt
 from pipeline.run.source_model import Reading, Torch
+from pipeline.run.torch_device import product
 
+TOGETHER = 1024  # tokens whose inputs are multiplied at a time
 ENOUGH = 2  # tokens wanted for each column of the widest matrix; with fewer than one, H does not have full rank
 
 
@@ -65,27 +67,39 @@ def hessians(source: Torch, answers: list[list[int]]) -> Iterator[tuple[str, dic
                 reading.go_through(layer)
             yield name, found
         norm = copy.deepcopy(source.model.model.norm).float()
-        inputs = torch.cat([reading.normed(place, norm) for place in range(len(answers))])
-        yield HEAD, {HEAD: inputs.T @ inputs}
+        inputs = torch.cat([reading.normed(place, norm) for place in range(len(answers))]).T.contiguous()
+        yield HEAD, {HEAD: product(inputs, inputs)}
 
 
 @contextmanager
 def _collecting(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    # Yield H of the inputs of every linear layer among `modules`; each call of such a layer adds its inputs to H.
+    # Yield a dictionary that has H of the inputs of every linear layer among `modules` when the block has ended.
     import torch
 
     found: dict[str, Any] = {}
+    waiting: dict[str, list[Any]] = {}
 
-    def add(name: str, inputs: Any) -> None:
-        found[name].addmm_(inputs.T, inputs)
+    def collect(name: str, inputs: Any) -> None:
+        waiting[name].append(inputs)
+        if sum(map(len, waiting[name])) >= TOGETHER:
+            add(name)
+
+    def add(name: str) -> None:
+        inputs = torch.cat(waiting[name]).T.contiguous()
+        found[name] += product(inputs, inputs)
+        waiting[name] = []
 
     hooks = []
     for name, module in modules.items():
         if isinstance(module, torch.nn.Linear):
-            found[name] = module.weight.new_zeros(module.in_features, module.in_features)
-            hooks.append(module.register_forward_pre_hook(lambda module, inputs, name=name: add(name, inputs[0][0])))
+            found[name], waiting[name] = module.weight.new_zeros(module.in_features, module.in_features), []
+            hooks.append(
+                module.register_forward_pre_hook(lambda module, inputs, name=name: collect(name, inputs[0][0]))
+            )
     try:
         yield found
+        for name in [name for name, inputs in waiting.items() if inputs]:
+            add(name)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,4 +1,4 @@
-"""The documents that a release has beside the artifact: model card, metrics, provenance and bill of materials."""
+"""The documents that a release has beside the artifact, such as the model card and the provenance."""
 
 import json
 import subprocess
@@ -15,6 +15,7 @@ from pipeline.common.context import describe
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import HubOrigin, VariantManifest, read_manifest
 from pipeline.common.paths import MANIFEST
+from pipeline.release.foundry import INFERENCE_MODEL, inference_model, model_id
 
 # The licences that the Hub knows by their SPDX identifier: https://huggingface.co/docs/hub/repositories-licenses
 HUB_LICENCES = frozenset(
@@ -34,7 +35,8 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
 
     The same artifact, commit and measurements give the same bytes. Measurements of other machines are not included.
     """
-    manifest = read_manifest(paths.variant(model, variant), VariantManifest)
+    artifact = paths.variant(model, variant)
+    manifest = read_manifest(artifact, VariantManifest)
     metrics, measured = read_json(paths.metrics(model, variant)), paths.measured(model, variant)
     machine = read_json(measured) if measured.exists() else {}
     documents = {
@@ -42,6 +44,8 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
         PROVENANCE: provenance(manifest, version=version),
         SBOM: bill_of_materials(manifest, version=version),
     }
+    if not manifest.runtime.openvino:
+        documents[INFERENCE_MODEL] = inference_model(artifact, name=model_id(model, variant, version))
     for name, content in documents.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
     excerpt = make_excerpt(read_reference(paths.reference(model)), read_distributions(paths.distributions(model)))
@@ -70,7 +74,7 @@ def card(manifest: VariantManifest, metrics: dict[str, Any], measured: dict[str,
         base_model_relation="quantized" if base else None,
         pipeline_tag="text-generation",
         tags=[
-            "openvino" if "openvino" in manifest.tools else "onnx",
+            "openvino" if manifest.runtime.openvino else "onnx",
             manifest.variant,
             "phi3",
             *(device.lower() for device in manifest.runtime.devices),

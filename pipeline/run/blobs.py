@@ -49,7 +49,7 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
         return Choice("CPU", {}, "this machine has no NPU, or no driver for it: the IR runs on the CPU")
     places = (directory / RELEASED_BLOBS / architecture, paths.blob(directory, architecture))
     blob_directory = next((place for place in places if place.is_dir()), None)
-    lengths = _lengths(directory, ir)
+    lengths = asked_lengths(directory, ir)
     if blob_directory is None:
         return Choice("NPU", {**lengths}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
     blob = verify(blob_directory, BlobManifest)
@@ -67,12 +67,15 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
 
 def static_on_cpu(directory: Path) -> Choice:
     """Return how to load the NPU variant in `directory` in the NPU's static pipeline, compiled for the CPU."""
-    lengths = _lengths(directory, read_manifest(directory, VariantManifest))
+    lengths = asked_lengths(directory, read_manifest(directory, VariantManifest))
     return Choice("NPU", {**lengths, **STATIC_ON_CPU}, "the NPU's static pipeline, compiled for it")
 
 
-def _lengths(directory: Path, ir: VariantManifest) -> dict[str, int]:
-    # The static lengths that params.yaml asks for, which the manifests of all blobs of the variant state.
+def asked_lengths(directory: Path, ir: VariantManifest) -> dict[str, int]:
+    """Return the static lengths in tokens that params.yaml asks for, which the manifests of all blobs of `ir` state.
+
+    They are the options MAX_PROMPT_LEN and MIN_RESPONSE_LEN. Without any blob the dictionary is empty.
+    """
     for path in (*directory.glob(f"{RELEASED_BLOBS}/*"), *directory.parent.glob(f"blobs/{directory.name}-*")):
         blob = read_manifest(path, BlobManifest)
         if f"{blob.model}/{blob.variant}" == ir.name:

@@ -18,7 +18,8 @@ from pipeline.run.transformers import Transformers
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 # The settings of the usual OpenVINO tutorial for a single user on a laptop.
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
-BATCH = 32  # prompts that are answered at a time
+BATCH, BATCH_TOKENS = 32, 4096  # prompts that are answered at a time, and the tokens that the KV cache has room for
+BLOCK = 32  # tokens in a block of the KV cache on a CPU
 
 
 class OpenvinoGenai:
@@ -92,6 +93,8 @@ def answer_together(directory: Path, prompts: Sequence[list[int]], *, max_new_to
 
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_seqs, scheduler.enable_prefix_caching = BATCH, False
+    longest = max(len(prompt) + most for prompt, most in zip(prompts, max_new_tokens, strict=True))
+    scheduler.num_kv_blocks = -(-max(BATCH_TOKENS, longest) // BLOCK) + BATCH
     # Prompts are read at once, so that one with LongRoPE is read as the source reads it (see pipeline_options).
     scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, *map(len, prompts))
     pipeline = openvino_genai.ContinuousBatchingPipeline(directory, scheduler, "CPU", F32)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.progress import Bar
-from pipeline.run.torch_device import torch_device
+from pipeline.run.torch_device import product, torch_device
 from pipeline.run.transformers import Transformers
 
 
@@ -42,7 +42,7 @@ class Torch(Transformers):
             for _, layer in reading.layers():
                 with reading.watching(layer):
                     reading.go_through(layer)
-            norm, head = (copy.deepcopy(part).float() for part in (self.model.model.norm, self.model.lm_head))
+            norm, head = (_in_float32(part) for part in (self.model.model.norm, self.model.lm_head))
             with reading.watching(norm):
                 for place, wanted in enumerate(positions):
                     logits = head(reading.normed(place, norm)[list(wanted)])
@@ -90,7 +90,7 @@ class Reading:
     def layers(self) -> Iterator[tuple[str, Any]]:
         """Yield the name of each decoder layer and the layer itself in float32; send the texts through each."""
         for index, layer in enumerate(Bar(self.model.model.layers, desc="reading texts, layer by layer")):
-            yield f"model.layers.{index}", copy.deepcopy(layer).float()
+            yield f"model.layers.{index}", _in_float32(layer)
 
     def go_through(self, layer: Any) -> None:
         """Send all texts through `layer`."""
@@ -117,3 +117,19 @@ class Reading:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _in_float32(part: Any) -> Any:
+    # Return a copy of a part of the model that computes in float32.
+    import torch
+
+    class Linear(torch.nn.Linear):  # type: ignore[misc]
+        def forward(self, inputs: Any) -> Any:
+            return product(inputs, self.weight, self.bias)
+
+    part = copy.deepcopy(part).float()
+    for module in part.modules():
+        if isinstance(module, torch.nn.Linear):
+            # A `forward` of its own would be a reference cycle, and keep the weights until the garbage collector runs.
+            module.__class__ = Linear
+    return part

@@ -151,6 +151,12 @@ class OciRegistry:
                     raise requests.RequestException("the registry cannot continue a download")
                 yield from response.iter_content(DOWNLOAD_CHUNK)
 
+    def address(self, release: Release, path: str = "") -> str:
+        raise PipelineError(
+            f"{self.url} gives its files only to clients of OCI registries, not to a program that has their addresses: "
+            "publish to hf: or dir: as well."
+        )
+
     def _container(self, tag: str) -> Container:
         return Container(f"{self._repository}:{tag}")
 
@@ -277,7 +283,7 @@ def _config(release: Release, manifest: VariantManifest) -> dict[str, Any]:
         | ({"sourceURL": f"https://huggingface.co/{hub.hub}", "revision": hub.revision} if hub else {}),
         "config": {
             "architecture": "transformer",
-            "format": "openvino" if "openvino" in manifest.tools else "onnx",
+            "format": "openvino" if manifest.runtime.openvino else "onnx",
             "precision": ",".join(sorted(precisions)),
             "quantization": ",".join(sorted(name for name in formats if name.startswith("int"))),
             "capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]},
