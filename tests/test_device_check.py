@@ -16,9 +16,11 @@ from pipeline.check.fidelity import Distributions, compare
 from pipeline.cli import main
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import VariantManifest, read_manifest
+from pipeline.common.params import Npu
+from pipeline.convert import npu
 from pipeline.device_check import NPU_ON_CPU, check_device
 from pipeline.release.documents import card
-from pipeline.run.blobs import StaticLogits, compile_chosen, static_on_cpu
+from pipeline.run.blobs import STATIC_ON_CPU, Choice, StaticLogits, compile_chosen, static_on_cpu
 from pipeline.run.openvino import F32, OpenvinoLogits
 from tests.conftest import ROOT, built_once, run
 
@@ -106,6 +108,27 @@ def test_the_static_pipeline_in_float32(released):
     found, expected = (compare(scorer, answers[:2], few) for scorer in (static, plain))
     np.testing.assert_allclose(found.kl, expected.kl, atol=5e-3)
     assert found.kl.mean() == pytest.approx(expected.kl.mean(), rel=0.01)
+
+
+@pytest.mark.parametrize(("whole", "longest"), [(True, 256), (False, 128)], ids=["blob", "damaged-blob"])
+def test_the_logits_of_a_blob(embedded, tmp_path, whole, longest):
+    """With a blob, here one for the CPU, the logits are the blob's; when it is refused, the IR is compiled, for the
+    lengths that the choice has for this case."""
+    directory, blob = embedded / "npu-int4-channelwise", tmp_path / "cpu.blob"
+    params = Npu(max_prompt_len=256, min_response_len=64)
+    properties = npu.properties(params, platform="", device="CPU", bank="check") | F32
+    npu.compile_blob(directory / "openvino_model.xml", blob, properties=properties)
+    if not whole:
+        blob.write_bytes(blob.read_bytes()[:1000])
+    weights = {"BLOB_PATH": str(blob), "WEIGHTS_PATH": str(directory / "openvino_model.bin")}
+    lengths = {"MAX_PROMPT_LEN": 128, "MIN_RESPONSE_LEN": 64, **STATIC_ON_CPU, **F32}
+    scorer = StaticLogits(compile_chosen(directory, Choice("NPU", weights, "it fits", lengths)))
+    ids = list(range(300, 340))
+    found, expected = (each.logits(ids, last=4) for each in (scorer, OpenvinoLogits(directory, device="CPU")))
+    assert np.abs(found - expected).max() < 0.25 * expected.std()  # a blob forgets F32
+    assert scorer.logits([260] * longest, last=1).shape == (1, 49152)
+    with pytest.raises(RuntimeError, match=str(longest)):
+        scorer.logits([260] * (longest + 1), last=1)
 
 
 def wrong_scales(directory):
