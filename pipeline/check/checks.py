@@ -11,7 +11,7 @@ from pipeline.check.fidelity import Comparison
 from pipeline.check.long_context import Found
 from pipeline.check.reference import Answer, Expected, ask
 from pipeline.common.matrices import Matrix, int4_ratio
-from pipeline.common.params import AnswerLimits, Limits, OpenvinoInt4, Variant
+from pipeline.common.params import Limits, OpenvinoInt4, Validate, Variant
 from pipeline.common.progress import say
 from pipeline.run.interface import Runtime
 
@@ -122,8 +122,11 @@ def check_eos(runtime: Runtime, reference: Expected) -> Iterator[Failure]:
         yield Failure("eos", reference.eos_token_ids, eos)
 
 
-def check_runtime(runtime: Runtime, reference: Expected, *, params: AnswerLimits) -> tuple[list[Failure], list[Answer]]:
-    """Return what is wrong with a loaded variant, and its answers; with a wrong tokenizer or template it has none."""
+def check_runtime(runtime: Runtime, reference: Expected, *, max_new_tokens: int) -> tuple[list[Failure], list[Answer]]:
+    """Return what is wrong with how a loaded variant reads texts, and its answers to the questions.
+
+    With a wrong tokenizer or chat template it is not asked.
+    """
     failures = [
         *check_tokenizer(runtime, reference),
         *check_chat_template(runtime, reference),
@@ -133,9 +136,9 @@ def check_runtime(runtime: Runtime, reference: Expected, *, params: AnswerLimits
         return failures, []
     answers = []
     for source in reference.answers:
-        answers.append(ask(runtime, source.question, max_new_tokens=params.max_new_tokens))
+        answers.append(ask(runtime, source.question, max_new_tokens=max_new_tokens))
         say(f"{source.question} {answers[-1].text.strip()}")
-    return list(check_answers(answers, reference, params=params)), answers
+    return [], answers
 
 
 def check_fidelity(comparison: Comparison, *, limits: Iterable[tuple[str, float]]) -> Iterator[Failure]:
@@ -166,25 +169,30 @@ def check_long_context(found: Sequence[Found], *, limits: Limits) -> Iterator[Fa
             yield Failure("long-context", expected, round(prompt.departure, 3))
 
 
-def check_answers(answers: Sequence[Answer], reference: Expected, *, params: AnswerLimits) -> Iterator[Failure]:
+def check_answers(answers: Sequence[Answer], reference: Expected, *, params: Validate) -> Iterator[Failure]:
     """Compare the answers with the source's: none may be empty, a loop or endless, and together they must say the same.
 
     A quantized model may slip on one of several questions; `check_fidelity` judges how far it is from the source.
     """
-    pairs = list(zip(answers, reference.answers, strict=True))
+    pairs = zip(answers, reference.answers, strict=True)
     failures = [failure for pair in pairs for failure in _check_form(*pair, params=params)]
-    yield from failures
-    if not failures and sum(recall(*pair) for pair in pairs) < params.min_recall * len(pairs):
+    yield from failures or check_recall(answers, reference, min_recall=params.min_recall)
+
+
+def check_recall(answers: Sequence[Answer], reference: Expected, *, min_recall: float) -> Iterator[Failure]:
+    """Look in the answers for the source's words: together they must have the share `min_recall` of them."""
+    pairs = list(zip(answers, reference.answers, strict=True))
+    if sum(recall(*pair) for pair in pairs) < min_recall * len(pairs):
         answer, source = min(pairs, key=lambda pair: recall(*pair))
         yield Failure("answer", {"question": source.question, "answer": source.text}, answer.text)
 
 
-def check_first_answer(answer: Answer, reference: Expected, *, params: AnswerLimits) -> Iterator[Failure]:
+def check_first_answer(answer: Answer, reference: Expected, *, params: Validate) -> Iterator[Failure]:
     """Compare the answer to the first question alone with the source's."""
     return check_answers([answer], reference.model_copy(update={"answers": reference.answers[:1]}), params=params)
 
 
-def _check_form(answer: Answer, source: Answer, *, params: AnswerLimits) -> Iterator[Failure]:
+def _check_form(answer: Answer, source: Answer, *, params: Validate) -> Iterator[Failure]:
     if not answer.text.strip():
         yield Failure("empty", source.text, answer.text)
     elif is_loop(answer.ids) and not is_loop(source.ids):

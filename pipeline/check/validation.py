@@ -171,8 +171,9 @@ def _judge_answers(
 ) -> tuple[list[Failure], long_context.Said]:
     runtime = load_runtime(directory, variant=variant)
     metrics |= {"runtime": runtime.name, "device": runtime.device}
-    failures, answers = checks.check_runtime(runtime, reference, params=params)
+    failures, answers = checks.check_runtime(runtime, reference, max_new_tokens=params.max_new_tokens)
     if answers:
+        failures += checks.check_answers(answers, reference, params=params)
         evidence["answers"] = [
             {"question": answer.question} | departure(answer.ids, source.ids, runtime.decode)
             for answer, source in zip(answers, reference.answers, strict=True)

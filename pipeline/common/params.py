@@ -207,17 +207,12 @@ class OnnxInt4(Block):
 Variant = Annotated[OpenvinoFp16 | OpenvinoInt4 | OnnxInt4, Field(discriminator="stage")]
 
 
-class AnswerLimits(Block):
-    """What the answers to questions must be like."""
-
-    max_new_tokens: int = Field(ge=8)
-    min_recall: float = Field(gt=0, le=1, description="share of the words of the source's answer that must recur")
-
-
-class Validate(AnswerLimits):
+class Validate(Block):
     """What every variant has to prove."""
 
     prompts: list[str] = Field(min_length=1, description="questions that the source model answers right")
+    max_new_tokens: int = Field(ge=8)
+    min_recall: float = Field(gt=0, le=1, description="share of the words of the source's answer that must recur")
     size_tolerance: float = Field(gt=0, lt=1, description="relative, around the size that the recipe predicts")
     openvino_device: Literal["CPU", "GPU"] = Field(
         description="where the speed of the variants for CPU and GPU is measured; they are judged on the CPU"
