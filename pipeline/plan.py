@@ -19,6 +19,7 @@ from pipeline.common.checkpoint import read_json
 from pipeline.common.errors import PipelineError
 from pipeline.common.matrices import Matrix, matrices
 from pipeline.common.params import Model, OnnxInt4, OpenvinoInt4, Params, Variant, load_params
+from pipeline.common.shapes import dtype, tensors
 from pipeline.convert.backend import backend
 from pipeline.convert.rotation import can_rotate
 from pipeline.convert.solver import ROWS
@@ -106,25 +107,6 @@ class Need:
         return " and ".join(f"{size / 1e9:.1f} GB of {what}" for what, size in lacking.items() if size > 0)
 
 
-def tensors(config: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype and shape of every weight matrix of a Phi-3 checkpoint with this config, as in its headers."""
-    hidden, width, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    head = hidden // config["num_attention_heads"]
-    attention, values = config["num_attention_heads"] * head, 2 * config["num_key_value_heads"] * head
-    shapes = {"model.embed_tokens.weight": [vocabulary, hidden]}
-    for layer in range(config["num_hidden_layers"]):
-        block = f"model.layers.{layer}"
-        shapes |= {
-            f"{block}.self_attn.qkv_proj.weight": [attention + values, hidden],
-            f"{block}.self_attn.o_proj.weight": [hidden, attention],
-            f"{block}.mlp.gate_up_proj.weight": [2 * width, hidden],
-            f"{block}.mlp.down_proj.weight": [hidden, width],
-        }
-    if not config.get("tie_word_embeddings", False):
-        shapes["lm_head.weight"] = [vocabulary, hidden]
-    return {name: (_dtype(config), shape) for name, shape in shapes.items()}
-
-
 def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
     """Return what `cell` costs when its model has this `config`."""
     stage, name = cell.stage, cell.model
@@ -140,7 +122,7 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
     solver = 4.0 * widest * max(SQUARES * widest, SLICES * ROWS)
     size = temporary = 0.0
     if stage == "download":
-        size = fp16 * (2 if _dtype(config) == "float32" else 1)
+        size = fp16 * (2 if dtype(config) == "float32" else 1)
         memory += GGUF * fp16 if params.get_model(name).source.pypi else 0.0
     elif stage == "export_openvino":
         size = temporary = fp16  # the second is a float16 copy of the checkpoint
@@ -236,11 +218,6 @@ def read_config(name: str, model: Model, *, progress: Callable[[str], None]) -> 
     assert model.source.hub is not None
     progress(f"asking the Hub for the config of {model.source.hub.repo}")
     return fetch_config(model.source.hub)
-
-
-def _dtype(config: dict[str, Any]) -> str:
-    # Transformers 5 writes `dtype`, earlier versions write `torch_dtype`.
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
 def _reused(model: str, params: Params) -> dict[Cell, bool]:

@@ -41,6 +41,7 @@ CONFIG = {
     "model_type": "phi3",
     "vocab_size": 320,
     "hidden_size": 128,
+    "intermediate_size": 256,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_hidden_layers": 2,
