@@ -106,7 +106,7 @@ def test_the_static_pipeline_in_float32(released):
     static = StaticLogits(compile_chosen(directory, replace(choice, options=choice.options | F32)))
     plain = OpenvinoLogits(directory, device="CPU")
     found, expected = (compare(scorer, answers[:2], few) for scorer in (static, plain))
-    np.testing.assert_allclose(found.kl, expected.kl, atol=5e-3)
+    np.testing.assert_allclose(found.kl, expected.kl, rtol=0.02, atol=5e-3)
     assert found.kl.mean() == pytest.approx(expected.kl.mean(), rel=0.01)
 
 
