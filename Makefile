@@ -6,7 +6,7 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine directml chromium docker-registry compilers repro models test test-fast coverage mutants lint audit bench bench-cluster bench-fidelity bench-width clean
+.PHONY: wine directml chromium docker-registry compilers repro models test test-fast coverage mutants lint audit bench bench-cluster bench-fidelity bench-peers bench-width clean
 
 repro: $(VENV)/.installed wine
 	dvc repro
@@ -59,6 +59,11 @@ bench-cluster: $(VENV)/.installed
 bench-fidelity: $(VENV)/.installed
 	dvc repro validate
 	python -m bench.fidelity
+
+# OpenMP's threads wait by spinning, so that work beside them would slow some of the tools far more than others: each gets one.
+bench-peers: $(VENV)/.installed
+	dvc repro reference calibrate
+	OMP_NUM_THREADS=1 python -m bench.peers
 
 bench-width: $(VENV)/.installed
 	dvc repro download

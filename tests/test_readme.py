@@ -97,3 +97,12 @@ def test_figures_are_the_committed_metrics():
         assert top1 == full[variant][2] == f"{metrics['top1_agreement']:.1%}"
         assert full[variant][3] == f"×{metrics['perplexity_ratio']:.3f}"
         assert full[variant][4] == f"{metrics['common_prefix_tokens']:.1f}"
+
+
+def test_the_figures_of_other_tools_are_those_of_the_bench():
+    """The tables of the page on other tools, and of the bench's own page, are those of bench/peers.json."""
+    from bench.peers import END, START, commands, table  # it loads nncf
+
+    results = json.loads((ROOT / "bench/peers.json").read_bytes())
+    assert f"{START}\n{table(results)}\n{END}" in PAGES["docs/compare.md"]
+    assert f"{table(results)}\n{commands(results)}" in (ROOT / "bench/peers.md").read_text("utf-8")
