@@ -258,9 +258,7 @@ def own_stages(project: Path) -> dict[str, Cost]:
 def own_cost(costs: dict[str, Cost], variant: str) -> Cost:
     """Return what `variant` cost from the checkpoint on: the sum of its stages' times, the largest memory of any."""
     stage = load_params().get_variant(variant).stage
-    steps = [f"calibrate {MODEL}", f"{stage} {MODEL} {variant}"]
-    if stage == "quantize_openvino":
-        steps.append(f"export_openvino {MODEL} openvino-fp16")
+    steps = (f"export_openvino {MODEL} openvino-fp16", f"calibrate {MODEL}", f"{stage} {MODEL} {variant}")
     chosen = [costs[step] for step in steps]
     wall, cpu = (sum(getattr(cost, figure) for cost in chosen) for figure in ("wall", "cpu"))
     return Cost(wall=wall, cpu=cpu, anonymous=max(cost.anonymous for cost in chosen))
