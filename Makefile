@@ -6,7 +6,7 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine directml chromium docker-registry repro models test test-fast coverage mutants lint audit bench bench-cluster bench-fidelity bench-peers bench-width clean
+.PHONY: wine directml chromium docker-registry compilers repro models test test-fast coverage mutants lint audit bench bench-cluster bench-fidelity bench-peers bench-width clean
 
 repro: $(VENV)/.installed wine
 	dvc repro
@@ -16,19 +16,18 @@ repro: $(VENV)/.installed wine
 # Build the variants with two cells at a time, each on one core. At full size this is faster than `dvc repro`, which builds
 # one after the other: much of a data-free build keeps only one core busy.
 models: $(VENV)/.installed
-	dvc repro download
-	dvc stage list --name-only calibrate export_openvino | OMP_NUM_THREADS=1 xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
+	dvc repro calibrate
 	dvc stage list --name-only build_onnx quantize_openvino | OMP_NUM_THREADS=1 xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
 
 # Two tests at a time share two cores: OpenMP's threads wait for each other by spinning, so each test gets one.
-test: $(VENV)/.installed wine chromium docker-registry
+test: $(VENV)/.installed wine chromium docker-registry compilers
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
 
 test-fast: $(VENV)/.installed
 	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "not slow"
 
 # Run all tests and say which lines of the code they never reach.
-coverage: $(VENV)/.installed wine chromium docker-registry
+coverage: $(VENV)/.installed wine chromium docker-registry compilers
 	OMP_NUM_THREADS=1 coverage run -m pytest -n 2 --dist worksteal
 	coverage combine --quiet
 	coverage report
@@ -109,6 +108,9 @@ chromium:
 
 docker-registry:
 	@command -v docker-registry >/dev/null || $(call apt,docker-registry,The tests of OCI registries need a registry)
+
+compilers:
+	@{ command -v g++ && command -v mcs && command -v mono; } >/dev/null || $(call apt,g++ mono-mcs mono-runtime libmono-system-web4.0-cil,The tests of the examples need compilers of C++ and C#)
 
 clean:
 	rm -rf $(VENV) artifacts/.locks artifacts/logs

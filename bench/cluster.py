@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,16 @@ import click
 from ruamel.yaml import YAML
 
 from bench.full_size import ROOT, clone_project
-from bench.make_checkpoint import SHAPE
+from bench.make_checkpoint import Widening, widen
 from bench.measure import made_by
 from pipeline import plan
+from pipeline.common import paths
 from pipeline.common.manifest import replace_file
 from pipeline.common.params import load_params
 from pipeline.graph import read_graph
 
 RESULTS = Path(__file__).with_suffix(".json")
+EMBEDDED = ROOT / paths.source("smol-phi3")
 SECOND, LAYERS = "phi-3-shaped", 2
 TARGETS = ("quantize_openvino", "build_onnx")  # reproducible stages; NPU blobs differ between builds at times
 CATALOGUES = ((4, (1, 2, 4, 8)), (42, (1, 8, 32, 128)))  # the number of models, and the numbers of workers
@@ -35,8 +36,7 @@ BANDWIDTHS = {"1 Gbit/s": 0.125e9, "10 Gbit/s": 1.25e9}
 def make_project(folder: Path) -> Path:
     """Return a git project below `folder` that builds both models, with a DVC remote beside it."""
     project = folder / "project"
-    command = [sys.executable, "bench/make_checkpoint.py", str(folder / "checkpoint"), "--layers", str(LAYERS)]
-    subprocess.run(command, check=True, cwd=ROOT)
+    widen(EMBEDDED, folder / "checkpoint", layers=LAYERS)
     clone_project(project, folder / "checkpoint", build=["smol-phi3", SECOND])
     subprocess.run(["dvc", "remote", "add", "-q", "-d", "store", str(folder / "store")], cwd=project, check=True)
     git = ["git", "-c", "user.name=bench", "-c", "user.email=bench@example.org"]
@@ -76,7 +76,7 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
     what it built. The remote serves one worker at a time with its whole `bandwidth` (bytes per second). `overhead` is
     added to each cell, in seconds.
     """
-    params, config = load_params(ROOT / "params.yaml"), SHAPE.to_dict() | {"dtype": "bfloat16"}
+    params, config = load_params(ROOT / "params.yaml"), Widening(EMBEDDED, layers=32).config()
     one = read_graph(params)
     costs = {name: plan.estimate(node.cell, params=params, config=config) for name, node in one.items()}
     way: dict[str, float] = {}  # seconds to the end of the longest chain of cells

@@ -1,7 +1,7 @@
 """Build a model of Phi-3-mini's shape by hand, as tutorials do, and by this pipeline, on the same machine.
 
-Run it with `make bench`. A seeded random checkpoint replaces the real weights, since the cost depends on the shapes
-only. Both ways use the tutorial's recipes, and both results are compared, matrix by matrix.
+Run it with `make bench`. The embedded model, widened to that shape, takes the place of the real weights, since the cost
+depends on the shapes only. Both ways use the tutorial's recipes, and both results are compared, matrix by matrix.
 """
 
 import hashlib
@@ -16,8 +16,10 @@ from typing import Any
 
 import click
 
+from bench.make_checkpoint import widen
 from bench.measure import Cost, disk_used, made_by, measure
 from pipeline import plan
+from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import digest, replace_file
 from pipeline.common.params import load_params
@@ -213,8 +215,7 @@ def main(directory: Path, layers: int) -> None:
     folder = directory.absolute()
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
-        command = [sys.executable, "bench/make_checkpoint.py", str(checkpoint), "--layers", str(layers)]
-        subprocess.run(command, check=True, cwd=ROOT)
+        widen(ROOT / paths.source("smol-phi3"), checkpoint, layers=layers)
     for left in ("hand", "pipeline"):
         shutil.rmtree(folder / left, ignore_errors=True)
         (folder / left).mkdir()

@@ -1,12 +1,11 @@
 """Measure what the solver and NNCF's calibration cost per layer at Phi-3-mini's width, in the same run.
 
-Run it with `make bench-width`. A checkpoint with two layers of that width and random weights is calibrated on random
-answers, since the cost depends on the shapes only. Each step runs in a process of its own.
+Run it with `make bench-width`. The embedded model's first two layers are widened to that width and calibrated on random
+tokens, since the cost depends on the shapes only. Each step runs in a process of its own.
 """
 
 import json
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,9 +13,10 @@ from pathlib import Path
 import click
 
 from bench.fidelity import EMBEDDED, FORMER, Source, calibrated_by_nncf
-from bench.make_checkpoint import SHAPE
+from bench.make_checkpoint import Widening, widen
 from bench.measure import Cost, made_by, measure
 from pipeline import plan
+from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import replace_file
 from pipeline.common.params import OnnxInt4, OpenvinoInt4, load_params
 from pipeline.convert import onnx_genai, openvino
@@ -37,7 +37,11 @@ def calibrate(checkpoint: Path, target: Path) -> None:
     from pipeline.convert.hessians import hessians, write_calibration
     from pipeline.run.source_model import Torch
 
-    answers = torch.randint(SHAPE.vocab_size, (ANSWERS, LENGTH), generator=torch.Generator().manual_seed(0)).tolist()
+    answers = torch.randint(
+        read_json(checkpoint / "config.json")["vocab_size"],
+        (ANSWERS, LENGTH),
+        generator=torch.Generator().manual_seed(0),
+    ).tolist()
     write_calibration(target, answers=answers, layers=hessians(Torch(checkpoint), answers))
 
 
@@ -83,8 +87,7 @@ def main(context: click.Context) -> None:
         return
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
-    command = [sys.executable, "bench/make_checkpoint.py", str(WORK / "checkpoint"), "--layers", str(LAYERS)]
-    subprocess.run([*command, "--tokenizer", str(EMBEDDED.checkpoint)], check=True)
+    widen(EMBEDDED.checkpoint, WORK / "checkpoint", layers=LAYERS)
     (WORK / "fp16").mkdir()
     openvino.export_fp16(WORK / "checkpoint", WORK / "fp16")
     params = load_params()
@@ -100,7 +103,7 @@ def main(context: click.Context) -> None:
         tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as in the stages
         costs |= measure(program, step=step, cwd=Path.cwd(), log=WORK / "log", **tunables)
         click.echo(costs[step].figures())
-    config, model = SHAPE.to_dict(), "phi-3-mini-4k-instruct"
+    config, model = Widening(EMBEDDED.checkpoint, layers=32).config(), "phi-3-mini-4k-instruct"
     cells = [Cell("calibrate", model), *(Cell(params.get_variant(name).stage, model, name) for name in variants)]
     planned = {str(cell): plan.estimate(cell, params=params, config=config).memory / 1e9 for cell in cells}
     text = table(costs, planned)

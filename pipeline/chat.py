@@ -43,7 +43,7 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
     manifest = read_manifest(directory, VariantManifest)
     requires = ", ".join(f"{package}=={version}" for package, version in manifest.runtime.requires.items())
     try:
-        if "openvino-genai" in manifest.runtime.requires:
+        if manifest.runtime.openvino:
             npu = "NPU" in manifest.runtime.devices
             return OpenvinoChat(directory, device=device, npu=npu, context=manifest.context)
         return OnnxChat(directory, directml="GPU" in manifest.runtime.devices, context=manifest.context)

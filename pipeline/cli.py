@@ -14,6 +14,7 @@ from pipeline.common.params import json_schema, load_params
 from pipeline.common.paths import PARAMS_FILE
 from pipeline.dvc_yaml import DVC_FILE, render
 from pipeline.release.device import TARGETS, Target
+from pipeline.release.foundry import INFERENCE_MODEL, registration
 from pipeline.release.pull import pull, suggest, verify_any
 from pipeline.release.registry import open_registry
 
@@ -57,39 +58,52 @@ def verify_command(directory: Path, key: Path | None) -> None:
 
 @main.command("publish")
 @click.argument("artifact", metavar="MODEL/VARIANT")
-@click.option("--to", "url", required=True, help="The registry: dir:PATH, hf:OWNER/REPOSITORY or oci:HOST/NAME.")
+@click.option("--to", "url", required=True, help="The registry: dir:PATH, hf:OWNER[/REPOSITORY] or oci:HOST/NAME.")
 @click.option("--version", required=True, help="Three numbers, such as 1.0.0.")
 @click.option("--alias", "aliases", multiple=True, default=("latest",), show_default=True, help="Names to move to it.")
 @click.option("--key", type=KEY, help="Private EC key (PEM) to sign with.")
 def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, ...], key: Path | None) -> None:
     """Publish the validated artifact MODEL/VARIANT. A version never changes; aliases move.
 
+    Without REPOSITORY the command takes OWNER's repository with the usual name for the artifact.
+
     Example: phi3 publish smol-phi3/openvino-int4 --to dir:/srv/models --version 1.0.0
     """
-    from pipeline.release.publish import publish
+    from pipeline.release.publish import full_url, publish
 
     model, _, variant = artifact.partition("/")
-    release = publish(
-        model, variant, registry=open_registry(url), version=version, aliases=aliases, key=key, progress=click.echo
-    )
-    click.echo(f"published {release.name} {version}, {release.size / 1e6:.1f} MB, as {', '.join(aliases)}")
+    registry = open_registry(full_url(url, model=model, variant=variant))
+    release = publish(model, variant, registry=registry, version=version, aliases=aliases, key=key, progress=click.echo)
+    size, names = f"{release.size / 1e6:.1f} MB", ", ".join(aliases)
+    click.echo(f"published {release.name} {version}, {size}, to {registry.url} as {names}")
 
 
 @main.command("list")
 @click.argument("url")
-def list_command(url: str) -> None:
-    """List the artifacts in the registry at URL.
+@click.option("--format", "form", type=click.Choice(["text", "winml"]), default="text", show_default=True)
+def list_command(url: str, form: str) -> None:
+    """List the artifacts in the registry at URL; with `--format winml` as a model catalogue of Windows ML.
 
-    Example: phi3 list dir:/srv/models
+    \b
+    Examples: phi3 list dir:/srv/models
+              phi3 list hf:someone/phi-3-mini --format winml > catalogue.json
     """
-    for entry in open_registry(url).entries():
+    registry = open_registry(url)
+    if form == "winml":
+        from pipeline.release.winml import catalogue
+
+        click.echo(json.dumps(catalogue(registry), indent=2))
+        return
+    for entry in registry.entries():
         click.echo(f"{entry.name} {entry.version} {' '.join(entry.aliases)}".strip())
 
 
 @main.command("pull")
 @click.argument("url")
 @click.argument("artifact", metavar="[MODEL[/VARIANT][@VERSION]]", default="")
-@click.option("--for", "target", type=click.Choice(TARGETS), default="auto", show_default=True, help="The device.")
+@click.option(
+    "--for", "target", type=click.Choice(TARGETS), default="auto", show_default=True, help="The device or program."
+)
 @click.option("--to", type=click.Path(file_okay=False, path_type=Path), help="By default a directory in the cache.")
 @click.option("--key", type=KEY, help="Public key (PEM) of whoever must have signed it.")
 def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: Path | None) -> None:
@@ -113,6 +127,8 @@ def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: 
             bar.set_description(file)
 
         directory = pull(registry, name, reference=reference, to=to, key=key, progress=progress)
+    if target == "foundry" and (directory / INFERENCE_MODEL).exists():
+        _say(f"in Foundry Local: {registration(directory.absolute())}")
     click.echo(directory)
 
 
@@ -137,6 +153,30 @@ def chat_command(directory: Path, device: str | None) -> None:
             click.echo()
             if remark:
                 _say(remark)
+
+
+@main.command("check")
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--device", help="NPU, GPU or CPU; NPU-ON-CPU is the NPU's static pipeline on the CPU.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+def check_command(directory: Path, device: str | None, file: Path | None) -> None:
+    """Compare the pulled artifact in DIRECTORY, on this machine's device, with what its source model says.
+
+    Ends with status 1 when they differ. Without --device it is the device that `phi3 chat` would use.
+
+    Example: phi3 check /tmp/model --device NPU --json npu.json
+    """
+    from pipeline.device_check import check_device
+
+    result = check_device(directory, device=device)
+    if file:
+        replace_file(file, json.dumps(result.document(), indent=2))
+    click.echo(result.table())
+    for failure in result.failures:
+        click.echo(failure)
+    if result.failures:
+        raise click.ClickException("failed: this device does not compute what the source model says")
+    click.echo("passed")
 
 
 def _say(line: str) -> None:

@@ -1,8 +1,8 @@
 """Estimate from the model's config alone what a build costs: disk, memory and time of each cell of dvc.yaml.
 
 Sizes follow from the recipes. Memory and time are straight lines through measurements of the embedded model and of
-Phi-3-mini's shape on 2 cores; `make bench` checks them at that shape. At that shape `reference` was not measured, the
-memory of `validate` was measured with 6 of its layers, and calibration and the solver with 2.
+Phi-3-mini's shape on 2 cores; `make bench` checks them at that shape. At that shape the memory of `validate` was
+measured with 6 of its layers, `reference` with 2 and 6, and calibration and the solver with 2.
 """
 
 import os
@@ -19,10 +19,12 @@ from pipeline.common.checkpoint import read_json
 from pipeline.common.errors import PipelineError
 from pipeline.common.matrices import Matrix, matrices
 from pipeline.common.params import Model, OnnxInt4, OpenvinoInt4, Params, Variant, load_params
+from pipeline.common.shapes import dtype, tensors
 from pipeline.convert.backend import backend
 from pipeline.convert.rotation import can_rotate
 from pipeline.convert.solver import ROWS
 from pipeline.graph import Cell, changed, read_graph
+from pipeline.run.openvino import BATCH, BATCH_TOKENS, BLOCK
 from pipeline.run.prompts import load_prompts
 
 IGNORE = "PHI3_IGNORE_PLAN"
@@ -31,8 +33,8 @@ OTHER_FILES = 20e6  # tokenizers, configs, manifests
 # Anonymous memory in bytes: a constant, and a factor of the FP16 weights' size.
 MEMORY = {
     "download": (0.05e9, 0.0),
-    "reference": (1.5e9, 0.02),
-    "calibrate": (0.8e9, 0.02),
+    "reference": (0.75e9, 0.0),
+    "calibrate": (0.75e9, 0.0),
     "export_openvino": (0.74e9, 0.018),
     "quantize_openvino": (0.3e9, 0.0),
     "compile_npu": (0.33e9, 0.03),
@@ -45,15 +47,16 @@ MEMORY = {
 # it solves at a time.
 OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 6.3, "cpu": 8.5}
 SQUARES, SLICES = 3, 6
-CHAT, STATES = 60, 3  # tokens of a calibration prompt with its chat template; copies of the hidden states in memory
+CHAT, STATES = 60, 3  # tokens of a shipped prompt with its chat template; copies of the hidden states in memory
+RATE = 0.23e12  # float32 operations per second when the model answers prompts or reads texts, on 2 cores with AVX-512
 ONNX_PACKED = 1.75  # the file with packed weights of an ONNX model for CPUs takes this many times its weights
-PROMPT = 4096  # tokens of the longest prompt that validate reads
+PROMPT = 4096  # tokens of the longest prompt that reference and validate read
 GGUF = 2.7  # rewriting a GGUF file takes this many times the memory of the FP16 weights
 # Seconds: a constant, and seconds per GB of FP16 weights.
 TIME = {
     "download": (5.0, 2.5),
-    "reference": (60.0, 400.0),
-    "calibrate": (30.0, 150.0),
+    "reference": (20.0, 0.0),
+    "calibrate": (15.0, 0.0),
     "export_openvino": (20.0, 6.0),
     "quantize_openvino": (10.0, 6.0),
     "compile_npu": (20.0, 6.0),
@@ -104,31 +107,13 @@ class Need:
         return " and ".join(f"{size / 1e9:.1f} GB of {what}" for what, size in lacking.items() if size > 0)
 
 
-def tensors(config: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype and shape of every weight matrix of a Phi-3 checkpoint with this config, as in its headers."""
-    hidden, width, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    head = hidden // config["num_attention_heads"]
-    attention, values = config["num_attention_heads"] * head, 2 * config["num_key_value_heads"] * head
-    shapes = {"model.embed_tokens.weight": [vocabulary, hidden]}
-    for layer in range(config["num_hidden_layers"]):
-        block = f"model.layers.{layer}"
-        shapes |= {
-            f"{block}.self_attn.qkv_proj.weight": [attention + values, hidden],
-            f"{block}.self_attn.o_proj.weight": [hidden, attention],
-            f"{block}.mlp.gate_up_proj.weight": [2 * width, hidden],
-            f"{block}.mlp.down_proj.weight": [hidden, width],
-        }
-    if not config.get("tie_word_embeddings", False):
-        shapes["lm_head.weight"] = [vocabulary, hidden]
-    return {name: (_dtype(config), shape) for name, shape in shapes.items()}
-
-
 def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
     """Return what `cell` costs when its model has this `config`."""
     stage, name = cell.stage, cell.model
     source = matrices(tensors(config))
     fp16 = 2.0 * sum(matrix.elements for matrix in source)
     largest = 4.0 * max(matrix.elements for matrix in source)
+    layers = sum(matrix.elements for matrix in source if matrix.role == "layer")
     base, slope = MEMORY[stage]
     memory = base + slope * fp16
     start, pace = TIME[stage]
@@ -137,18 +122,21 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
     solver = 4.0 * widest * max(SQUARES * widest, SLICES * ROWS)
     size = temporary = 0.0
     if stage == "download":
-        size = fp16 * (2 if _dtype(config) == "float32" else 1)
+        size = fp16 * (2 if dtype(config) == "float32" else 1)
         memory += GGUF * fp16 if params.get_model(name).source.pypi else 0.0
     elif stage == "export_openvino":
         size = temporary = fp16  # the second is a float16 copy of the checkpoint
+    elif stage == "reference":
+        tokens = len(load_prompts("reference")) * (CHAT + params.reference.max_new_tokens)
+        memory += _answering(config, fp16)
+        read = 2 * tokens + min(PROMPT, config["max_position_embeddings"])  # the answers twice, first to write them
+        seconds += 2 * layers * read / RATE
     elif stage == "validate":
         # Memory holds one loaded model at a time, with its weights packed for the processor, and the KV cache of the
         # longest prompt. Keys and values take 16 bits each, except in the ONNX model for CPUs, where they take 32.
-        head = config["hidden_size"] // config["num_attention_heads"]
         variant = params.get_variant(cell.variant)
-        bytes_each = 4.0 if isinstance(variant, OnnxInt4) and not variant.directml else 2.0
         prompt = min(PROMPT, config["max_position_embeddings"])
-        cache = 2 * bytes_each * config["num_hidden_layers"] * config["num_key_value_heads"] * head * prompt
+        cache = _cache(config, prompt) * (2 if isinstance(variant, OnnxInt4) and not variant.directml else 1)
         weights = _size(variant, name, source, params=params, config=config)
         if isinstance(variant, OnnxInt4):  # it computes logits at all positions of a prompt that it answers
             cache += 4.0 * config["vocab_size"] * prompt
@@ -178,11 +166,24 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
         if not any(variant.calibrated for variant in params.variants.values()):
             return IDLE
         size = sum(2.0 * matrix.columns**2 for matrix in source)  # half of a symmetric float32 matrix
-        # Memory holds a layer in float32, its statistics, and STATES copies of the hidden states of all answers.
+        # After the answers, memory holds a layer in float32, its statistics, and STATES copies of all hidden states.
         layer = sum(matrix.elements for matrix in source if ".layers.0." in matrix.name)
         tokens = len(load_prompts("calibration")) * (CHAT + params.calibrate.max_new_tokens)
-        memory += 4.0 * (layer + SQUARES * widest**2 + STATES * tokens * config["hidden_size"])
+        reading = 4.0 * (layer + SQUARES * widest**2 + STATES * tokens * config["hidden_size"])
+        memory += max(_answering(config, fp16), reading)
+        seconds += 2 * tokens * (2 * layers + sum(matrix.columns**2 for matrix in source)) / RATE
     return Cost(size + OTHER_FILES, temporary, memory, seconds)
+
+
+def _cache(config: dict[str, Any], tokens: int) -> float:
+    # The bytes of the keys and values of a text, 16 bits each.
+    head = config["hidden_size"] // config["num_attention_heads"]
+    return float(4 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * tokens)
+
+
+def _answering(config: dict[str, Any], fp16: float) -> float:
+    # The memory in which the FP16 IR answers many prompts at a time: its weights and its cache.
+    return fp16 + _cache(config, BATCH_TOKENS + BATCH * BLOCK)
 
 
 def _size(variant: Variant, name: str, source: list[Matrix], *, params: Params, config: dict[str, Any]) -> float:
@@ -217,11 +218,6 @@ def read_config(name: str, model: Model, *, progress: Callable[[str], None]) -> 
     assert model.source.hub is not None
     progress(f"asking the Hub for the config of {model.source.hub.repo}")
     return fetch_config(model.source.hub)
-
-
-def _dtype(config: dict[str, Any]) -> str:
-    # Transformers 5 writes `dtype`, earlier versions write `torch_dtype`.
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
 def _reused(model: str, params: Params) -> dict[Cell, bool]:

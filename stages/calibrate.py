@@ -21,7 +21,12 @@ def main(model: str) -> None:
         write_calibration(target, answers=[], layers=())
         return
     source = Torch(paths.source(model), trust_remote_code=params.get_model(model).source.trust_remote_code)
-    answers = make_calibration(source, load_prompts("calibration"), max_new_tokens=params.calibrate.max_new_tokens)
+    answers = make_calibration(
+        source,
+        paths.fp16(model),
+        load_prompts("calibration"),
+        max_new_tokens=params.calibrate.max_new_tokens,
+    )
     write_calibration(target, answers=answers, layers=hessians(source, answers))
 
 

@@ -8,8 +8,6 @@ from pipeline.convert.calibration import open_calibration
 from pipeline.convert.variant import building_variant
 from pipeline.process import stage_command
 
-FP16 = "openvino-fp16"
-
 
 @stage_command
 def main(model: str, variant: str) -> None:
@@ -22,7 +20,7 @@ def main(model: str, variant: str) -> None:
     with building_variant(params, model=model, name=variant, read_matrices=openvino.read_matrices) as build:
         openvino.build_int4(
             paths.source(model),
-            paths.variant(model, FP16),
+            paths.fp16(model),
             build,
             recipe=recipe,
             adjust_group_size=params.get_model(model).group_size_fallback == "adjust",

@@ -15,7 +15,7 @@ from pipeline.common.manifest import (
     VariantManifest,
 )
 
-ASKED = {"symmetric": True, "group_size": -1, "ratio": 1.0}
+ASKED = {"stage": "quantize_openvino", "symmetric": True, "group_size": -1, "ratio": 1.0}
 
 
 def recipe(asked=ASKED, int4_ratio=1.0):

@@ -1,5 +1,6 @@
-"""The example applications run in an environment of their own, each with a registry's URL."""
+"""The example applications and `phi3 check` run with only the base install and the runtimes."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -56,6 +57,19 @@ def publish(example: str, url: str, **environment: str) -> None:
     run("phi3", "publish", name, "--to", url, "--version", "1.0.0", cwd=ROOT, **environment)
 
 
+def pulled(name: str, folder: Path) -> Path:
+    """Publish an artifact to a registry in `folder`, pull it from there, and return its directory."""
+    run("phi3", "publish", name, "--to", f"dir:{folder}/registry", "--version", "1.0.0", cwd=ROOT)
+    here = {"PHI3_CACHE": str(folder / "cache")}
+    return Path(run("phi3", "pull", f"dir:{folder}/registry", name, cwd=ROOT, **here).stdout.strip())
+
+
+def library(package: str, pattern: str) -> Path:
+    """Return the one file of an installed package that matches `pattern`."""
+    (found,) = Path(importlib.util.find_spec(package).submodule_search_locations[0]).glob(pattern)
+    return found
+
+
 def test_openvino_chat(embedded, tmp_path, hub_registry, oci, python):
     """With only the base install and the runtime, the example answers with a model from each kind of registry."""
     packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
@@ -73,3 +87,47 @@ def test_onnxruntime_chat(embedded, tmp_path, python):
     """The example on onnxruntime-genai pulls its model and answers."""
     publish("onnxruntime-chat", f"dir:{tmp_path}/registry")
     assert chat(python, "onnxruntime-chat", f"dir:{tmp_path}/registry", tmp_path) == ANSWER
+
+
+def test_cpp(embedded, tmp_path):
+    """The example in C++ is linked with the library in the wheel of openvino-genai, and answers.
+
+    The wheel has no headers of its own: those in tests/native declare what the example uses.
+    """
+    libraries = [library("openvino_genai", "libopenvino_genai.so.*"), library("openvino", "libs/libopenvino.so.*")]
+    path = ":".join(str(file.parent) for file in libraries)
+    headers = ["-I", ROOT / "tests/native", "-isystem", library("openvino", "include")]
+    source, program = ROOT / "examples/openvino-cpp/chat.cpp", tmp_path / "chat"
+    link = [*libraries, f"-Wl,--disable-new-dtags,-rpath,{path}"]
+    run("g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *headers, source, "-o", program, *link, cwd=tmp_path)
+    tokenizers = {"OPENVINO_TOKENIZERS_PATH_GENAI": str(library("openvino_tokenizers", "lib/*.so"))}
+    directory = pulled("smol-phi3/openvino-int4", tmp_path)
+    assert run(program, directory, QUESTION, cwd=tmp_path, **tokenizers).stdout.strip() == ANSWER
+
+
+def test_csharp(embedded, tmp_path):
+    """The example in C# runs on the library in the wheel of onnxruntime-genai, and answers a quoted question, too.
+
+    The official classes are in a NuGet package: those in tests/native do the same calls of the library.
+    """
+    sources = [ROOT / "examples/onnxruntime-csharp/Chat.cs", ROOT / "tests/native/OnnxRuntimeGenAI.cs"]
+    run("mcs", "-warnaserror", "-r:System.Web.dll", f"-out:{tmp_path}/Chat.exe", *sources, cwd=tmp_path)
+    (tmp_path / "libonnxruntime-genai.so").symlink_to(library("onnxruntime_genai", "libonnxruntime-genai.so"))
+    (tmp_path / "libonnxruntime.so.1").symlink_to(library("onnxruntime", "capi/libonnxruntime.so.*"))
+    directory = pulled("smol-phi3/onnx-cpu-int4", tmp_path)
+    for question in (QUESTION, QUESTION.replace("Japan", '"Japan"')):
+        chat = run("mono", "Chat.exe", directory, question, cwd=tmp_path, LD_LIBRARY_PATH=str(tmp_path))
+        assert chat.stdout.strip() == ANSWER
+
+
+@pytest.mark.parametrize("variant", ["openvino-int4", "onnx-cpu-int4"])
+def test_check(embedded, tmp_path, python, variant):
+    """`phi3 check` needs neither torch and transformers nor scipy and safetensors."""
+    packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
+    assert not re.search(r"^(torch|transformers|scipy|safetensors|tokenizers)==", packages, re.MULTILINE)
+    registry, environment = f"dir:{tmp_path}/registry", {"PHI3_CACHE": str(tmp_path / "cache")}
+    run("phi3", "publish", f"smol-phi3/{variant}", "--to", registry, "--version", "1.0.0", cwd=ROOT)
+    for arguments in (("pull", registry, f"smol-phi3/{variant}", "--to", "model"), ("check", "model")):
+        command = [python.parent / "phi3", *arguments]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    assert result.stdout.endswith("compared at 442 tokens of 17 prompts\npassed\n")

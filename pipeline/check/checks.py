@@ -2,16 +2,17 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
 from pipeline.check.fidelity import Comparison
 from pipeline.check.long_context import Found
-from pipeline.check.reference import Answer, Reference
+from pipeline.check.reference import Answer, Expected, ask
 from pipeline.common.matrices import Matrix, int4_ratio
 from pipeline.common.params import Limits, OpenvinoInt4, Validate, Variant
+from pipeline.common.progress import say
 from pipeline.run.interface import Runtime
 
 CHECKS = (
@@ -94,7 +95,7 @@ def check_float16_range(
         yield Failure("float16-range", f"a residual stream of at most {limit:.0f} for {what}", round(found))
 
 
-def check_tokenizer(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
+def check_tokenizer(runtime: Runtime, reference: Expected) -> Iterator[Failure]:
     """Compare token ids and decoded texts, of many scripts, digits, spaces and special tokens, with the source's."""
     for probe in reference.texts:
         ids = runtime.encode(probe.text)
@@ -107,7 +108,7 @@ def check_tokenizer(runtime: Runtime, reference: Reference) -> Iterator[Failure]
         return
 
 
-def check_chat_template(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
+def check_chat_template(runtime: Runtime, reference: Expected) -> Iterator[Failure]:
     """Compare the rendered chats with the source's."""
     for chat in reference.chats:
         if (rendered := runtime.render_chat(chat.messages)) != chat.rendered:
@@ -115,14 +116,36 @@ def check_chat_template(runtime: Runtime, reference: Reference) -> Iterator[Fail
             return
 
 
-def check_eos(runtime: Runtime, reference: Reference) -> Iterator[Failure]:
+def check_eos(runtime: Runtime, reference: Expected) -> Iterator[Failure]:
     """Compare the ids that end generation with the source's: Phi-3 chats stop at any of three."""
     if (eos := runtime.eos_token_ids()) != reference.eos_token_ids:
         yield Failure("eos", reference.eos_token_ids, eos)
 
 
-def check_fidelity(comparison: Comparison, *, limits: Limits) -> Iterator[Failure]:
-    """Look for NaN and infinity in the logits, then check the comparison with the source against the limits."""
+def check_runtime(runtime: Runtime, reference: Expected, *, max_new_tokens: int) -> tuple[list[Failure], list[Answer]]:
+    """Return what is wrong with how a loaded variant reads texts, and its answers to the questions.
+
+    With a wrong tokenizer or chat template it is not asked.
+    """
+    failures = [
+        *check_tokenizer(runtime, reference),
+        *check_chat_template(runtime, reference),
+        *check_eos(runtime, reference),
+    ]
+    if failures:
+        return failures, []
+    answers = []
+    for source in reference.answers:
+        answers.append(ask(runtime, source.question, max_new_tokens=max_new_tokens))
+        say(f"{source.question} {answers[-1].text.strip()}")
+    return [], answers
+
+
+def check_fidelity(comparison: Comparison, *, limits: Iterable[tuple[str, float]]) -> Iterator[Failure]:
+    """Look for NaN and infinity in the logits, then check the comparison with the source against the limits.
+
+    `limits` is a Limits, or some of its figures with their names.
+    """
     if comparison.non_finite:
         yield Failure("finite", "finite logits", f"{comparison.non_finite} logits that are not")
         return
@@ -146,20 +169,25 @@ def check_long_context(found: Sequence[Found], *, limits: Limits) -> Iterator[Fa
             yield Failure("long-context", expected, round(prompt.departure, 3))
 
 
-def check_answers(answers: Sequence[Answer], reference: Reference, *, params: Validate) -> Iterator[Failure]:
+def check_answers(answers: Sequence[Answer], reference: Expected, *, params: Validate) -> Iterator[Failure]:
     """Compare the answers with the source's: none may be empty, a loop or endless, and together they must say the same.
 
     A quantized model may slip on one of several questions; `check_fidelity` judges how far it is from the source.
     """
-    pairs = list(zip(answers, reference.answers, strict=True))
+    pairs = zip(answers, reference.answers, strict=True)
     failures = [failure for pair in pairs for failure in _check_form(*pair, params=params)]
-    yield from failures
-    if not failures and sum(recall(*pair) for pair in pairs) < params.min_recall * len(pairs):
+    yield from failures or check_recall(answers, reference, min_recall=params.min_recall)
+
+
+def check_recall(answers: Sequence[Answer], reference: Expected, *, min_recall: float) -> Iterator[Failure]:
+    """Look in the answers for the source's words: together they must have the share `min_recall` of them."""
+    pairs = list(zip(answers, reference.answers, strict=True))
+    if sum(recall(*pair) for pair in pairs) < min_recall * len(pairs):
         answer, source = min(pairs, key=lambda pair: recall(*pair))
         yield Failure("answer", {"question": source.question, "answer": source.text}, answer.text)
 
 
-def check_first_answer(answer: Answer, reference: Reference, *, params: Validate) -> Iterator[Failure]:
+def check_first_answer(answer: Answer, reference: Expected, *, params: Validate) -> Iterator[Failure]:
     """Compare the answer to the first question alone with the source's."""
     return check_answers([answer], reference.model_copy(update={"answers": reference.answers[:1]}), params=params)
 

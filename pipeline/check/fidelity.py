@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file, save_file
 
 from pipeline.check.reference import Answer
 from pipeline.common.progress import Bar
@@ -139,6 +138,8 @@ def compare(variant: Scorer, answers: Sequence[Answer], source: Distributions) -
 
 def write_distributions(path: Path, distributions: Distributions) -> None:
     """Write `distributions` to the safetensors file `path`."""
+    from safetensors.numpy import save_file
+
     temporary = path.with_name(f".{path.name}.partial")
     save_file(vars(distributions), temporary)
     temporary.replace(path)
@@ -146,6 +147,8 @@ def write_distributions(path: Path, distributions: Distributions) -> None:
 
 def read_distributions(path: Path) -> Distributions:
     """Return what `write_distributions` wrote to `path`."""
+    from safetensors.numpy import load_file
+
     return Distributions(**load_file(path))
 
 
@@ -157,10 +160,11 @@ def _teacher_forced(scorer: Scorer, answers: Sequence[Answer]) -> Iterator[Any]:
 
 def _log_probs(logits: Any, ids: npt.NDArray[np.integer[Any]]) -> Floats:
     # The log-probabilities of `ids` (rows, n), by log-softmax.
-    from scipy.special import logsumexp
-
-    normalizer = logsumexp(logits.astype(np.float64), axis=1, keepdims=True)
-    result: Floats = np.take_along_axis(logits, ids, axis=1).astype(np.float64) - normalizer
+    # The largest logit is subtracted first, so that no exponential overflows.
+    logits = logits.astype(np.float64)
+    largest = logits.max(axis=1, keepdims=True)
+    normalizer = largest + np.log(np.exp(logits - largest).sum(axis=1, keepdims=True))
+    result: Floats = np.take_along_axis(logits, ids, axis=1) - normalizer
     return result
 
 

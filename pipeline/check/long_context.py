@@ -5,17 +5,16 @@ prompt's first half and then the whole prompt, as in the second turn of a chat. 
 be those that the variant's own logits prefer, and these logits must be near the source's at the prompt's last tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.check.fidelity import Distributions, concatenate, distributions, divergence
+from pipeline.check.fidelity import Distributions, divergence
 from pipeline.check.reference import LongContext
 from pipeline.common.progress import Bar
 from pipeline.run.interface import Runtime, Scorer
 from pipeline.run.prompts import load_prompts
-from pipeline.run.source_model import Torch
 
 PROBED_TO_THE_END = 4096  # a longer context is probed at the largest of LADDER, and where its attention changes
 LADDER = (256, 512, 1024, 2048)
@@ -48,13 +47,12 @@ def lengths(limits: dict[str, int]) -> list[int]:
     return sorted(length for length in wanted if length <= longest - ANSWER)
 
 
-def record(source: Torch, limits: dict[str, int]) -> tuple[LongContext, Distributions]:
-    """Return the prompts for a model with `limits`, and the `source` model's distributions at their last tokens."""
+def make_prompts(encode: Callable[[str], list[int]], limits: dict[str, int]) -> LongContext:
+    """Return the prompts for a model with `limits` and the tokenizer `encode`."""
     text = "\n\n".join(message["content"] for prompt in load_prompts("reference") for message in prompt.messages)
-    ids, found = source.encode(text), lengths(limits)
+    ids, found = encode(text), lengths(limits)
     ids *= -(-found[-1] // len(ids))
-    rows = [distributions(source.logits(ids[:length], last=ROWS)) for length in Bar(found, desc="reading long prompts")]
-    return LongContext(ids=ids[: found[-1]], lengths=found), concatenate(rows)
+    return LongContext(ids=ids[: found[-1]], lengths=found)
 
 
 def choose(prompts: LongContext, limits: dict[str, int], *, most: int) -> list[int]:
@@ -86,7 +84,7 @@ def answer(runtime: Runtime, prompts: LongContext, chosen: Sequence[int]) -> Sai
 def compare(scorer: Scorer, prompts: LongContext, said: Said, source: Distributions) -> list[Found]:
     """Return, for each prompt, how far the logits of `scorer`, the variant, are from `source` and from what was `said`.
 
-    The last rows of `source` are the distributions that `record` returned.
+    The last rows of `source` are ROWS for the end of each prompt.
     """
     found = []
     for length, ids in Bar(said.items(), desc="comparing long prompts"):

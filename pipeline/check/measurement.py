@@ -8,12 +8,13 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from pipeline.check.fidelity import Distributions, compare
-from pipeline.check.reference import Reference
+from pipeline.check.reference import Answer, Reference
 from pipeline.common.memory import peak_memory
 from pipeline.common.params import OnnxInt4, Variant
 from pipeline.run.interface import Precision, Runtime, Scorer
@@ -45,21 +46,21 @@ def load_scorer(
     return OpenvinoLogits(directory, device=device, precision=precision)
 
 
-def measure(directory: Path, *, variant: Variant, device: str, reference: Reference) -> dict[str, Any]:
-    """Return times in seconds and peak memory in bytes of loading the artifact and answering the reference's questions.
+def measure(load: Callable[[], Runtime], answers: Sequence[Answer]) -> tuple[Runtime, dict[str, Any]]:
+    """Return the runtime that `load` loads, with times in seconds and peak memory in bytes of loading and answering.
 
-    Memory is resident memory, so mapped weights count. The peak is that of the whole process, so measure before the
-    process does anything larger.
+    It answers the questions of `answers`, with as many tokens. Memory is resident memory, so mapped weights count. The
+    peak is that of the whole process, so measure before the process does anything larger.
 
     Raises RuntimeError when the runtime cannot load the artifact.
     """
     started = time.perf_counter()
-    runtime = load_runtime(directory, variant=variant, device=device, precision="default")
+    runtime = load()
     load_time = time.perf_counter() - started
-    found = [runtime.generate(answer.prompt_ids, max_new_tokens=len(answer.ids)) for answer in reference.answers]
+    found = [runtime.generate(answer.prompt_ids, max_new_tokens=len(answer.ids)) for answer in answers]
     paces = [generation.time_per_token for generation in found if len(generation.ids) > 1]
-    return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+    return runtime, {
+        "machine": machine(),
         "runtime": runtime.name,
         "device": runtime.device,
         "load_time_s": round(load_time, 3),
@@ -88,6 +89,11 @@ def measure_default_precision(
         return {}
     scorer = load_scorer(directory, variant=variant, context=context, device=device, precision="default")
     return {"kl_mean_default": compare(scorer, reference.continuations[:SAMPLED], distributions).metrics()["kl_mean"]}
+
+
+def machine() -> str:
+    """Return what is to be known of this machine beside a figure: its processor and the number of its cores."""
+    return f"{_processor()}, {os.cpu_count()} cores"
 
 
 def _processor() -> str:

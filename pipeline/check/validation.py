@@ -15,7 +15,7 @@ from pipeline.check.directml.operators import find_faults
 from pipeline.check.directml.runtime import check_directml
 from pipeline.check.fidelity import Distributions, compare
 from pipeline.check.measurement import load_runtime, load_scorer, measure, measure_default_precision
-from pipeline.check.reference import Answer, Reference, ask
+from pipeline.check.reference import Reference, ask
 from pipeline.common.checkpoint import read_json, tensor_shapes
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import VariantManifest, digest, read_manifest, verify
@@ -26,7 +26,6 @@ from pipeline.common.progress import say
 from pipeline.convert import onnx_genai
 from pipeline.convert.backend import backend
 from pipeline.convert.variant import asked
-from pipeline.run.interface import Runtime
 from pipeline.run.openvino import OptimumIntel
 
 
@@ -80,22 +79,6 @@ def check_range(directory: Path, *, variant: Variant, source: Path, reference: R
     )
 
 
-def check_runtime(runtime: Runtime, reference: Reference, *, params: Validate) -> tuple[list[Failure], list[Answer]]:
-    """Return what is wrong with a loaded variant, and its answers; with a wrong tokenizer or template it has none."""
-    failures = [
-        *checks.check_tokenizer(runtime, reference),
-        *checks.check_chat_template(runtime, reference),
-        *checks.check_eos(runtime, reference),
-    ]
-    if failures:
-        return failures, []
-    answers = []
-    for source in reference.answers:
-        answers.append(ask(runtime, source.question, max_new_tokens=params.max_new_tokens))
-        say(f"{source.question} {answers[-1].text.strip()}")
-    return list(checks.check_answers(answers, reference, params=params)), answers
-
-
 def validate(
     directory: Path,
     *,
@@ -130,7 +113,10 @@ def validate(
     evidence |= {"runs_on": manifest.runtime.model_dump(), "tools": manifest.tools}
     metrics["size_bytes"] = sum(path.stat().st_size for path in directory.iterdir())
     try:
-        measured |= measure(directory, variant=variant, device=params.openvino_device, reference=reference)
+        measured |= measure(
+            lambda: load_runtime(directory, variant=variant, device=params.openvino_device, precision="default"),
+            reference.answers,
+        )[1]
         say(f"loaded by {measured['runtime']} on {measured['device']} in {measured['load_time_s']:.1f} s")
         failures, said = _judge_answers(
             directory, metrics, evidence, variant=variant, context=manifest.context, reference=reference, params=params
@@ -185,8 +171,9 @@ def _judge_answers(
 ) -> tuple[list[Failure], long_context.Said]:
     runtime = load_runtime(directory, variant=variant)
     metrics |= {"runtime": runtime.name, "device": runtime.device}
-    failures, answers = check_runtime(runtime, reference, params=params)
+    failures, answers = checks.check_runtime(runtime, reference, max_new_tokens=params.max_new_tokens)
     if answers:
+        failures += checks.check_answers(answers, reference, params=params)
         evidence["answers"] = [
             {"question": answer.question} | departure(answer.ids, source.ids, runtime.decode)
             for answer, source in zip(answers, reference.answers, strict=True)

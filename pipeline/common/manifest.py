@@ -119,6 +119,11 @@ class Runtime(Block):
     requires: dict[str, str]
     devices: list[Literal["CPU", "GPU", "NPU"]]
 
+    @property
+    def openvino(self) -> bool:
+        """Whether it is loaded by openvino-genai; else onnxruntime-genai loads it."""
+        return "openvino-genai" in self.requires
+
 
 class BlobRuntime(Runtime):
     """What an application needs to load an NPU blob."""

@@ -35,6 +35,11 @@ def variant(model: str, name: str) -> Path:
     return ARTIFACTS / model / name
 
 
+def fp16(model: str) -> Path:
+    """Return the directory of the FP16 IR, which answers for the source model and is made into the INT4 IRs."""
+    return variant(model, "openvino-fp16")
+
+
 def blob(directory: Path, platform: str) -> Path:
     """Return the directory of the NPU blob for a platform, given the directory of its variant."""
     return directory.parent / "blobs" / f"{directory.name}-{platform}"

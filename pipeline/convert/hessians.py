@@ -6,23 +6,29 @@ holds the float32 weights of that layer and the hidden states of all answers.
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.manifest import replace_file
-from pipeline.common.progress import Bar, say
+from pipeline.common.progress import say
 from pipeline.convert.calibration import HEAD, SUMMARY, Summary, fold
+from pipeline.run.openvino import answer_together
 from pipeline.run.prompts import Prompt
-from pipeline.run.source_model import Torch
+from pipeline.run.source_model import Reading, Torch
+from pipeline.run.torch_device import product
 
+TOGETHER = 1024  # tokens whose inputs are multiplied at a time
 ENOUGH = 2  # tokens wanted for each column of the widest matrix; with fewer than one, H does not have full rank
 
 
-def make_calibration(source: Torch, prompts: list[Prompt], *, max_new_tokens: int) -> list[list[int]]:
-    """Return, for each of `prompts`, the token ids of the rendered chat followed by the model's greedy answer."""
+def make_calibration(source: Torch, fp16: Path, prompts: list[Prompt], *, max_new_tokens: int) -> list[list[int]]:
+    """Return, for each of `prompts`, the token ids of the rendered chat followed by the model's greedy answer.
+
+    The IR in the directory `fp16` answers for `source`, the source model, because it answers many prompts at a time.
+    """
     rendered = [source.encode(source.render_chat(prompt.messages)) for prompt in prompts]
-    answers = source.answer(rendered, max_new_tokens=max_new_tokens)
+    answers = answer_together(fp16, rendered, max_new_tokens=[max_new_tokens] * len(rendered))
     return [prompt + answer for prompt, answer in zip(rendered, answers, strict=True)]
 
 
@@ -54,64 +60,46 @@ def hessians(source: Torch, answers: list[list[int]]) -> Iterator[tuple[str, dic
     """
     import torch
 
-    model = source.model
     with torch.inference_mode():
-        hidden, arguments = _layer_inputs(model, answers)
-        for index, layer in enumerate(Bar(model.model.layers, desc="reading answers, layer by layer")):
-            name = f"model.layers.{index}"
-            own = copy.deepcopy(layer).float()
-            with _collecting({f"{name}.{part}": module for part, module in own.named_modules()}) as found:
-                for place, states in enumerate(hidden):
-                    hidden[place] = own(states, **arguments[place])
+        reading = Reading(source.model, answers)
+        for name, layer in reading.layers():
+            with _collecting({f"{name}.{part}": module for part, module in layer.named_modules()}) as found:
+                reading.go_through(layer)
             yield name, found
-        norm = copy.deepcopy(model.model.norm).float()
-        inputs = torch.cat([norm(states)[0] for states in hidden])
-        yield HEAD, {HEAD: inputs.T @ inputs}
-
-
-class _Stop(Exception):
-    pass
-
-
-def _layer_inputs(model: Any, answers: list[list[int]]) -> tuple[list[Any], list[dict[str, Any]]]:
-    # What the model gives to its first layer for each answer: the hidden states, and masks and positions.
-    import torch
-
-    hidden: list[Any] = []
-    arguments: list[dict[str, Any]] = []
-
-    def keep(module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        hidden.append(inputs[0].float())
-        arguments.append(options)
-        raise _Stop
-
-    hook = model.model.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for ids in answers:
-            with suppress(_Stop):
-                model.model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-    finally:
-        hook.remove()
-    return hidden, arguments
+        norm = copy.deepcopy(source.model.model.norm).float()
+        inputs = torch.cat([reading.normed(place, norm) for place in range(len(answers))]).T.contiguous()
+        yield HEAD, {HEAD: product(inputs, inputs)}
 
 
 @contextmanager
 def _collecting(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    # Yield H of the inputs of every linear layer among `modules`; each call of such a layer adds its inputs to H.
+    # Yield a dictionary that has H of the inputs of every linear layer among `modules` when the block has ended.
     import torch
 
     found: dict[str, Any] = {}
+    waiting: dict[str, list[Any]] = {}
 
-    def add(name: str, inputs: Any) -> None:
-        found[name].addmm_(inputs.T, inputs)
+    def collect(name: str, inputs: Any) -> None:
+        waiting[name].append(inputs)
+        if sum(map(len, waiting[name])) >= TOGETHER:
+            add(name)
+
+    def add(name: str) -> None:
+        inputs = torch.cat(waiting[name]).T.contiguous()
+        found[name] += product(inputs, inputs)
+        waiting[name] = []
 
     hooks = []
     for name, module in modules.items():
         if isinstance(module, torch.nn.Linear):
-            found[name] = module.weight.new_zeros(module.in_features, module.in_features)
-            hooks.append(module.register_forward_pre_hook(lambda module, inputs, name=name: add(name, inputs[0][0])))
+            found[name], waiting[name] = module.weight.new_zeros(module.in_features, module.in_features), []
+            hooks.append(
+                module.register_forward_pre_hook(lambda module, inputs, name=name: collect(name, inputs[0][0]))
+            )
     try:
         yield found
+        for name in [name for name, inputs in waiting.items() if inputs]:
+            add(name)
     finally:
         for hook in hooks:
             hook.remove()

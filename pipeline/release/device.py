@@ -13,8 +13,8 @@ from typing import Literal
 from pipeline.common.errors import PipelineError
 from pipeline.release.release import Release
 
-Target = Literal["auto", "cpu", "gpu", "npu", "directml"]
-TARGETS: tuple[Target, ...] = ("auto", "cpu", "gpu", "npu", "directml")
+Target = Literal["auto", "cpu", "gpu", "npu", "directml", "foundry"]
+TARGETS: tuple[Target, ...] = ("auto", "cpu", "gpu", "npu", "directml", "foundry")
 
 
 def choose_release(releases: Iterable[Release], target: Target) -> tuple[Release, str]:
@@ -34,7 +34,7 @@ def choose_release(releases: Iterable[Release], target: Target) -> tuple[Release
             best = min(loadable or fitting, key=lambda release: release.size)
             if len(fitting) > 1:
                 reason += f"; the smallest of {len(loadable or fitting)} for {device}"
-            if lacking := missing(best):
+            if device != "foundry" and (lacking := missing(best)):  # Foundry Local has a runtime of its own
                 reason += f"; it needs {', '.join(lacking)}, which is not installed"
             return best, reason
     names = ", ".join(sorted(release.name for release in offered)) or "nothing"
@@ -42,7 +42,9 @@ def choose_release(releases: Iterable[Release], target: Target) -> tuple[Release
 
 
 def suits(release: Release, device: str) -> bool:
-    """Return whether `release` is made for `device`: cpu, gpu, npu or directml."""
+    """Return whether `release` is made for `device`: cpu, gpu, npu, directml or foundry."""
+    if device == "foundry":  # built without DirectML, on Windows, too
+        return "onnxruntime-genai" in release.requires
     directml = "onnxruntime-genai-winml" in release.requires
     if device == "directml" or directml:
         return directml and device == "directml"

@@ -1,10 +1,13 @@
-"""The documents that a release has beside the artifact: model card, metrics, provenance and bill of materials."""
+"""The documents that a release has beside the artifact, such as the model card and the provenance."""
 
 import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from pipeline.check.excerpt import EXCERPT, make_excerpt
+from pipeline.check.fidelity import read_distributions
+from pipeline.check.reference import read_reference
 from pipeline.check.report import FIGURES, figure
 from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
@@ -12,6 +15,7 @@ from pipeline.common.context import describe
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import HubOrigin, VariantManifest, read_manifest
 from pipeline.common.paths import MANIFEST
+from pipeline.release.foundry import INFERENCE_MODEL, inference_model, model_id
 
 # The licences that the Hub knows by their SPDX identifier: https://huggingface.co/docs/hub/repositories-licenses
 HUB_LICENCES = frozenset(
@@ -31,7 +35,8 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
 
     The same artifact, commit and measurements give the same bytes. Measurements of other machines are not included.
     """
-    manifest = read_manifest(paths.variant(model, variant), VariantManifest)
+    artifact = paths.variant(model, variant)
+    manifest = read_manifest(artifact, VariantManifest)
     metrics, measured = read_json(paths.metrics(model, variant)), paths.measured(model, variant)
     machine = read_json(measured) if measured.exists() else {}
     documents = {
@@ -39,8 +44,12 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
         PROVENANCE: provenance(manifest, version=version),
         SBOM: bill_of_materials(manifest, version=version),
     }
+    if not manifest.runtime.openvino:
+        documents[INFERENCE_MODEL] = inference_model(artifact, name=model_id(model, variant, version))
     for name, content in documents.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    excerpt = make_excerpt(read_reference(paths.reference(model)), read_distributions(paths.distributions(model)))
+    (directory / EXCERPT).write_text(excerpt.model_dump_json() + "\n", "utf-8")
     (directory / CARD).write_text(card(manifest, metrics, machine, version=version), "utf-8")
 
 
@@ -65,7 +74,7 @@ def card(manifest: VariantManifest, metrics: dict[str, Any], measured: dict[str,
         base_model_relation="quantized" if base else None,
         pipeline_tag="text-generation",
         tags=[
-            "openvino" if "openvino" in manifest.tools else "onnx",
+            "openvino" if manifest.runtime.openvino else "onnx",
             manifest.variant,
             "phi3",
             *(device.lower() for device in manifest.runtime.devices),
@@ -87,7 +96,7 @@ Made from {source}. Weights: {formats}. For {", ".join(manifest.runtime.devices)
 KL divergence, agreement, perplexity and prefix compare it with the source model, token by token.
 {_machine(measured)}
 `{MANIFEST}` has the recipe matrix by matrix, `{METRICS}` all figures, `{PROVENANCE}` how it was made,
-`{SBOM}` with what.
+`{SBOM}` with what. `{EXCERPT}` has what the source model says: `phi3 check` compares a device with it.
 """
 
 

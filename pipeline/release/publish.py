@@ -8,13 +8,14 @@ from pathlib import Path
 from pipeline.common import paths
 from pipeline.common.checkpoint import LICENCE_FILES, read_json
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import BlobManifest, VariantManifest, digest, read_manifest, verify
+from pipeline.common.manifest import BlobManifest, HubOrigin, VariantManifest, digest, read_manifest, verify
 from pipeline.common.paths import MANIFEST
 from pipeline.release.documents import write_documents
+from pipeline.release.openvino_ep import write_openvino_ep
 from pipeline.release.registry.interface import Registry
 from pipeline.release.release import NAME, VERSION, Release, read_release
 from pipeline.release.signing import sign
-from pipeline.run.blobs import RELEASED_BLOBS, belongs
+from pipeline.run.blobs import RELEASED_BLOBS, asked_lengths, belongs
 
 
 def publish(
@@ -49,6 +50,8 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="phi3-release-") as folder:
         added = Path(folder)
         write_documents(added, model=model, variant=variant, version=version)
+        if manifest.runtime.openvino:
+            write_openvino_ep(added, directory, manifest, npu_lengths=asked_lengths(directory, manifest))
         files = [*_of_source(model), *directory.iterdir(), *added.iterdir()]
         contents = {path.name: path for path in files} | blobs
         release = Release(
@@ -79,6 +82,32 @@ def publish(
     for alias in aliases:
         registry.point(release.name, alias, version)
     return release
+
+
+def full_url(url: str, *, model: str, variant: str) -> str:
+    """Return `url`, but for `hf:OWNER` the URL of OWNER's repository with the usual name for this artifact.
+
+    The name says the checkpoint, then weights and runtime: as in https://huggingface.co/OpenVINO for IRs, where `cw`
+    is channel-wise and `gq` is group-quantized for NPUs, and as in https://huggingface.co/microsoft for ONNX models.
+
+    Raises PipelineError when there is no such artifact.
+    """
+    if not re.fullmatch(r"hf:[\w.-]+", url):
+        return url
+    manifest = read_manifest(paths.variant(model, variant), VariantManifest)
+    checkpoint = manifest.source.hub.split("/")[1] if isinstance(manifest.source, HubOrigin) else manifest.model
+    return f"{url}/{checkpoint}-{_ending(manifest)}"
+
+
+def _ending(manifest: VariantManifest) -> str:
+    recipe = manifest.recipe.asked
+    if recipe["stage"] == "build_onnx":
+        return "onnx-directml" if recipe["execution_provider"] == "dml" else "onnx-cpu"
+    if recipe["stage"] == "export_openvino":
+        return "fp16-ov"
+    if recipe["group_size"] == -1:
+        return "int4-cw-ov"
+    return "int4-gq-ov" if manifest.runtime.devices == ["NPU"] else "int4-ov"
 
 
 def _is_published(release: Release, registry: Registry, *, signed: bool) -> bool:

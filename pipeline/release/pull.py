@@ -80,14 +80,7 @@ def suggest(registry: Registry, model: str, *, reference: str, target: Target, s
 
     Without `model` the registry must hold only one model. Raises PipelineError when the choice is not clear.
     """
-    releases = []
-    for name in sorted(
-        {entry.name for entry in registry.entries() if entry.name.startswith(f"{model}/" if model else "")}
-    ):
-        version = registry.resolve(name, reference)
-        content = registry.read(name, version) if version else None
-        if content is not None:
-            releases.append(read_release(content[0], origin=registry.url))
+    releases = releases_of(registry, f"{model}/" if model else "", reference=reference)
     if len(models := sorted({release.model for release in releases})) > 1:
         raise PipelineError(f"{registry.url} has {', '.join(models)}: name the one you want.")
     if not releases:
@@ -95,6 +88,25 @@ def suggest(registry: Registry, model: str, *, reference: str, target: Target, s
     release, reason = choose_release(releases, target)
     say(f"{release.name}: {reason}")
     return release.name
+
+
+def releases_of(registry: Registry, prefix: str, *, reference: str) -> list[Release]:
+    """Return the releases whose name begins with `prefix` and for which `reference` stands, sorted by name."""
+    releases = []
+    for name in sorted({entry.name for entry in registry.entries() if entry.name.startswith(prefix)}):
+        version = registry.resolve(name, reference)
+        content = registry.read(name, version) if version else None
+        if content is not None:
+            releases.append(read_release(content[0], origin=registry.url))
+    return releases
+
+
+def read_file(registry: Registry, release: Release, path: str) -> bytes:
+    """Return the content of a small file of `release`, which is hashed; it stays in the cache.
+
+    Raises PipelineError when the registry has other bytes than release.json says.
+    """
+    return _fetch(registry, release, path, progress=lambda size: None).read_bytes()
 
 
 def verify_any(directory: Path, *, key: Path | None = None) -> Release | Manifest:

@@ -2,13 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.common import paths
 from pipeline.common.context import pipeline_options
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import BlobManifest, Nothing, VariantManifest, read_manifest, verify
+from pipeline.run.openvino import model_inputs
 
 RELEASED_BLOBS = "blobs"
+LENGTHS = ("MAX_PROMPT_LEN", "MIN_RESPONSE_LEN")
+STATIC_ON_CPU = {"NPUW_DEVICES": "CPU", "NPU_USE_NPUW": "YES", "NPUW_ONLINE_PIPELINE": "NONE"}  # as in OpenvinoGenai
+# What openvino-genai sets for a language model on the NPU.
+LANGUAGE_MODEL = {"NPU_USE_NPUW": "YES", "NPUW_LLM": "YES", "NPUW_LLM_BATCH_DIM": "0", "NPUW_LLM_SEQ_LEN_DIM": "2"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
         return Choice("CPU", {}, "this machine has no NPU, or no driver for it: the IR runs on the CPU")
     places = (directory / RELEASED_BLOBS / architecture, paths.blob(directory, architecture))
     blob_directory = next((place for place in places if place.is_dir()), None)
-    lengths = _lengths(directory, ir)
+    lengths = asked_lengths(directory, ir)
     if blob_directory is None:
         return Choice("NPU", {**lengths}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
     blob = verify(blob_directory, BlobManifest)
@@ -59,8 +65,17 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
     return Choice("NPU", options, f"the blob is for NPU {architecture} and OpenVINO {made_by}", lengths)
 
 
-def _lengths(directory: Path, ir: VariantManifest) -> dict[str, int]:
-    # The static lengths that params.yaml asks for, which the manifests of all blobs of the variant state.
+def static_on_cpu(directory: Path) -> Choice:
+    """Return how to load the NPU variant in `directory` in the NPU's static pipeline, compiled for the CPU."""
+    lengths = asked_lengths(directory, read_manifest(directory, VariantManifest))
+    return Choice("NPU", {**lengths, **STATIC_ON_CPU}, "the NPU's static pipeline, compiled for it")
+
+
+def asked_lengths(directory: Path, ir: VariantManifest) -> dict[str, int]:
+    """Return the static lengths in tokens that params.yaml asks for, which the manifests of all blobs of `ir` state.
+
+    They are the options MAX_PROMPT_LEN and MIN_RESPONSE_LEN. Without any blob the dictionary is empty.
+    """
     for path in (*directory.glob(f"{RELEASED_BLOBS}/*"), *directory.parent.glob(f"blobs/{directory.name}-*")):
         blob = read_manifest(path, BlobManifest)
         if f"{blob.model}/{blob.variant}" == ir.name:
@@ -96,7 +111,7 @@ def load_chosen(directory: Path, choice: Choice, **options: str | int) -> tuple[
     """Return what `load_pipeline` does, when `choose` has been called already."""
     import openvino_genai
 
-    given = choice.options | (pipeline_options(directory) if choice.device == "CPU" else {})
+    given = choice.options | ({} if choice.device == "NPU" else pipeline_options(directory))
     try:
         return openvino_genai.LLMPipeline(directory, choice.device, **given | options), choice.reason
     except RuntimeError as error:
@@ -104,3 +119,38 @@ def load_chosen(directory: Path, choice: Choice, **options: str | int) -> tuple[
             raise PipelineError(f"{directory} cannot be loaded on {choice.device}: {error}") from error
         pipeline = openvino_genai.LLMPipeline(directory, choice.device, **choice.lengths | options)
         return pipeline, f"the driver refused the blob ({str(error).splitlines()[-1]}): the IR was compiled on loading"
+
+
+def compile_chosen(directory: Path, choice: Choice) -> Any:
+    """Return the openvino.CompiledModel that LLMPipeline has inside when `load_chosen` loads `choice`, an NPU's."""
+    import openvino
+
+    core, options = openvino.Core(), dict(choice.options)
+    if blob := options.pop("BLOB_PATH", None):
+        try:
+            return core.import_model(Path(str(blob)).read_bytes(), "NPU", options)
+        except RuntimeError:  # the driver refused the blob
+            options = {**choice.lengths}
+    # openvino-genai has other names for the lengths than the plugin.
+    given = {f"NPUW_LLM_{name}" if name in LENGTHS else name: str(value) for name, value in options.items()}
+    return core.compile_model(directory / "openvino_model.xml", "NPU", LANGUAGE_MODEL | given)
+
+
+class StaticLogits:
+    """The logits of an IR in the NPU's static pipeline, which returns those of the last position alone.
+
+    `compiled` is what `compile_chosen` returns.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+
+    def logits(self, ids: list[int], *, last: int) -> Any:
+        import numpy as np
+
+        self._request.reset_state()
+        rows, start = [], 0
+        for end in range(len(ids) - last + 1, len(ids) + 1):  # a prompt, then one token at a time
+            rows.append(np.array(self._request.infer(model_inputs(ids[:end], start=start))["logits"][0, -1]))
+            start = end
+        return np.array(rows, dtype=np.float32)

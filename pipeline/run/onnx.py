@@ -16,7 +16,7 @@ ERRORS = 3  # ONNX Runtime's level of messages that says errors only
 
 
 class OnnxGenai:
-    """onnxruntime-genai on the CPU provider, whatever provider the model was built for.
+    """onnxruntime-genai on the CPU provider, whatever provider the model was built for, or `directml` on DirectML.
 
     It computes in float32 with either `precision`. With "f32", which is for judging, it takes less memory: it has no
     arena, and a model for CPUs maps weights that ONNX Runtime packed for this processor from a file. The results are
@@ -25,14 +25,17 @@ class OnnxGenai:
     """
 
     name = "onnxruntime-genai"
-    device = "CPUExecutionProvider"
 
-    def __init__(self, directory: Path, *, precision: Precision = "f32", at_once: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, precision: Precision = "f32", at_once: bool = True, directml: bool = False
+    ) -> None:
         import onnxruntime_genai
 
         self._at_once = at_once
+        self.device = "DirectML" if directml else "CPUExecutionProvider"
         config = onnxruntime_genai.Config(str(directory))
-        config.clear_providers()
+        if not directml:
+            config.clear_providers()
         if precision == "f32":
             _overlay(config, {"session_options": {"enable_cpu_mem_arena": False}})
         decoder = read_json(directory / "genai_config.json")["model"]["decoder"]

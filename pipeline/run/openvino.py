@@ -1,11 +1,13 @@
 """IRs in openvino-genai, in OpenVINO itself for their logits, and in optimum-intel."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import is_longrope, pipeline_options
 from pipeline.common.params import Npu
+from pipeline.common.progress import Bar
 from pipeline.run.interface import Generation, Message, Precision
 from pipeline.run.pieces import pieces
 from pipeline.run.transformers import Transformers
@@ -16,6 +18,8 @@ from pipeline.run.transformers import Transformers
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 # The settings of the usual OpenVINO tutorial for a single user on a laptop.
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
+BATCH, BATCH_TOKENS = 32, 4096  # prompts that are answered at a time, and the tokens that the KV cache has room for
+BLOCK = 32  # tokens in a block of the KV cache on a CPU
 
 
 class OpenvinoGenai:
@@ -72,6 +76,39 @@ class OpenvinoGenai:
             time_to_first_token=result.perf_metrics.get_ttft().mean / 1000,
             time_per_token=result.perf_metrics.get_tpot().mean / 1000,
         )
+
+
+def answer_together(directory: Path, prompts: Sequence[list[int]], *, max_new_tokens: Sequence[int]) -> list[list[int]]:
+    """Return the ids with which the IR in `directory` continues each of `prompts` greedily, in float32 on the CPU.
+
+    An answer ends with an eos id, or when it has as many tokens as `max_new_tokens` says for its prompt. Each pass
+    through the model reads the weights once for BATCH prompts (continuous batching: Yu et al., Orca, OSDI 2022).
+
+    With LongRoPE no prompt and its answer may be longer than the original limit, because the IR would then use the
+    factors for long texts for all prompts that it reads at the same time.
+    """
+    import numpy as np
+    import openvino
+    import openvino_genai
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.max_num_seqs, scheduler.enable_prefix_caching = BATCH, False
+    longest = max(len(prompt) + most for prompt, most in zip(prompts, max_new_tokens, strict=True))
+    scheduler.num_kv_blocks = -(-max(BATCH_TOKENS, longest) // BLOCK) + BATCH
+    # Prompts are read at once, so that one with LongRoPE is read as the source reads it (see pipeline_options).
+    scheduler.max_num_batched_tokens = max(scheduler.max_num_batched_tokens, *map(len, prompts))
+    pipeline = openvino_genai.ContinuousBatchingPipeline(directory, scheduler, "CPU", F32)
+    handles = []
+    for index, (prompt, most) in enumerate(zip(prompts, max_new_tokens, strict=True)):
+        config = pipeline.get_config()
+        config.max_new_tokens, config.do_sample = most, False
+        handles.append(pipeline.add_request(index, openvino.Tensor(np.array([prompt], dtype=np.int64)), config))
+    with Bar(desc="answering prompts", total=len(prompts)) as bar:
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+            ended = sum(handle.get_status() == openvino_genai.GenerationStatus.FINISHED for handle in handles)
+            bar.update(ended - bar.n)
+    return [list(handle.read_all()[0].generated_ids) for handle in handles]
 
 
 class OpenvinoLogits:

@@ -59,17 +59,3 @@ class Transformers:
             time_to_first_token=first - started,
             time_per_token=(times[-1] - first) / max(len(generated) - 1, 1),
         )
-
-    def logits(self, ids: list[int], *, last: int) -> Any:
-        import numpy as np
-        import torch
-
-        prompt = torch.tensor([ids], device=self.model.device)
-        with torch.inference_mode():
-            output = self.model(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                position_ids=torch.arange(len(ids), device=prompt.device)[None],
-                logits_to_keep=last,
-            )
-        return np.asarray(output.logits[0, -last:].float().cpu(), dtype=np.float32)

@@ -194,7 +194,7 @@ def test_the_embedded_models_figures(embedded):
 
 @pytest.mark.slow
 def test_what_the_stage_kept_is_what_teacher_forcing_gives(embedded):
-    """The distributions recorded while the source answers in batches equal those of reading one answer alone."""
+    """The distributions recorded while the source reads all answers equal those of reading one answer alone."""
     answers = read_reference(embedded / "reference.json").continuations
     stored = read_distributions(embedded / "reference.safetensors")
     last = kept(Torch(embedded / "source"), answers[-1:])

@@ -11,8 +11,8 @@ import pytest
 
 from pipeline.chat import OnnxChat, OpenvinoChat
 from pipeline.check.checks import check_long_context
-from pipeline.check.fidelity import Distributions
-from pipeline.check.long_context import Found, answer, choose, compare, lengths, record
+from pipeline.check.fidelity import Distributions, concatenate, distributions
+from pipeline.check.long_context import ROWS, Found, answer, choose, compare, lengths, make_prompts
 from pipeline.check.measurement import load_runtime, load_scorer
 from pipeline.check.reference import LongContext
 from pipeline.common.checkpoint import read_json
@@ -90,7 +90,9 @@ def load(name: str, factory: pytest.TempPathFactory) -> Tiny:
     """Return the model `name`."""
     root = built_once(factory, name, functools.partial(build, name))
     source = Torch(root / "checkpoint")
-    prompts, ends = record(source, limits(read_json(root / "checkpoint/config.json"), directml=False))
+    prompts = make_prompts(source.encode, limits(read_json(root / "checkpoint/config.json"), directml=False))
+    rows = [distributions(source.logits(prompts.ids[:length], last=ROWS)) for length in prompts.lengths]
+    ends = concatenate(rows)
     return Tiny(name, root, source, prompts, ends)
 
 

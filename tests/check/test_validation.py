@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.check.checks import CHECKS
+from pipeline.check.checks import CHECKS, check_answers, check_runtime
 from pipeline.check.fidelity import Distributions, read_distributions
 from pipeline.check.measurement import load_runtime
 from pipeline.check.reference import read_reference
-from pipeline.check.validation import check_files, check_runtime, departure, validate
+from pipeline.check.validation import check_files, departure, validate
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import read_manifest, seal
 from pipeline.common.params import load_params
@@ -50,7 +50,9 @@ def runtime_failures(directory, embedded):
     """Return the failures of the checks on the loaded artifact, by name."""
     runtime = load_runtime(directory, variant=PARAMS.variants["openvino-int4"])
     reference = read_reference(embedded / "reference.json")
-    failures, _ = check_runtime(runtime, reference, params=PARAMS.validate_)
+    failures, answers = check_runtime(runtime, reference, max_new_tokens=PARAMS.validate_.max_new_tokens)
+    if answers:
+        failures += check_answers(answers, reference, params=PARAMS.validate_)
     return {failure.check: failure for failure in failures}
 
 

@@ -1,5 +1,6 @@
 """Calibration data are the model's own answers and statistics of each matrix's inputs; quantization uses them."""
 
+import copy
 import json
 import shutil
 
@@ -35,13 +36,15 @@ def calibrated(tiny_checkpoint, tmp_path_factory):
     return target
 
 
-def test_chat_and_answer(tiny_checkpoint):
-    """Each sequence is a rendered chat with the model's answer to it."""
+def test_chat_and_answer(tiny_checkpoint, tmp_path):
+    """Each sequence is a rendered chat with the model's greedy answer to it."""
+    export_fp16(tiny_checkpoint, tmp_path)
     source, prompts = Torch(tiny_checkpoint), load_prompts("calibration")[:3]
-    sequences = make_calibration(source, prompts, max_new_tokens=8)
+    wide = copy.deepcopy(source.model).float()
+    sequences = make_calibration(source, tmp_path, prompts, max_new_tokens=8)
     for prompt, sequence in zip(prompts, sequences, strict=True):
-        rendered = source.encode(source.render_chat(prompt.messages))
-        assert sequence == rendered + source.generate(rendered, max_new_tokens=8).ids
+        rendered = torch.tensor([source.encode(source.render_chat(prompt.messages))])
+        assert sequence == wide.generate(rendered, max_new_tokens=8, do_sample=False)[0].tolist()
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -50,14 +53,15 @@ def test_statistics(tmp_path, style, capsys):
     source = Torch(make_checkpoint(tmp_path / "checkpoint", style))
     write_calibration(tmp_path / "calibration", answers=ANSWERS, layers=hessians(source, ANSWERS))
     inputs: dict[str, list[torch.Tensor]] = {}
-    for name, module in source.model.named_modules():
+    wide = copy.deepcopy(source.model).float()
+    for name, module in wide.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(
                 lambda module, given, name=name: inputs.setdefault(name, []).append(given[0][0].double())
             )
     with torch.inference_mode():
         for ids in ANSWERS:
-            source.model(torch.tensor([ids]))
+            wide(torch.tensor([ids]))
     expected = {name: torch.cat(parts).T @ torch.cat(parts) for name, parts in inputs.items()}
     found = {}
     for path in (tmp_path / "calibration").glob("*.safetensors"):

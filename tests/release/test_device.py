@@ -44,6 +44,16 @@ def test_the_runtime_that_is_installed():
     assert choose_release([lacking], "cpu") == (lacking, reason)
 
 
+def test_foundry_has_a_runtime_of_its_own():
+    """Foundry Local gets the ONNX model for CPUs, whether or not its packages are installed here, and no other."""
+    onnx = release("onnx-cpu-int4", 4, ["CPU"], "onnxruntime-genai")
+    assert choose_release([*ALL, onnx], "foundry") == (onnx, "asked for")
+    lacking = Release(**vars(onnx) | {"requires": {"onnxruntime-genai": "1", "nowhere": "1"}})
+    assert choose_release([lacking], "foundry") == (lacking, "asked for")
+    with pytest.raises(PipelineError, match=r"^nothing for foundry is published there, only m/npu-int4, m/onnx-direct"):
+        choose_release([NPU, DIRECTML], "foundry")
+
+
 def test_nothing_suits():
     """When no release suits a device, the message names those that are published."""
     with pytest.raises(PipelineError, match="nothing for npu is published there, only m/openvino-fp16: name one"):

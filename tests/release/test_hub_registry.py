@@ -104,6 +104,20 @@ def test_a_repository_that_is_not_there(hub_registry):
     assert (refused.returncode, refused.stderr) == (1, f"Error: {URL} has no {NAME} latest: see `phi3 list {URL}`.\n")
 
 
+def test_an_owner_alone(hub_registry):
+    """A release published to an owner is in the repository with the usual name, which is said, and is pulled there."""
+    url = "hf:someone/Phi-3-mini-4k-instruct-int4-cw-ov"
+    for version in ("1.0.0", "1.1.0"):
+        output = phi3(hub_registry, "publish", NAME, "--to", "hf:someone", "--version", version).stdout
+        assert output.splitlines()[-1].endswith(f" MB, to {url} as latest")
+    assert hub_registry.repositories.keys() == {url.removeprefix("hf:")}
+    phi3(hub_registry, "pull", url, "--for", "gpu", "--to", "model")
+    assert Path("model/openvino_model.bin").read_bytes() == b"weights"
+    refused = phi3(hub_registry, "pull", "hf:someone", NAME, check=False)
+    sentence = "Error: 'hf:someone' is no registry: give dir:PATH, hf:OWNER/REPOSITORY or oci:HOST/NAME.\n"
+    assert (refused.returncode, refused.stderr) == (1, sentence)
+
+
 def test_a_hub_that_cannot_be_reached(hub_registry):
     """If the Hub cannot be reached, listing, pulling and publishing end with one sentence."""
     hub_registry.url = "http://127.0.0.1:9"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,15 +11,17 @@ import pytest
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import building, read_manifest, seal, verify
+from pipeline.common.manifest import HubOrigin, Recipe, building, read_manifest, seal, verify
+from pipeline.common.params import load_params
+from pipeline.convert.variant import _runtime, asked
 from pipeline.release import publish
 from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.registry.interface import Entry, require_own
 from pipeline.run.blobs import choose
-from tests.conftest import run
-from tests.manifests import blob_manifest
+from tests.conftest import ROOT, run
+from tests.manifests import blob_manifest, recipe, variant_manifest
 from tests.release_project import (
     MEASURED,
     METRICS,
@@ -42,7 +45,7 @@ def blobs():
 
 
 def test_publish_then_pull(tmp_path):
-    """A pull returns the artifact with licence, model card, metrics, provenance and bill of materials."""
+    """A pull returns the artifact with licence, model card, metrics, provenance, bill of materials and reference."""
     release = publish_version()
     directory = pull_latest()
     assert directory.is_relative_to(tmp_path / "cache/releases")
@@ -51,10 +54,15 @@ def test_publish_then_pull(tmp_path):
         "LICENSE",
         "README.md",
         "config.json",
+        "genai_config.json",
+        "generation_config.json",
         "manifest.json",
         "metrics.json",
         "openvino_model.bin",
+        "openvino_model.onnx",
+        "openvino_model.xml",
         "provenance.json",
+        "reference.json",
         "release.json",
         "sbom.cdx.json",
         "tokenizer.json",
@@ -286,15 +294,49 @@ def test_a_registry_of_another_artifact():
         require_own(release, "tiny/other", url="hf:a/b")
 
 
+def test_the_usual_names_on_the_hub():
+    """The name tells checkpoint, weights and runtime of each variant of params.yaml, whatever the variant is called.
+
+    docs/registries.md has the same names.
+    """
+    names = {}
+    for variant, block in load_params(ROOT / "params.yaml").variants.items():
+        made = Recipe(asked=asked(block, {"tie_word_embeddings": False}), achieved=recipe().achieved)
+        with building(paths.variant(MODEL, VARIANT)) as target:
+            source = HubOrigin(hub="microsoft/Phi-3-mini-4k-instruct", revision="f" * 40)
+            seal(target, variant_manifest(NAME, source=source, recipe=made, runtime=_runtime(block)))
+        names[variant] = publish.full_url("hf:someone", model=MODEL, variant=VARIANT)
+    assert names == {
+        "openvino-fp16": "hf:someone/Phi-3-mini-4k-instruct-fp16-ov",
+        "openvino-int4": "hf:someone/Phi-3-mini-4k-instruct-int4-ov",
+        "npu-int4-channelwise": "hf:someone/Phi-3-mini-4k-instruct-int4-cw-ov",
+        "npu-int4-group128": "hf:someone/Phi-3-mini-4k-instruct-int4-gq-ov",
+        "onnx-directml-int4": "hf:someone/Phi-3-mini-4k-instruct-onnx-directml",
+        "onnx-cpu-int4": "hf:someone/Phi-3-mini-4k-instruct-onnx-cpu",
+    }
+    page = (ROOT / "docs/registries.md").read_text("utf-8")
+    assert dict(re.findall(r"^\| `([\w-]+)` \| `(Phi-[\w.-]+)` \|$", page, re.MULTILINE)) == {
+        variant: url.rpartition("/")[2] for variant, url in names.items()
+    }
+    with building(paths.variant(MODEL, VARIANT)) as target:  # of a checkpoint in a directory
+        seal(target, variant_manifest(NAME))
+    assert publish.full_url("hf:someone", model=MODEL, variant=VARIANT) == "hf:someone/tiny-int4-cw-ov"
+    for url in ("hf:someone/tiny", "dir:registry", "hf:a/b/c", "hf:"):
+        assert publish.full_url(url, model=MODEL, variant=VARIANT) == url
+    shutil.rmtree("artifacts/tiny/openvino-int4")
+    with pytest.raises(PipelineError, match=r"^artifacts/tiny/openvino-int4/manifest\.json is missing"):
+        publish.full_url("hf:someone", model=MODEL, variant=VARIANT)
+
+
 def test_the_commands(tmp_path):
     """publish, list, pull and verify work from the command line; a wrong registry is one sentence."""
     output = run("phi3", "publish", NAME, "--to", "dir:registry", "--version", "1.0.0", cwd=tmp_path).stdout
-    assert output.endswith("MB, as latest\n")
+    assert output.endswith(f"MB, to dir:{tmp_path}/registry as latest\n")
     assert run("phi3", "list", "dir:registry", cwd=tmp_path).stdout == f"{NAME} 1.0.0 latest\n"
     directory = run("phi3", "pull", "dir:registry", NAME, "--to", "model", cwd=tmp_path).stdout.strip()
     assert directory == "model"
     verify(paths.variant(MODEL, VARIANT))
-    assert run("phi3", "verify", "model", cwd=tmp_path).stdout.startswith(f"{NAME}: 9 files, 0.0 MB, all as in")
+    assert run("phi3", "verify", "model", cwd=tmp_path).stdout.startswith(f"{NAME}: 14 files, 0.0 MB, all as in")
     chosen = run("phi3", "pull", "dir:registry", "--for", "gpu", "--to", "chosen", cwd=tmp_path)
     assert (chosen.stdout, chosen.stderr.splitlines()[0]) == ("chosen\n", f"{NAME}: asked for")
     refused = run("phi3", "pull", "dir:registry", "--for", "npu", cwd=tmp_path, check=False)

@@ -13,7 +13,7 @@ from urllib3.util import Retry
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File, Recipe, Stored, digest
+from pipeline.common.manifest import File, Recipe, Runtime, Stored, digest
 from pipeline.release import publish, pull
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.interface import Entry
@@ -172,8 +172,8 @@ def test_the_format_of_modelpack(oci):
     address, kind = f"http://{oci.host}/v2/models/tiny", "application/vnd.oci.image.manifest.v1+json"
     manifest = requests.get(f"{address}/manifests/1.0.0", headers={"Accept": kind}, timeout=9).json()
     model = "application/vnd.cncf.model"
-    kinds = dict.fromkeys(release.files, "weight.config") | {"openvino_model.bin": "weight"}
-    kinds |= dict.fromkeys(["LICENSE", "README.md"], "doc")
+    kinds = dict.fromkeys(release.files, "weight.config") | dict.fromkeys(["LICENSE", "README.md"], "doc")
+    kinds |= dict.fromkeys(["openvino_model.bin", "openvino_model.onnx"], "weight")
     layers = [
         {
             "mediaType": f"{model}.{kinds[path]}.v1.raw",
@@ -213,6 +213,7 @@ def test_the_format_of_modelpack(oci):
         "config": {
             "architecture": "transformer",
             "format": "openvino",
+            "paramSize": "0.377m",
             "precision": "int4",
             "quantization": "int4-sym-channel",
             "capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]},
@@ -221,13 +222,20 @@ def test_the_format_of_modelpack(oci):
     }
 
 
+PHI_3_MINI = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
+PHI_3_MINI |= {"num_attention_heads": 32, "num_key_value_heads": 32}
+
+
 def test_the_config_of_several_formats():
     """All precisions and formats of a model are named; a local checkpoint has no address."""
     stored = Stored(int4_ratio=0.8, formats={"int4-asym-g32": 0.8, "f16": 0.1, "int8-asym-g32": 0.1}, matrices={})
-    made = variant_manifest(NAME, tools={"onnxruntime-genai": "1"}, recipe=Recipe(asked={}, achieved=stored))
-    config = _config(publish_version(registry=open_registry("dir:registry")), made)
+    runtime = Runtime(requires={"onnxruntime-genai": "1"}, devices=["CPU"])
+    made = variant_manifest(NAME, runtime=runtime, recipe=Recipe(asked={}, achieved=stored))
+    release = publish_version(registry=open_registry("dir:registry"))
+    config = _config(release, made, PHI_3_MINI)
     assert config["descriptor"].keys() == {"name", "version", "family", "licenses"}
     assert config["config"]["format"] == "onnx"
+    assert config["config"]["paramSize"] == "3.82b"
     assert config["config"]["precision"] == "float16,int4,int8"
     assert config["config"]["quantization"] == "int4-asym-g32,int8-asym-g32"
 
@@ -310,7 +318,7 @@ def test_the_card_follows_the_rules_of_the_hub(hub, licence, metadata):
         "tags": ["openvino", "openvino-int4", "phi3", "cpu", "gpu"],
     }
     assert ("POST", "/api/validate-yaml") in hub.log
-    assert json.loads(files["config.json"]) == {"model_type": "phi3"}
+    assert json.loads(files["config.json"])["model_type"] == "phi3"
 
 
 def test_files_of_an_older_version_go(hub):

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import openvino
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from pipeline.check.measurement import load_runtime, load_scorer
 from pipeline.common.params import Npu, OnnxInt4, OpenvinoFp16, OpenvinoInt4
 from pipeline.convert import onnx_genai
 from pipeline.convert.openvino import export_fp16
 from pipeline.run.onnx import OnnxGenai
-from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits
+from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits, answer_together
 from pipeline.run.pieces import piece_size
 from pipeline.run.source_model import Torch
 from tests.conftest import LIMITS, ROOT, run
@@ -72,7 +74,23 @@ def test_greedy_tokens_are_the_sources(tiny_checkpoint, fp16, npu):
     prompt = list(range(30, 70))
     runtime = OpenvinoGenai(fp16, device="CPU", npu=npu)
     found = runtime.generate(prompt, max_new_tokens=60)
-    assert found.ids == Torch(tiny_checkpoint).generate(prompt, max_new_tokens=60).ids
+    assert found.ids == greedy(tiny_checkpoint, prompt, 60)
+
+
+def greedy(checkpoint, prompt, count):
+    """Return the `count` tokens, or fewer up to an eos, that transformers generates after `prompt` in float32."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)
+    return output[0, len(prompt) :].tolist()
+
+
+def test_prompts_answered_together(tiny_checkpoint, fp16, capsys):
+    """40 prompts, more than are answered at a time, each get their own greedy answer, of their own length."""
+    prompts = [[30 + (7 * i + j) % 200 for j in range(2 + 9 * i)] for i in range(40)]
+    limits = [1 + i % 13 for i in range(40)]
+    answers = answer_together(fp16, prompts, max_new_tokens=limits)
+    assert answers == [greedy(tiny_checkpoint, *pair) for pair in zip(prompts, limits, strict=True)]
+    assert "answering prompts: 40 of 40 in" in capsys.readouterr().out
 
 
 def test_the_longest_prompt_of_an_npu(fp16):

@@ -1,12 +1,13 @@
-"""The source model in torch is exact in any stored precision, and answers in batches as it does one by one."""
+"""The source model in torch is exact in any stored precision, and reads many texts as it does one by one."""
 
+import copy
 import re
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.run.source_model import Torch, _batches
+from pipeline.run.source_model import Torch
 
 
 def test_bfloat16_weights_are_computed_in_float32(tiny_checkpoint):
@@ -20,39 +21,22 @@ def test_bfloat16_weights_are_computed_in_float32(tiny_checkpoint):
     np.testing.assert_allclose(source.logits(ids, last=3), expected[-3:], atol=1e-5)
 
 
-def test_answers_in_batches(tiny_checkpoint, capsys):
-    """Prompts of different lengths, answered together, get the answers that each gets alone, in their order."""
-    source = Torch(tiny_checkpoint)
-    prompts = [list(range(start, start + length)) for start, length in ((30, 9), (80, 2), (50, 30))]
-    logits = {}
-    answers = source.answer(prompts, max_new_tokens=12, on_logits=logits.__setitem__)
-    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        expected = source.logits(prompt + answer[:-1], last=len(answer))
-        np.testing.assert_allclose(logits[index], expected, atol=1e-4)
-    assert answers == [source.generate(prompt, max_new_tokens=12).ids for prompt in prompts]
-    assert re.fullmatch(r"answering prompts: 3 of 3 in \d\d:\d\d\n", capsys.readouterr().out)
-
-
-def test_batches():
-    """Prompts are batched shortest first, within the limits of prompts and of tokens with padding."""
-    assert list(_batches([5, 2000, 3, 1500])) == [[2, 0], [3, 1]]
-    assert list(_batches([1700, 5, 3000])) == [[1, 0], [2]]
-    assert [len(batch) for batch in _batches([7] * 70)] == [32, 32, 6]
-
-
-def test_residual_peak(tiny_checkpoint):
-    """The residual peak is that of the answered prompts' own tokens, read one by one; padding does not count."""
+def test_texts_of_different_lengths(tiny_checkpoint, capsys):
+    """Texts that are read together get the logits and the peak of the residual stream that each gets alone."""
     source = Torch(tiny_checkpoint)
     with torch.no_grad():
-        embedding = source.model.get_input_embeddings().weight
-        embedding[source.eos_token_ids()[0]] = 1000  # pads prompts, and ends none of the answers
-        embedding[80] = 50
-    prompts = [[30, 31, 80], list(range(30, 50))]
-    answers = source.answer(prompts, max_new_tokens=4)
-    states = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        read = source.model(torch.tensor([prompt + answer[:-1]]), output_hidden_states=True)
-        # The last state is already normed. The last norm's input is not listed, but does not hold the peak here.
-        states += [float(state.abs().max()) for state in read.hidden_states[:-1]]
-    assert 50 <= source.residual_peak < 100
-    np.testing.assert_allclose(source.residual_peak, max(states), rtol=0.05)
+        source.model.get_input_embeddings().weight[80] = 50
+    texts = [list(range(start, start + length)) for start, length in ((30, 9), (80, 2), (50, 30))]
+    positions = [[8], [0, 1], [29, 3]]
+    wide = copy.deepcopy(source.model).float()
+    ends: list[float] = []  # the states before the last norm are not among the hidden states
+    wide.model.norm.register_forward_pre_hook(lambda norm, inputs: ends.append(float(inputs[0].abs().max())))
+    found = list(source.read(texts, positions=positions))
+    assert len(found) == 3
+    for text, wanted, (logits, peak) in zip(texts, positions, found, strict=True):
+        expected = wide(torch.tensor([text]), output_hidden_states=True)
+        np.testing.assert_allclose(logits, expected.logits[0, wanted].detach().numpy(), atol=1e-4)
+        largest = max(ends[-1], *(float(state.abs().max()) for state in expected.hidden_states[:-1]))
+        np.testing.assert_allclose(peak, largest, rtol=0.05)
+    assert found[0][1] < 50 <= found[1][1]
+    assert re.fullmatch(r"reading texts, layer by layer: 2 of 2 in \d\d:\d\d\n", capsys.readouterr().out)

@@ -92,6 +92,9 @@ class DirectoryRegistry:
             while chunk := stream.read(CHUNK):
                 yield chunk
 
+    def address(self, release: Release, path: str = "") -> str:
+        return (self._blob(release.files[path]) if path else self._versions(release.name) / release.version).as_uri()
+
     def _versions(self, name: str) -> Path:
         return self._root / "releases" / name
 

@@ -120,6 +120,10 @@ class HubRegistry:
                 while chunk := stream.read(CHUNK):
                     yield chunk
 
+    def address(self, release: Release, path: str = "") -> str:
+        address: str = hf_hub_url(self._repo, path, revision=release.version, endpoint=self._api.endpoint)
+        return address.rstrip("/")
+
     def _versions(self) -> list[str]:
         with self._sentences():
             try:

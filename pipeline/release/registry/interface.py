@@ -56,6 +56,12 @@ class Registry(Protocol):
     def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
         """Yield the content of the file `path` of a release from byte `offset` on."""
 
+    def address(self, release: Release, path: str = "") -> str:
+        """Return the URI of the file `path` of a release, or without `path` of the release, for other programs.
+
+        Raises PipelineError when no program can get a file from a URI alone.
+        """
+
 
 def require_own(release: bytes | None, name: str, *, url: str) -> None:
     """Raise PipelineError when `release`, the release.json in a registry for one artifact, is not of `name`."""

@@ -27,11 +27,13 @@ from urllib3.util import Retry
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.manifest import File, HubOrigin, VariantManifest, digest
 from pipeline.common.paths import MANIFEST
+from pipeline.common.shapes import tensors
 from pipeline.release.registry.interface import Entry, require_own
 from pipeline.release.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 
 TYPE = "application/vnd.cncf.model"
 FILEPATH = "org.cncf.model.filepath"
+CONFIG = "config.json"  # of the source checkpoint
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 UPLOAD_CHUNK, DOWNLOAD_CHUNK = 64 << 20, 1 << 20
 PRECISIONS = {"f16": "float16", "int8": "int8", "int4": "int4"}  # by the first part of a format's name in a manifest
@@ -113,8 +115,9 @@ class OciRegistry:
     def publish(self, release: Release, signature: bytes | None) -> None:
         layers = [_descriptor(file, path) for path, file in release.files.items()]
         documents = {RELEASE: release.content()} | ({} if signature is None else {SIGNATURE: signature})
-        manifest_file = next(layer for layer in layers if layer["annotations"][FILEPATH] == MANIFEST)
-        config = _config(release, VariantManifest.model_validate_json(self._small(manifest_file)))
+        contents = {layer["annotations"][FILEPATH]: layer for layer in layers}
+        made, shape = (self._small(contents[path]) for path in (MANIFEST, CONFIG))
+        config = _config(release, VariantManifest.model_validate_json(made), json.loads(shape))
         config |= {"modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers]}}
         with tempfile.TemporaryDirectory(prefix="phi3-oci-") as folder:
             for path, content in documents.items():
@@ -150,6 +153,12 @@ class OciRegistry:
                 if offset and response.status_code != requests.codes.partial_content:
                     raise requests.RequestException("the registry cannot continue a download")
                 yield from response.iter_content(DOWNLOAD_CHUNK)
+
+    def address(self, release: Release, path: str = "") -> str:
+        raise PipelineError(
+            f"{self.url} gives its files only to clients of OCI registries, not to a program that has their addresses: "
+            "publish to hf: or dir: as well."
+        )
 
     def _container(self, tag: str) -> Container:
         return Container(f"{self._repository}:{tag}")
@@ -262,9 +271,10 @@ MANIFEST_SCHEMA = {
 }
 
 
-def _config(release: Release, manifest: VariantManifest) -> dict[str, Any]:
+def _config(release: Release, manifest: VariantManifest, shape: dict[str, Any]) -> dict[str, Any]:
     # What ModelPack's tools show of a model: https://github.com/modelpack/model-spec/blob/main/docs/config.md
     formats = manifest.recipe.achieved.formats
+    parameters = sum(rows * columns for _, (rows, columns) in tensors(shape).values())
     precisions = {PRECISIONS[name.split("-")[0]] for name in formats}
     hub = manifest.source if isinstance(manifest.source, HubOrigin) else None
     return {
@@ -277,7 +287,8 @@ def _config(release: Release, manifest: VariantManifest) -> dict[str, Any]:
         | ({"sourceURL": f"https://huggingface.co/{hub.hub}", "revision": hub.revision} if hub else {}),
         "config": {
             "architecture": "transformer",
-            "format": "openvino" if "openvino" in manifest.tools else "onnx",
+            "format": "openvino" if manifest.runtime.openvino else "onnx",
+            "paramSize": f"{parameters / 1e9:.3g}b" if parameters >= 1e9 else f"{parameters / 1e6:.3g}m",
             "precision": ",".join(sorted(precisions)),
             "quantization": ",".join(sorted(name for name in formats if name.startswith("int"))),
             "capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]},

@@ -1,0 +1,36 @@
+"""Environments with the programs of others, made from the exact versions in the files of this folder."""
+
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+from filelock import FileLock
+from platformdirs import user_cache_path
+
+
+def python_of(name: str) -> Path:
+    """Return the Python of an environment that has exactly the packages of NAME.txt; it is made once per user."""
+    versions = Path(__file__).with_name(f"{name}.txt")
+    cache = user_cache_path("phi3-pipeline") / "test-environments"
+    directory = cache / f"{name}-{sys.version_info.major}.{sys.version_info.minor}"
+    python, installed = directory / "bin/python", directory / "installed.txt"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if not installed.exists() or installed.read_bytes() != versions.read_bytes():
+            venv.create(directory, clear=True, with_pip=True)
+            # Most of the modules are never imported, so pip compiles none of them.
+            pip = [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "--no-compile",
+                "--no-deps",
+            ]
+            subprocess.run([*pip, "--requirement", versions], check=True)
+            shutil.copy(versions, installed)
+    return python

@@ -1,0 +1,283 @@
+"""A released artifact passes on a device that computes what the source model says, and fails on one that does not."""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import device_check
+from pipeline.check.excerpt import EXCERPT, read_excerpt
+from pipeline.check.fidelity import Distributions, compare
+from pipeline.cli import main
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import VariantManifest, read_manifest
+from pipeline.common.params import Npu
+from pipeline.convert import npu
+from pipeline.device_check import NPU_ON_CPU, check_device
+from pipeline.release.documents import card
+from pipeline.run.blobs import STATIC_ON_CPU, Choice, StaticLogits, compile_chosen, static_on_cpu
+from pipeline.run.openvino import F32, OpenvinoLogits
+from tests.conftest import ROOT, built_once, run
+
+pytestmark = pytest.mark.slow
+FIGURES = {"kl_mean_default", "top1_agreement", "load_time_s", "time_to_first_token_s", "tokens_per_second"}
+FIGURES |= {"peak_memory_bytes"}
+
+
+@pytest.fixture(scope="module")
+def released(embedded, tmp_path_factory):
+    """Return a function that publishes a variant of the embedded model and returns where it was pulled to."""
+
+    def release(variant: str) -> Path:
+        def pull(folder: Path) -> None:
+            registry, name = f"dir:{folder}/registry", f"smol-phi3/{variant}"
+            run("phi3", "publish", name, "--to", registry, "--version", "1.0.0", cwd=ROOT)
+            run("phi3", "pull", registry, name, "--to", folder / "model", cwd=ROOT, PHI3_CACHE=str(folder / "cache"))
+
+        return built_once(tmp_path_factory, f"released-{variant}", pull) / "model"
+
+    return release
+
+
+@pytest.fixture
+def shorter(monkeypatch):
+    """Compare two prompts only, since the NPU's static pipeline on the CPU takes some tenths of a second per token."""
+
+    def two(directory):
+        found = read_excerpt(directory)
+        return found.model_copy(update={"passages": found.passages[::12]})
+
+    monkeypatch.setattr("pipeline.check.excerpt.read_excerpt", two)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "ran"),
+    [
+        ("openvino-int4", (), r"openvino-genai 2026\.4\.1\.0 on CPU \(.+\)"),
+        ("onnx-cpu-int4", ("--device", "CPU"), r"onnxruntime-genai 0\.18\.0 on CPUExecutionProvider"),
+        (
+            "onnx-directml-int4",
+            (),
+            r"onnxruntime-genai 0\.18\.0 on CPUExecutionProvider \(not DirectML, for which the model is made\)",
+        ),
+    ],
+)
+def test_each_runtime(released, tmp_path, variant, options, ran):
+    """A right artifact passes; it shows what ran and each figure, and writes them to a file for the model card."""
+    directory, file = released(variant), tmp_path / "here.json"
+    output = run("phi3", "check", directory, *options, "--json", file, cwd=tmp_path).stdout
+    found = json.loads(file.read_text())
+    assert "What is the capital of Japan? The capital of Japan is Tokyo." in output
+    assert re.search(rf"^smol-phi3/{variant} 1\.0\.0: {ran}; .+ cores$", output, re.MULTILINE)
+    assert (
+        f"\nmean KL here    {found['kl_mean_default']:.4f} nats    at most {found['limits']['kl_mean']:.4f} nats\n"
+        in output
+    )
+    assert output.endswith("compared at 442 tokens of 17 prompts\npassed\n")
+    assert (found["release"], found["passed"], found["failures"]) == (f"smol-phi3/{variant} 1.0.0", True, [])
+    assert all(found[name] > 0 for name in FIGURES)
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert metrics["kl_mean"] / 2 < found["kl_mean_default"] < 1.3 * metrics["kl_mean"]
+    shown = card(read_manifest(directory, VariantManifest), metrics, found, version="1.0.0")
+    assert f"on {found['device']}: {found['machine']}" in shown
+    assert f"| mean KL here | {found['kl_mean_default']:.4f} nats |" in shown
+
+
+def test_the_static_pipeline_of_npus(released, shorter):
+    """Without an NPU its static pipeline runs on the CPU, which the result says."""
+    result = check_device(released("npu-int4-channelwise"), device=NPU_ON_CPU)
+    assert (result.failures, result.figures["prompts"]) == ([], 2)
+    assert result.figures["device"] == "CPU (the NPU's static pipeline, compiled for it)"
+    assert all(result.figures[name] > 0 for name in FIGURES)
+
+
+def test_the_static_pipeline_in_float32(released):
+    """In float32, token by token, it has the divergence that validation measured with the plain IR."""
+    directory = released("npu-int4-channelwise")
+    answers, source = read_excerpt(directory).passages_up_to(1024)
+    few = Distributions(source.ids[: 2 * 32], source.log_probs[: 2 * 32])
+    choice = static_on_cpu(directory)
+    assert (choice.options["MAX_PROMPT_LEN"], choice.options["MIN_RESPONSE_LEN"]) == (1024, 128)
+    static = StaticLogits(compile_chosen(directory, replace(choice, options=choice.options | F32)))
+    plain = OpenvinoLogits(directory, device="CPU")
+    found, expected = (compare(scorer, answers[:2], few) for scorer in (static, plain))
+    np.testing.assert_allclose(found.kl, expected.kl, rtol=0.02, atol=5e-3)
+    assert found.kl.mean() == pytest.approx(expected.kl.mean(), rel=0.01)
+
+
+@pytest.mark.parametrize(("whole", "longest"), [(True, 256), (False, 128)], ids=["blob", "damaged-blob"])
+def test_the_logits_of_a_blob(embedded, tmp_path, whole, longest):
+    """With a blob, here one for the CPU, the logits are the blob's; when it is refused, the IR is compiled, for the
+    lengths that the choice has for this case."""
+    directory, blob = embedded / "npu-int4-channelwise", tmp_path / "cpu.blob"
+    params = Npu(max_prompt_len=256, min_response_len=64)
+    properties = npu.properties(params, platform="", device="CPU", bank="check") | F32
+    npu.compile_blob(directory / "openvino_model.xml", blob, properties=properties)
+    if not whole:
+        blob.write_bytes(blob.read_bytes()[:1000])
+    weights = {"BLOB_PATH": str(blob), "WEIGHTS_PATH": str(directory / "openvino_model.bin")}
+    lengths = {"MAX_PROMPT_LEN": 128, "MIN_RESPONSE_LEN": 64, **STATIC_ON_CPU, **F32}
+    scorer = StaticLogits(compile_chosen(directory, Choice("NPU", weights, "it fits", lengths)))
+    ids = list(range(300, 340))
+    found, expected = (each.logits(ids, last=4) for each in (scorer, OpenvinoLogits(directory, device="CPU")))
+    assert np.abs(found - expected).max() < 0.25 * expected.std()  # a blob forgets F32
+    assert scorer.logits([260] * longest, last=1).shape == (1, 49152)
+    with pytest.raises(RuntimeError, match=str(longest)):
+        scorer.logits([260] * (longest + 1), last=1)
+
+
+def wrong_scales(directory):
+    """Make the scales of one matrix three times as large, as a kernel would that reads them wrongly."""
+    name = r'name="self\.model\.layers\.15\.mlp\.down_proj\._openvino_orig_weight/scale"'
+    data = r'[^>]*>\s*<data element_type="f16" shape="[^"]*" offset="(\d+)" size="(\d+)"'
+    found = re.search(name + data, (directory / "openvino_model.xml").read_text("utf-8"))
+    start, size = map(int, found.groups())
+    weights = np.fromfile(directory / "openvino_model.bin", dtype=np.uint8)
+    scales = weights[start : start + size].view(np.float16)
+    scales *= np.float16(3)
+    weights.tofile(directory / "openvino_model.bin")
+
+
+def wrong_precision(directory):
+    """Let each matrix read its inputs in an 8-bit float that reaches only to 448."""
+    import openvino
+    from openvino import opset15
+
+    model = openvino.Core().read_model(directory / "openvino_model.xml")
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "MatMul" and "linear" in node.get_friendly_name():
+            low = opset15.convert(opset15.convert(node.input_value(0), "f8e4m3"), "f32")
+            node.input(0).replace_source_output(low.output(0))
+    openvino.save_model(model, directory / "changed.xml", compress_to_fp16=False)
+    del model
+    for suffix in ("xml", "bin"):
+        (directory / f"changed.{suffix}").replace(directory / f"openvino_model.{suffix}")
+
+
+def wrong_onnx_scales(directory):
+    """Make the scales of the first INT4 matrix of an ONNX model larger."""
+    import onnx
+    from onnx.numpy_helper import from_array, to_array
+
+    model = onnx.load(directory / "model.onnx")
+    matrix = next(node for node in model.graph.node if node.op_type == "MatMulNBits")
+    scales = next(tensor for tensor in model.graph.initializer if tensor.name == matrix.input[2])
+    scales.CopyFrom(from_array(3 * to_array(scales), scales.name))
+    onnx.save(model, directory / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+
+
+@pytest.mark.parametrize(
+    ("variant", "damage", "device", "kl"),
+    [
+        ("openvino-int4", wrong_scales, None, 0.5),
+        ("openvino-int4", wrong_precision, None, 4),
+        ("npu-int4-channelwise", wrong_scales, NPU_ON_CPU, 0.5),
+        ("onnx-cpu-int4", wrong_onnx_scales, None, 0.5),
+    ],
+)
+def test_a_device_that_computes_wrongly(released, shorter, tmp_path, monkeypatch, variant, damage, device, kl):
+    """A device whose kernels compute something else, behind files that are as published, fails with the figures.
+
+    A damaged copy, which only the runtime reads, stands for such a device.
+    """
+    directory = released(variant)
+    damaged = shutil.copytree(directory, tmp_path / "damaged", copy_function=shutil.copyfile)
+    damage(damaged)
+    for name in ("_openvino", "_onnx"):
+        original = getattr(device_check, name)
+        monkeypatch.setattr(device_check, name, lambda _, *rest, original=original: original(damaged, *rest))
+    result = check_device(directory, device=device)
+    found, limits = result.figures, result.limits
+    assert found["kl_mean_default"] > kl > limits["kl_mean"]
+    assert found["top1_agreement"] < limits["top1_agreement"]
+    reasons = [
+        f"check 'fidelity' failed: expected \"kl_mean at most {limits['kl_mean']}\", got {found['kl_mean_default']}",
+        f"check 'fidelity' failed: expected \"top1_agreement at least {limits['top1_agreement']}\", "
+        f"got {found['top1_agreement']}",
+    ]
+    assert result.failures[-2:] == reasons
+
+
+def test_a_failure_is_told(released, tmp_path, monkeypatch, capsys):
+    """A device that gives no numbers, and one that cannot load the model, fail; the command and its file say why."""
+
+    class Nothing:
+        def logits(self, ids, *, last):
+            return np.full((last, 49152), np.nan, dtype=np.float32)
+
+    directory, file = released("openvino-int4"), tmp_path / "x.json"
+    monkeypatch.setattr("pipeline.run.openvino.OpenvinoLogits", lambda *_, **__: Nothing())
+    with pytest.raises(SystemExit) as ended:
+        main(["check", str(directory), "--json", str(file)])
+    reason = 'check \'finite\' failed: expected "finite logits", got "21725184 logits that are not"'
+    shown = capsys.readouterr()
+    assert (ended.value.code, shown.out.splitlines()[-1]) == (1, reason)
+    assert shown.err == "Error: failed: this device does not compute what the source model says\n"
+    found = json.loads(file.read_text())
+    assert (found["passed"], found["failures"], "kl_mean_default" in found) == (False, [reason], False)
+
+    def refuse(*_):
+        raise RuntimeError("a long story\nthe device is lost")
+
+    monkeypatch.setattr("pipeline.run.blobs.load_chosen", refuse)
+    result = check_device(directory)
+    expected = 'check \'load\' failed: expected "a runtime that loads and runs it", got "the device is lost"'
+    assert result.failures == [expected]
+    assert result.table().splitlines()[-1] == "compared at 442 tokens of 17 prompts"
+
+
+@pytest.mark.parametrize(
+    ("variant", "device", "reason"),
+    [
+        (
+            "npu-int4-channelwise",
+            "NPU",
+            "this machine has no NPU, or no driver for it: OpenVINO sees CPU. `--device NPU-ON-CPU` checks the NPU's "
+            "pipeline on the CPU.",
+        ),
+        ("openvino-int4", "GPU", "this machine has no GPU, or no driver for it: OpenVINO sees CPU."),
+        (
+            "openvino-int4",
+            NPU_ON_CPU,
+            "smol-phi3/openvino-int4 is not made for NPUs: pull a variant that is, with `--for npu`.",
+        ),
+        ("onnx-cpu-int4", "GPU", "smol-phi3/onnx-cpu-int4 is made for the CPU, not for GPU."),
+        (
+            "onnx-directml-int4",
+            "GPU",
+            "this onnxruntime-genai has no DirectML, which is for Windows: `--device CPU` checks the model on the CPU.",
+        ),
+    ],
+)
+def test_a_device_that_is_not_here(released, variant, device, reason):
+    """A device that the machine lacks, or that the artifact is not made for, is refused with a sentence."""
+    with pytest.raises(PipelineError, match=f"^{re.escape(reason)}$"):
+        check_device(released(variant), device=device)
+
+
+def test_what_cannot_be_checked(embedded, released, tmp_path, monkeypatch):
+    """A built directory, changed files, releases without reference or metrics, and a runtime that is not installed are
+    one sentence each."""
+    with pytest.raises(PipelineError, match="was built here, and only a release carries what the source model says"):
+        check_device(embedded / "openvino-int4")
+    directory = shutil.copytree(released("openvino-int4"), tmp_path / "model", copy_function=shutil.copyfile)
+    changed = (directory / EXCERPT).read_text().replace("Tokyo", "Kyoto", 1)
+    (directory / EXCERPT).write_text(changed)
+    with pytest.raises(PipelineError, match=rf"model: {EXCERPT} has changed\. Remove it and pull it again"):
+        check_device(directory)
+    for name, reason in ((EXCERPT, "was published without it"), ("metrics.json", "does not have the figures")):
+        older = shutil.copytree(released("openvino-int4"), tmp_path / name, copy_function=shutil.copyfile)
+        (older / name).unlink()
+        release = json.loads((older / "release.json").read_text())
+        del release["files"][name]
+        (older / "release.json").write_text(json.dumps(release))
+        with pytest.raises(PipelineError, match=rf"{name} .*{reason}"):
+            check_device(older)
+    monkeypatch.setitem(sys.modules, "openvino_genai", None)
+    with pytest.raises(PipelineError, match=r"openvino-int4\S* needs openvino-genai==2026\.4\.1\.0: pip install it"):
+        check_device(released("openvino-int4"))
