@@ -27,6 +27,7 @@ from tests.conftest import ROOT, built_once, run
 pytestmark = pytest.mark.slow
 FIGURES = {"kl_mean_default", "top1_agreement", "load_time_s", "time_to_first_token_s", "tokens_per_second"}
 FIGURES |= {"peak_memory_bytes"}
+COMPARED = r"compared at \d{3} tokens of 17 prompts"  # where the source nearly ties, CPUs may end an answer elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_each_runtime(released, tmp_path, variant, options, ran):
         f"\nmean KL here    {found['kl_mean_default']:.4f} nats    at most {found['limits']['kl_mean']:.4f} nats\n"
         in output
     )
-    assert output.endswith("compared at 442 tokens of 17 prompts\npassed\n")
+    assert re.search(COMPARED + r"\npassed\n$", output)
     assert (found["release"], found["passed"], found["failures"]) == (f"smol-phi3/{variant} 1.0.0", True, [])
     assert all(found[name] > 0 for name in FIGURES)
     metrics = json.loads((directory / "metrics.json").read_text())
@@ -228,7 +229,7 @@ def test_a_failure_is_told(released, tmp_path, monkeypatch, capsys):
     result = check_device(directory)
     expected = 'check \'load\' failed: expected "a runtime that loads and runs it", got "the device is lost"'
     assert result.failures == [expected]
-    assert result.table().splitlines()[-1] == "compared at 442 tokens of 17 prompts"
+    assert re.fullmatch(COMPARED, result.table().splitlines()[-1])
 
 
 @pytest.mark.parametrize(

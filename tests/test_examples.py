@@ -130,4 +130,4 @@ def test_check(embedded, tmp_path, python, variant):
     for arguments in (("pull", registry, f"smol-phi3/{variant}", "--to", "model"), ("check", "model")):
         command = [python.parent / "phi3", *arguments]
         result = subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    assert result.stdout.endswith("compared at 442 tokens of 17 prompts\npassed\n")
+    assert re.search(r"compared at \d{3} tokens of 17 prompts\npassed\n$", result.stdout)
