@@ -17,16 +17,14 @@ import click
 from ruamel.yaml import YAML
 
 from bench.full_size import ROOT, clone_project
-from bench.make_checkpoint import Widening, widen
+from bench.make_checkpoint import EMBEDDED, Widening, widen
 from bench.measure import made_by
 from pipeline import plan
-from pipeline.common import paths
 from pipeline.common.manifest import replace_file
 from pipeline.common.params import load_params
 from pipeline.graph import read_graph
 
 RESULTS = Path(__file__).with_suffix(".json")
-EMBEDDED = ROOT / paths.source("smol-phi3")
 SECOND, LAYERS = "phi-3-shaped", 2
 TARGETS = ("quantize_openvino", "build_onnx")  # reproducible stages; NPU blobs differ between builds at times
 CATALOGUES = ((4, (1, 2, 4, 8)), (42, (1, 8, 32, 128)))  # the number of models, and the numbers of workers

@@ -16,10 +16,9 @@ from typing import Any
 
 import click
 
-from bench.make_checkpoint import widen
+from bench.make_checkpoint import EMBEDDED, widen
 from bench.measure import Cost, disk_used, made_by, measure
 from pipeline import plan
-from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import digest, replace_file
 from pipeline.common.params import load_params
@@ -215,7 +214,7 @@ def main(directory: Path, layers: int) -> None:
     folder = directory.absolute()
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
-        widen(ROOT / paths.source("smol-phi3"), checkpoint, layers=layers)
+        widen(EMBEDDED, checkpoint, layers=layers)
     for left in ("hand", "pipeline"):
         shutil.rmtree(folder / left, ignore_errors=True)
         (folder / left).mkdir()

@@ -20,6 +20,7 @@ import click
 import torch
 from safetensors.torch import save_file
 
+from pipeline.common import paths
 from pipeline.common.checkpoint import CONFIG_FILES, INDEX, LICENCE_FILES, open_weights, read_json
 
 # Phi-3-mini-4k's config, but for the vocabulary, which is the small model's:
@@ -37,6 +38,7 @@ SHAPE: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 HEAD = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
+EMBEDDED = Path(__file__).parents[1] / paths.source("smol-phi3")
 SHARD = 1.5e9  # bytes of a file, at most
 NOISE = 1e-3  # standard deviation of weights that would be zero, as a part of the matrix's own
 ECHO = 1e-4  # factor of what the layers add that the small model does not have
@@ -155,8 +157,8 @@ def widen(checkpoint: Path, target: Path, *, layers: int) -> None:
 @click.option(
     "--source",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=Path("artifacts/smol-phi3/source"),
-    show_default=True,
+    default=EMBEDDED,
+    show_default="artifacts/smol-phi3/source",
     help="The embedded model's checkpoint.",
 )
 @click.option("--layers", default=SHAPE["num_hidden_layers"], show_default=True, help="Fewer make a quicker trial.")

@@ -41,7 +41,7 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
     """
     verify_any(directory)
     manifest = read_manifest(directory, VariantManifest)
-    requires = ", ".join(f"{package}=={version}" for package, version in manifest.runtime.requires.items())
+    requires = ", ".join(manifest.runtime.pins)
     try:
         if manifest.runtime.openvino:
             npu = "NPU" in manifest.runtime.devices

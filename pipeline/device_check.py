@@ -100,8 +100,7 @@ def check_device(directory: Path, *, device: str | None = None) -> Result:
     try:
         place = (_openvino if manifest.runtime.openvino else _onnx)(directory, manifest, device)
     except ImportError as error:
-        requires = ", ".join(f"{package}=={version}" for package, version in manifest.runtime.requires.items())
-        raise PipelineError(f"{directory} needs {requires}: pip install it.") from error
+        raise PipelineError(f"{directory} needs {', '.join(manifest.runtime.pins)}: pip install it.") from error
     # These need numpy, which comes with the runtime.
     from pipeline.check import checks
     from pipeline.check.excerpt import read_excerpt
@@ -146,13 +145,8 @@ def _openvino(directory: Path, manifest: VariantManifest, device: str | None) ->
     import openvino
     import openvino_genai
 
-    from pipeline.run.blobs import Choice, StaticLogits, choose, compile_chosen, load_chosen, static_on_cpu
-    from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits
-
-    class Loaded(OpenvinoGenai):
-        def __init__(self) -> None:
-            self._pipeline, how = load_chosen(directory, choice)
-            self._tokenizer, self.device = self._pipeline.get_tokenizer(), f"{where} ({how})"
+    from pipeline.run.blobs import Choice, choose, compile_chosen, load_chosen, static_on_cpu
+    from pipeline.run.openvino import LoadedPipeline, OpenvinoLogits, StaticLogits
 
     core, npu = openvino.Core(), "NPU" in manifest.runtime.devices
     present = list(dict.fromkeys([*openvino_devices(), *core.available_devices]))
@@ -172,6 +166,10 @@ def _openvino(directory: Path, manifest: VariantManifest, device: str | None) ->
         where = device or "CPU"
         choice = Choice(where, {}, core.get_property(where, "FULL_DEVICE_NAME"))
 
+    def load() -> Runtime:
+        pipeline, how = load_chosen(directory, choice)
+        return LoadedPipeline(pipeline, device=f"{where} ({how})")
+
     def load_scorer() -> Scorer:
         if choice.device == "NPU":
             return StaticLogits(compile_chosen(directory, choice))
@@ -181,7 +179,7 @@ def _openvino(directory: Path, manifest: VariantManifest, device: str | None) ->
     return Place(
         runtime=f"openvino-genai {openvino_genai.__version__.split('-')[0]}",
         device=f"{where} ({choice.reason})",
-        load=Loaded,
+        load=load,
         load_scorer=load_scorer,
         longest_prompt=int(longest) if choice.device == "NPU" else None,
     )

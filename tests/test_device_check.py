@@ -20,8 +20,8 @@ from pipeline.common.params import Npu
 from pipeline.convert import npu
 from pipeline.device_check import NPU_ON_CPU, check_device
 from pipeline.release.documents import card
-from pipeline.run.blobs import STATIC_ON_CPU, Choice, StaticLogits, compile_chosen, static_on_cpu
-from pipeline.run.openvino import F32, OpenvinoLogits
+from pipeline.run.blobs import Choice, compile_chosen, static_on_cpu
+from pipeline.run.openvino import F32, STATIC_ON_CPU, OpenvinoLogits, StaticLogits
 from tests.conftest import ROOT, built_once, run
 
 pytestmark = pytest.mark.slow

@@ -124,6 +124,11 @@ class Runtime(Block):
         """Whether it is loaded by openvino-genai; else onnxruntime-genai loads it."""
         return "openvino-genai" in self.requires
 
+    @property
+    def pins(self) -> list[str]:
+        """The packages as pip takes them, such as openvino-genai==2026.4.1.0."""
+        return [f"{package}=={version}" for package, version in self.requires.items()]
+
 
 class BlobRuntime(Runtime):
     """What an application needs to load an NPU blob."""

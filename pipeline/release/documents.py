@@ -81,7 +81,7 @@ def card(manifest: VariantManifest, metrics: dict[str, Any], measured: dict[str,
         ],
     )
     formats = ", ".join(f"{share:.1%} {name}" for name, share in manifest.recipe.achieved.formats.items())
-    requires = " ".join(f"{package}=={number}" for package, number in manifest.runtime.requires.items())
+    requires = " ".join(manifest.runtime.pins)
     source = ", ".join(f"{key} `{value}`" for key, value in manifest.source)
     return f"""---
 {data.to_yaml()}

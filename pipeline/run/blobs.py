@@ -8,11 +8,10 @@ from pipeline.common import paths
 from pipeline.common.context import pipeline_options
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import BlobManifest, Nothing, VariantManifest, read_manifest, verify
-from pipeline.run.openvino import model_inputs
+from pipeline.run.openvino import STATIC_ON_CPU
 
 RELEASED_BLOBS = "blobs"
 LENGTHS = ("MAX_PROMPT_LEN", "MIN_RESPONSE_LEN")
-STATIC_ON_CPU = {"NPUW_DEVICES": "CPU", "NPU_USE_NPUW": "YES", "NPUW_ONLINE_PIPELINE": "NONE"}  # as in OpenvinoGenai
 # What openvino-genai sets for a language model on the NPU.
 LANGUAGE_MODEL = {"NPU_USE_NPUW": "YES", "NPUW_LLM": "YES", "NPUW_LLM_BATCH_DIM": "0", "NPUW_LLM_SEQ_LEN_DIM": "2"}
 
@@ -134,23 +133,3 @@ def compile_chosen(directory: Path, choice: Choice) -> Any:
     # openvino-genai has other names for the lengths than the plugin.
     given = {f"NPUW_LLM_{name}" if name in LENGTHS else name: str(value) for name, value in options.items()}
     return core.compile_model(directory / "openvino_model.xml", "NPU", LANGUAGE_MODEL | given)
-
-
-class StaticLogits:
-    """The logits of an IR in the NPU's static pipeline, which returns those of the last position alone.
-
-    `compiled` is what `compile_chosen` returns.
-    """
-
-    def __init__(self, compiled: Any) -> None:
-        self._request = compiled.create_infer_request()
-
-    def logits(self, ids: list[int], *, last: int) -> Any:
-        import numpy as np
-
-        self._request.reset_state()
-        rows, start = [], 0
-        for end in range(len(ids) - last + 1, len(ids) + 1):  # a prompt, then one token at a time
-            rows.append(np.array(self._request.infer(model_inputs(ids[:end], start=start))["logits"][0, -1]))
-            start = end
-        return np.array(rows, dtype=np.float32)

@@ -18,33 +18,20 @@ from pipeline.run.transformers import Transformers
 F32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 # The settings of the usual OpenVINO tutorial for a single user on a laptop.
 LATENCY = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "CACHE_DIR": ""}
+# The NPU's static pipeline, compiled for the CPU.
+STATIC_ON_CPU = {"NPUW_DEVICES": "CPU", "NPU_USE_NPUW": "YES", "NPUW_ONLINE_PIPELINE": "NONE"}
 BATCH, BATCH_TOKENS = 32, 4096  # prompts that are answered at a time, and the tokens that the KV cache has room for
 BLOCK = 32  # tokens in a block of the KV cache on a CPU
 
 
-class OpenvinoGenai:
-    """openvino-genai on a device; with `npu` it runs the NPU's static-shape pipeline, compiled for the CPU."""
+class LoadedPipeline:
+    """A pipeline of openvino-genai that is loaded already, on `device`."""
 
     name = "openvino-genai"
 
-    def __init__(self, directory: Path, *, device: str, npu: Npu | None = None, precision: Precision = "f32") -> None:
-        import openvino_genai
-
-        options: dict[str, Any] = dict(F32) if precision == "f32" else {}
+    def __init__(self, pipeline: Any, *, device: str) -> None:
         self.device = device
-        if npu:
-            self.device = "CPU (NPU static pipeline)"
-            options |= {
-                "NPUW_DEVICES": "CPU",
-                "NPU_USE_NPUW": "YES",
-                "NPUW_ONLINE_PIPELINE": "NONE",
-                "MAX_PROMPT_LEN": npu.max_prompt_len,
-                "MIN_RESPONSE_LEN": npu.min_response_len,
-            }
-        else:
-            options |= pipeline_options(directory)
-        self._pipeline = openvino_genai.LLMPipeline(directory, "NPU" if npu else device, **options)
-        self._tokenizer = self._pipeline.get_tokenizer()
+        self._pipeline, self._tokenizer = pipeline, pipeline.get_tokenizer()
 
     def encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).input_ids.data[0]
@@ -76,6 +63,22 @@ class OpenvinoGenai:
             time_to_first_token=result.perf_metrics.get_ttft().mean / 1000,
             time_per_token=result.perf_metrics.get_tpot().mean / 1000,
         )
+
+
+class OpenvinoGenai(LoadedPipeline):
+    """openvino-genai on a device; with `npu` it runs the NPU's static-shape pipeline, compiled for the CPU."""
+
+    def __init__(self, directory: Path, *, device: str, npu: Npu | None = None, precision: Precision = "f32") -> None:
+        import openvino_genai
+
+        options: dict[str, Any] = dict(F32) if precision == "f32" else {}
+        if npu:
+            options |= STATIC_ON_CPU
+            options |= {"MAX_PROMPT_LEN": npu.max_prompt_len, "MIN_RESPONSE_LEN": npu.min_response_len}
+        else:
+            options |= pipeline_options(directory)
+        pipeline = openvino_genai.LLMPipeline(directory, "NPU" if npu else device, **options)
+        super().__init__(pipeline, device="CPU (NPU static pipeline)" if npu else device)
 
 
 def answer_together(directory: Path, prompts: Sequence[list[int]], *, max_new_tokens: Sequence[int]) -> list[list[int]]:
@@ -131,6 +134,26 @@ class OpenvinoLogits:
         for start, end in pieces(len(ids), last=last, at_once=self._at_once):
             result = self._request.infer(model_inputs(ids[:end], start=start) | {"last": np.array([-last])})
         return np.array(result["logits"][0], dtype=np.float32)
+
+
+class StaticLogits:
+    """The logits of an IR in the NPU's static pipeline, which returns those of the last position alone.
+
+    `compiled` is what `pipeline.run.blobs.compile_chosen` returns.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+
+    def logits(self, ids: list[int], *, last: int) -> Any:
+        import numpy as np
+
+        self._request.reset_state()
+        rows, start = [], 0
+        for end in range(len(ids) - last + 1, len(ids) + 1):  # a prompt, then one token at a time
+            rows.append(np.array(self._request.infer(model_inputs(ids[:end], start=start))["logits"][0, -1]))
+            start = end
+        return np.array(rows, dtype=np.float32)
 
 
 def model_inputs(ids: list[int], *, start: int = 0) -> dict[str, Any]:
