@@ -99,12 +99,15 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[Cost, dict[str, Cost], 
     return whole, costs, built, more
 
 
-def clone_project(project: Path, checkpoint: Path, *, build: list[str]) -> None:
-    """Clone this project to build the models `build` with the tutorial's recipes, the last one from `checkpoint`."""
+def clone_project(project: Path, checkpoint: Path, *, build: list[str], plain: bool = True) -> None:
+    """Clone this project to build the models `build`, the last one from `checkpoint`.
+
+    Its recipes are the tutorial's, or the defaults when `plain` is false.
+    """
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
     params = (project / "params.yaml").read_text("utf-8")
-    for default, plain in PLAIN.items():
-        params = params.replace(default, plain)
+    for default, tutorial in PLAIN.items() if plain else ():
+        params = params.replace(default, tutorial)
     block = f"  {build[-1]}:\n    source: {{path: {checkpoint}}}\n    license: MIT\n    group_size_fallback: error\n"
     params = params.replace("build: [smol-phi3]", f"build: [{', '.join(build)}]")
     (project / "params.yaml").write_text(params.replace("models:\n", f"models:\n{block}", 1), "utf-8")
@@ -120,6 +123,7 @@ def plans(project: Path, checkpoint: Path, costs: dict[str, Cost]) -> dict[str, 
         measured = costs[step].anonymous / 1e9
         found[step] = {"memory_gb": round(cost.memory / 1e9, 2), "measured_gb": round(measured, 2)}
         found[step] |= {"ratio": round(cost.memory / 1e9 / measured, 2), "disk_gb": round(cost.disk / 1e9, 2)}
+        found[step] |= {"seconds": round(cost.seconds)}
     return found
 
 

@@ -1,8 +1,9 @@
 """Check a variant at every length that it claims: compare it with the source on prompts beyond each limit.
 
-Each prompt is the beginning of one text, made of the reference prompts. The application's pipeline first answers the
-prompt's first half and then the whole prompt, as in the second turn of a chat. The tokens that it then generates must
-be those that the variant's own logits prefer, and these logits must be near the source's at the prompt's last tokens.
+Each prompt is the beginning of one text, made of the reference prompts. The application's pipeline answers the first
+half of the shortest prompt and then one prompt after the other, as in a chat that goes on. The tokens that it then
+generates must be those that the variant's own logits prefer, and these logits must be near the source's at the prompt's
+last tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,11 +71,15 @@ def _beyond(limits: dict[str, int]) -> set[int]:
 
 
 def answer(runtime: Runtime, prompts: LongContext, chosen: Sequence[int]) -> Said:
-    """Return what `runtime` answers to each prompt of the `chosen` lengths, after its first half, or its error."""
+    """Return what `runtime` answers to each prompt of the `chosen` lengths, ascending, or its error.
+
+    The shortest one's first half is answered before it, so that every prompt is a later turn of a chat.
+    """
     said: Said = {}
     for length in Bar(chosen, desc="answering long prompts"):
         try:
-            runtime.generate(prompts.ids[: length // 2], max_new_tokens=ANSWER)
+            if length == chosen[0]:
+                runtime.generate(prompts.ids[: length // 2], max_new_tokens=ANSWER)
             said[length] = runtime.generate(prompts.ids[:length], max_new_tokens=ANSWER).ids
         except RuntimeError as error:
             said[length] = str(error)

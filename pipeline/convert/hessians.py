@@ -19,6 +19,7 @@ from pipeline.run.source_model import Reading, Torch
 from pipeline.run.torch_device import product
 
 TOGETHER = 1024  # tokens whose inputs are multiplied at a time
+BLOCK = 1024  # columns that are multiplied at a time
 ENOUGH = 2  # tokens wanted for each column of the widest matrix; with fewer than one, H does not have full rank
 
 
@@ -67,8 +68,23 @@ def hessians(source: Torch, answers: list[list[int]]) -> Iterator[tuple[str, dic
                 reading.go_through(layer)
             yield name, found
         norm = copy.deepcopy(source.model.model.norm).float()
-        inputs = torch.cat([reading.normed(place, norm) for place in range(len(answers))]).T.contiguous()
-        yield HEAD, {HEAD: product(inputs, inputs)}
+        inputs = torch.cat([reading.normed(place, norm) for place in range(len(answers))])
+        hessian = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
+        _add(hessian, inputs)
+        _mirror(hessian)
+        yield HEAD, {HEAD: hessian}
+
+
+def _add(hessian: Any, inputs: Any) -> None:
+    # Add X'X of the `inputs` (tokens, columns) to the upper triangle of `hessian`, and to some of the lower one.
+    columns = inputs.T.contiguous()
+    for start in range(0, len(columns), BLOCK):
+        hessian[start : start + BLOCK, start:] += product(columns[start : start + BLOCK], columns[start:])
+
+
+def _mirror(hessian: Any) -> None:
+    # Copy the upper triangle to the lower one.
+    hessian.triu_().add_(hessian.triu(1).T)
 
 
 @contextmanager
@@ -85,8 +101,7 @@ def _collecting(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
             add(name)
 
     def add(name: str) -> None:
-        inputs = torch.cat(waiting[name]).T.contiguous()
-        found[name] += product(inputs, inputs)
+        _add(found[name], torch.cat(waiting[name]))
         waiting[name] = []
 
     hooks = []
@@ -98,8 +113,10 @@ def _collecting(modules: dict[str, Any]) -> Iterator[dict[str, Any]]:
             )
     try:
         yield found
-        for name in [name for name, inputs in waiting.items() if inputs]:
-            add(name)
+        for name, inputs in waiting.items():
+            if inputs:
+                add(name)
+            _mirror(found[name])
     finally:
         for hook in hooks:
             hook.remove()

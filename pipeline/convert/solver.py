@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.matrices import CHANNEL_WISE
+from pipeline.run.torch_device import product
 
 # This share of the mean of H's diagonal is added to the diagonal.
 DAMPING = 0.02
@@ -26,6 +27,9 @@ DAMPING = 0.02
 SHRINK = [1 - step / 64 for step in range(33)]
 LEAF = 16  # columns that are rounded one by one; between leaves, errors are passed on by matrix products
 ROWS = 4096  # rows of a matrix that are solved at a time, since memory holds each a dozen times
+CACHED = (
+    2**20
+)  # weights whose scales are searched at a time: so many stay in a processor's cache, which is 3 times as fast
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,13 @@ def quantize(weight: Any, factor: Factor, grid: Grid) -> Quantized:
     size = weight.shape[1] if grid.group_size == CHANNEL_WISE else grid.group_size
     parts = []
     for rows in weight.split(ROWS):
-        scales, zero_points = _search_scales(rows, factor, size=size, grid=grid)
+        scales, zero_points = (
+            torch.cat(part)
+            for part in zip(
+                *(_search_scales(few, factor, size=size, grid=grid) for few in rows.split(-(-CACHED // rows.shape[1]))),
+                strict=True,
+            )
+        )
         parts.append(
             (_nearest_plane(rows, factor, scales, zero_points, size=size, highest=grid.highest), scales, zero_points)
         )
@@ -223,7 +233,7 @@ class _Walk:
         if end - start > LEAF:
             middle = (start + end) // 2
             self.decide(middle, end)
-            self.target[start:middle].addmm_(self.slopes[start:middle, middle:end], self.error[middle:end])
+            self.target[start:middle] += product(self.slopes[start:middle, middle:end], self.error[middle:end].T)
             self.decide(start, middle)
             return
         for j in reversed(range(start, end)):

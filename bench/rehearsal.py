@@ -1,0 +1,121 @@
+"""Run every stage with the default recipes at Phi-3-mini's full size, then publish and pull all variants.
+
+Run it with `make bench-rehearsal`. The checkpoint is the embedded model, widened to Phi-3-mini-4k's shape
+(bench/make_checkpoint.py), so its answers are real. What its variants lose is not what those of Phi-3-mini lose.
+A run that was interrupted goes on after the last step that it finished.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.full_size import MODEL, clone_project, plans
+from bench.make_checkpoint import EMBEDDED, SHAPE, widen
+from bench.measure import Cost, disk_used, made_by, measure
+from pipeline.common.checkpoint import read_json
+from pipeline.common.manifest import replace_file
+from pipeline.common.params import load_params
+from pipeline.graph import read_graph
+
+RESULTS = Path(__file__).with_suffix(".json")
+FREE = 65e9  # bytes of disk that a run needs
+GOALS = {"minutes": 90.0, "anonymous_gb": 8.0, "disk_ratio": 1.2}
+UNITS = {"minutes": "minutes", "anonymous_gb": "GB in the largest process", "disk_ratio": "of artifacts and checkpoint"}
+FIGURES = ("passed", "size_bytes", "kl_mean", "kl_p99", "top1_agreement", "perplexity_ratio")
+
+
+class Steps:
+    """The steps of a rehearsal in `folder`; what each cost is kept in a file there, and none is repeated."""
+
+    def __init__(self, folder: Path, project: Path) -> None:
+        self._project, self._log, self._done = project, folder / "log", folder / "steps.json"
+        self.costs = {name: Cost(**cost) for name, cost in read_json(self._done).items()} if self._done.exists() else {}
+        # In this empty cache there is no DirectML in software, which at this size takes hours.
+        self._environment = {"PYTHONPATH": str(project), "XDG_CACHE_HOME": str(folder / "cache")}
+
+    def run(self, step: str, *command: str) -> None:
+        """Run `command`, unless it is done, and measure it as `step`."""
+        if step in self.costs:
+            return
+        click.echo(step)
+        found = measure([*command], step=step, cwd=self._project, log=self._log, **self._environment)
+        self.costs[step] = found[step]
+        click.echo(f"  {found[step].figures()}")
+        replace_file(self._done, json.dumps({name: vars(cost) for name, cost in self.costs.items()}))
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = ["# Every stage at Phi-3-mini's full size, with the default recipes", ""]
+    lines += [f"Made by `make bench-rehearsal` on {results['date']}: {results['machine']}; {results['versions']}.", ""]
+    lines += ["The checkpoint is `smol-phi3`, widened to Phi-3-mini-4k's shape. DirectML in software did not run.", ""]
+    lines += ["| | reached | goal |", "| --- | --- | --- |"]
+    lines += [f"| {name} ({UNITS[name]}) | {results['reached'][name]:g} | {goal:g} |" for name, goal in GOALS.items()]
+    lines += ["", "## Each step, beside what `phi3 plan` said", ""]
+    lines += ["| step | wall_s | planned_s | cpu_s | anonymous_gb | planned_gb | written_gb |", "| --- " * 7 + "|"]
+    for step, row in results["steps"].items():
+        said = results["planned"].get(step, {})
+        cells = (row["wall_s"], said.get("seconds", ""), row["cpu_s"], row["anonymous_gb"], said.get("memory_gb", ""))
+        lines += [f"| {step} | {' | '.join(str(cell) for cell in (*cells, row['written_gb']))} |"]
+    lines += ["", "## What the variants lost", "", f"| variant | {' | '.join(FIGURES)} |"]
+    lines += ["| --- " * (len(FIGURES) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{row[f]}' for f in FIGURES)} |" for name, row in results["metrics"].items()]
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path),
+    default=Path("bench/work"),
+    show_default=True,
+    help="Where everything is built; needs 65 GB.",
+)
+@click.option("--layers", default=SHAPE["num_hidden_layers"], show_default=True, help="Fewer are not recorded.")
+def main(directory: Path, layers: int) -> None:
+    """Rehearse a build of Phi-3-mini and write bench/rehearsal.md and .json.
+
+    Example: make bench-rehearsal
+    """
+    folder = directory.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, project = folder / "checkpoint", folder / "project"
+    if not checkpoint.exists():
+        if (free := shutil.disk_usage(folder).free) < FREE * layers / 32:
+            raise click.ClickException(f"{folder} has {free / 1e9:.0f} GB free, {FREE / 1e9:.0f} GB are needed.")
+        widen(EMBEDDED, checkpoint, layers=layers)
+    if not project.exists():
+        clone_project(project, checkpoint, build=[MODEL], plain=False)
+    steps = Steps(folder, project)
+    os.chdir(project)
+    params = load_params()
+    cells = {" ".join(filter(None, vars(node.cell).values())): name for name, node in read_graph(params).items()}
+    for step, name in cells.items():
+        steps.run(step, "dvc", "repro", "--single-item", name)
+    planned = plans(project, checkpoint, {step: steps.costs[step] for step in cells})
+    artifacts = project / "artifacts" / MODEL
+    needed = sum(disk_used(artifacts / name) for name in (*params.variants, "blobs", "source"))
+    results = made_by("openvino", "nncf", "onnxruntime-genai", "onnxruntime", "torch", "dvc") | {
+        "layers": layers,
+        "steps": {step: cost.figures() for step, cost in steps.costs.items()},
+        "planned": planned,
+        "metrics": {variant: read_json(artifacts / f"metrics/{variant}.json") for variant in params.variants},
+        "reached": {
+            "minutes": round(sum(steps.costs[step].wall for step in cells) / 60, 1),
+            "anonymous_gb": round(max(cost.anonymous for cost in steps.costs.values()) / 1e9, 2),
+            "disk_ratio": round(disk_used(project) / needed, 3),
+        },
+    }
+    text = table(results)
+    click.echo(text)
+    if layers == SHAPE["num_hidden_layers"]:
+        replace_file(RESULTS, json.dumps(results, indent=2))
+        replace_file(RESULTS.with_suffix(".md"), text)
+
+
+if __name__ == "__main__":
+    main()
