@@ -22,7 +22,7 @@ from pipeline import plan
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import digest, replace_file
 from pipeline.common.params import load_params
-from pipeline.convert import onnx_genai, openvino
+from pipeline.convert import onnx_format, openvino_format
 from pipeline.graph import Cell
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +132,7 @@ def content(directory: Path, variant: str) -> dict[str, Any]:
 
     The latter is, for an IR, that of all matrices, scales and zero points, without constants that are not weights.
     """
-    backend: Any = openvino if variant in OPENVINO else onnx_genai
+    backend: Any = openvino_format if variant in OPENVINO else onnx_format
     formats = {matrix.name: matrix.format for matrix in backend.read_matrices(directory)}
     file = digest(directory / backend.WEIGHTS).sha256
     return {"formats": formats, "file": file, "weights": _weights(directory) if variant in OPENVINO else file}
@@ -141,7 +141,7 @@ def content(directory: Path, variant: str) -> dict[str, Any]:
 def _weights(directory: Path) -> str:
     from openvino import Core
 
-    operations = Core().read_model(directory / openvino.MODEL[0]).get_ops()
+    operations = Core().read_model(directory / openvino_format.MODEL[0]).get_ops()
     constants = {node.get_friendly_name(): node for node in operations if node.get_type_name() == "Constant"}
     digests = [
         (name, hashlib.sha256(node.data.tobytes()).hexdigest())

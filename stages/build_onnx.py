@@ -3,7 +3,7 @@
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import OnnxInt4, load_params
-from pipeline.convert import onnx_genai
+from pipeline.convert import onnx_format, onnx_genai
 from pipeline.convert.calibration import open_calibration
 from pipeline.convert.variant import building_variant
 from pipeline.process import stage_command
@@ -17,7 +17,7 @@ def main(model: str, variant: str) -> None:
     if not isinstance(recipe, OnnxInt4):
         raise PipelineError(f"variants.{variant} is made by the stage {recipe.stage}, not by this one.")
     calibration = open_calibration(model, recipe)
-    with building_variant(params, model=model, name=variant, read_matrices=onnx_genai.read_matrices) as build:
+    with building_variant(params, model=model, name=variant, read_matrices=onnx_format.read_matrices) as build:
         onnx_genai.build_int4(
             paths.source(model),
             build,

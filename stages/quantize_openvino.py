@@ -3,7 +3,7 @@
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import OpenvinoInt4, load_params
-from pipeline.convert import openvino
+from pipeline.convert import openvino, openvino_format
 from pipeline.convert.calibration import open_calibration
 from pipeline.convert.variant import building_variant
 from pipeline.process import stage_command
@@ -17,7 +17,7 @@ def main(model: str, variant: str) -> None:
     if not isinstance(recipe, OpenvinoInt4):
         raise PipelineError(f"variants.{variant} is made by the stage {recipe.stage}, not by this one.")
     calibration = open_calibration(model, recipe)
-    with building_variant(params, model=model, name=variant, read_matrices=openvino.read_matrices) as build:
+    with building_variant(params, model=model, name=variant, read_matrices=openvino_format.read_matrices) as build:
         openvino.build_int4(
             paths.source(model),
             paths.fp16(model),

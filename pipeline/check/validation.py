@@ -23,7 +23,7 @@ from pipeline.common.matrices import matrices, summary
 from pipeline.common.params import Model, OnnxInt4, Validate, Variant
 from pipeline.common.paths import MANIFEST
 from pipeline.common.progress import say
-from pipeline.convert import onnx_genai
+from pipeline.convert import onnx_format
 from pipeline.convert.backend import backend
 from pipeline.convert.variant import asked
 from pipeline.run.openvino import OptimumIntel
@@ -61,7 +61,7 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
 
 def _check_operators(directory: Path, *, variant: Variant) -> Iterator[Failure]:
     if variant.directml:
-        for fault in find_faults(directory / onnx_genai.MODEL[0])[:1]:
+        for fault in find_faults(directory / onnx_format.MODEL[0])[:1]:
             yield Failure("operators", "a graph that DirectML can run as a whole", fault)
 
 
@@ -74,7 +74,7 @@ def check_range(directory: Path, *, variant: Variant, source: Path, reference: R
             devices=read_manifest(directory, VariantManifest).runtime.devices,
             directml=variant.directml,
             hidden_size=config["hidden_size"],
-            residual_scale=onnx_genai.residual_scale(directory, config=config) if variant.directml else 1,
+            residual_scale=onnx_format.residual_scale(directory, config=config) if variant.directml else 1,
         )
     )
 

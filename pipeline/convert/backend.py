@@ -5,11 +5,11 @@ from typing import Any, Protocol
 
 from pipeline.common.matrices import Matrix
 from pipeline.common.params import OnnxInt4, Variant
-from pipeline.convert import onnx_genai, openvino
+from pipeline.convert import onnx_format, openvino_format
 
 
 class Backend(Protocol):
-    """What pipeline/convert/openvino.py and pipeline/convert/onnx_genai.py both offer."""
+    """What pipeline/convert/openvino_format.py and pipeline/convert/onnx_format.py both offer."""
 
     REQUIRED: tuple[str, ...]  # the files without which the runtime cannot load the artifact
     WEIGHTS: str  # the file that holds the weights
@@ -28,4 +28,4 @@ class Backend(Protocol):
 
 def backend(variant: Variant) -> Backend:
     """Return the backend of `variant`."""
-    return onnx_genai if isinstance(variant, OnnxInt4) else openvino
+    return onnx_format if isinstance(variant, OnnxInt4) else openvino_format

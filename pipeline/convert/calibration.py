@@ -1,14 +1,8 @@
-"""Calibrate INT4 formats with the inputs that the source model's matrices get while it reads its own answers.
-
-The stage calibrate writes H = X'X for every matrix, the sum of the outer products of its inputs (hessians.py).
-H is symmetric, so a file holds only half of it.
-"""
+"""Calibrate INT4 formats with the inputs that the source model's matrices get while it reads its own answers."""
 
 import json
 from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from pipeline.common import paths
 from pipeline.common.checkpoint import open_weights, read_json
@@ -17,40 +11,8 @@ from pipeline.common.params import OnnxInt4, OpenvinoInt4
 from pipeline.common.progress import say
 from pipeline.convert.rotation import Rotation, can_rotate
 from pipeline.convert.solver import Factor, Grid, Quantized, factorize, quantize
+from pipeline.convert.statistics import HEAD, SUMMARY, Summary, unfold
 from pipeline.run.torch_device import torch_device
-
-SUMMARY = "summary.json"
-HEAD = "lm_head"
-
-
-class Summary(BaseModel):
-    """The token ids of the chats with their answers, and the largest diagonal element of each H by matrix name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    answers: list[list[int]]
-    largest: dict[str, float]
-
-
-def fold(symmetric: Any) -> Any:
-    """Return the upper triangle of `symmetric`, of shape (n, n) with n even, as a matrix of shape (n / 2, n + 1).
-
-    The triangle's first n / 2 rows move one column to the right. Its other rows become columns and fill the places that
-    are then free at the lower left.
-    """
-    half = len(symmetric) // 2
-    folded = symmetric.new_zeros(half, 2 * half + 1)
-    folded[:, 1:] = symmetric[:half].triu()
-    folded[:, :half] += symmetric[half:, half:].tril()
-    return folded
-
-
-def unfold(folded: Any) -> Any:
-    """Return the symmetric matrix of shape (n, n) from which `fold` made `folded`."""
-    half = len(folded)
-    full = folded.new_zeros(2 * half, 2 * half)
-    full[:half] = folded[:, 1:].triu()
-    full[half:, half:] = folded[:, :half].tril().T
-    return full.add_(full.triu(1).T)
 
 
 class Calibration:

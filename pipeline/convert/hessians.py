@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.common.manifest import replace_file
 from pipeline.common.progress import say
-from pipeline.convert.calibration import HEAD, SUMMARY, Summary, fold
+from pipeline.convert.statistics import HEAD, SUMMARY, Summary, fold
 from pipeline.run.openvino import answer_together
 from pipeline.run.prompts import Prompt
 from pipeline.run.source_model import Reading, Torch

@@ -12,7 +12,7 @@ from pipeline.check.directml.runtime import DEVICE, Recorded, Request, check_dir
 from pipeline.check.reference import read_reference
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import load_params
-from pipeline.convert.onnx_genai import MODEL
+from pipeline.convert.onnx_format import MODEL
 from pipeline.run.onnx import OnnxGenai
 from tests.conftest import ROOT
 from tests.convert.test_conversion import undivided

@@ -14,7 +14,7 @@ from pipeline.check.validation import check_files, departure, validate
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import read_manifest, seal
 from pipeline.common.params import load_params
-from pipeline.convert.openvino import REQUIRED
+from pipeline.convert.openvino_format import REQUIRED
 from tests.conftest import ROOT, make_tokenizer
 
 pytestmark = pytest.mark.slow

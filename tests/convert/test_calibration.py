@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from pipeline.common.checkpoint import open_weights, read_json
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import OnnxInt4, OpenvinoInt4
-from pipeline.convert import onnx_genai
-from pipeline.convert.calibration import Calibration, fold, unfold
+from pipeline.convert import onnx_format, onnx_genai
+from pipeline.convert.calibration import Calibration
 from pipeline.convert.hessians import hessians, make_calibration, write_calibration
 from pipeline.convert.onnx_builder import RESIDUAL_SCALE
 from pipeline.convert.openvino import export_fp16, quantize_int4
 from pipeline.convert.solver import Grid
+from pipeline.convert.statistics import fold, unfold
 from pipeline.run.prompts import load_prompts
 from pipeline.run.source_model import Torch
 from tests.conftest import LIMITS, STYLES, make_checkpoint
@@ -48,8 +49,9 @@ def test_chat_and_answer(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_statistics(tmp_path, style, capsys):
+def test_statistics(tmp_path, style, capsys, monkeypatch):
     """Every matrix's H is X'X over its inputs in the whole model, for all answers; too few tokens are reported."""
+    monkeypatch.setattr("pipeline.convert.hessians.BLOCK", 100)  # the last block of columns is smaller
     source = Torch(make_checkpoint(tmp_path / "checkpoint", style))
     write_calibration(tmp_path / "calibration", answers=ANSWERS, layers=hessians(source, ANSWERS))
     inputs: dict[str, list[torch.Tensor]] = {}
@@ -209,7 +211,7 @@ def test_onnx_stores_what_was_solved(tmp_path, style, provider, options):
         if node.op_type != "MatMulNBits" or attributes["bits"] != 4:
             continue
         count += 1
-        matrix, rows = onnx_genai._origin(onnx_genai._name(node.name), config)
+        matrix, rows = onnx_genai._origin(onnx_format.matrix_name(node.name), config)
         columns, block = attributes["K"], attributes["block_size"]
         blocks = -(-columns // block)
         names = [name for name in node.input[1:] if name]

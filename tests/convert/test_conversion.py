@@ -11,7 +11,8 @@ from pipeline.common.checkpoint import read_json, tensor_shapes
 from pipeline.common.errors import PipelineError
 from pipeline.common.matrices import matrices, summary
 from pipeline.common.params import OnnxInt4, OpenvinoFp16, OpenvinoInt4
-from pipeline.convert import onnx_genai, openvino
+from pipeline.convert import onnx_format, onnx_genai, openvino, openvino_format
+from pipeline.convert.backend import backend
 from pipeline.convert.onnx_builder import RESIDUAL_SCALE
 from pipeline.run.onnx import OnnxGenai
 from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits
@@ -48,17 +49,18 @@ def options(checkpoint, recipe, *, adjust=False):
     return {"recipe": recipe, "config": read_json(checkpoint / "config.json"), "adjust_group_size": adjust}
 
 
-def assert_recipe(backend, directory, checkpoint, recipe):
+def assert_recipe(directory, checkpoint, recipe):
     """Assert that a built file holds the formats and the bytes of the recipe."""
-    built = backend.read_matrices(directory)
-    expected = [backend.expected_form(matrix, **options(checkpoint, recipe)).format for matrix in built]
+    library = backend(recipe)
+    built = library.read_matrices(directory)
+    expected = [library.expected_form(matrix, **options(checkpoint, recipe)).format for matrix in built]
     assert [matrix.format for matrix in built] == expected
     source = matrices(tensor_shapes(checkpoint))
     assert sum(m.elements for m in built) == sum(m.elements for m in source)
-    size = backend.expected_size(source, **options(checkpoint, recipe))
+    size = library.expected_size(source, **options(checkpoint, recipe))
     # With so few matrices NNCF cannot get close to the ratio asked for.
-    tolerance = 0.03 if backend is onnx_genai else 0.25
-    assert (directory / backend.WEIGHTS).stat().st_size == pytest.approx(size, rel=tolerance)
+    tolerance = 0.03 if isinstance(recipe, OnnxInt4) else 0.25
+    assert (directory / library.WEIGHTS).stat().st_size == pytest.approx(size, rel=tolerance)
 
 
 def assert_same_model(runtime, scorer, checkpoint, *, correlation):
@@ -77,7 +79,7 @@ def assert_same_model(runtime, scorer, checkpoint, *, correlation):
 def test_fp16(style):
     """The FP16 IR has every weight in 16 bits and gives the source's logits, to within rounding."""
     _, checkpoint, fp16 = style
-    assert_recipe(openvino, fp16, checkpoint, FP16)
+    assert_recipe(fp16, checkpoint, FP16)
     assert_same_model(
         OpenvinoGenai(fp16, device="CPU"), OpenvinoLogits(fp16, device="CPU"), checkpoint, correlation=0.99999
     )
@@ -88,8 +90,8 @@ def test_int4(style, tmp_path, recipe):
     """Both INT4 recipes give the formats asked for, and logits close to the source's."""
     _, checkpoint, fp16 = style
     openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=None)
-    assert_recipe(openvino, tmp_path, checkpoint, recipe)
-    assert summary(openvino.read_matrices(tmp_path)).int4_ratio <= recipe.ratio
+    assert_recipe(tmp_path, checkpoint, recipe)
+    assert summary(openvino_format.read_matrices(tmp_path)).int4_ratio <= recipe.ratio
     scorer = OpenvinoLogits(tmp_path, device="CPU")
     assert_same_model(OpenvinoGenai(tmp_path, device="CPU"), scorer, checkpoint, correlation=0.95)
 
@@ -114,8 +116,8 @@ def test_onnx(style, tmp_path, provider, capsys):
     # The model has the same bytes in every checkout: by default it would name the commit of the project around .venv.
     head = run("git", "rev-parse", "HEAD", cwd=ROOT).stdout[:7]
     assert head.encode() not in (tmp_path / "model/model.onnx").read_bytes()
-    assert_recipe(onnx_genai, tmp_path / "model", checkpoint, recipe)
-    scale = onnx_genai.residual_scale(tmp_path / "model", config=read_json(checkpoint / "config.json"))
+    assert_recipe(tmp_path / "model", checkpoint, recipe)
+    scale = onnx_format.residual_scale(tmp_path / "model", config=read_json(checkpoint / "config.json"))
     assert scale == (RESIDUAL_SCALE if provider == "dml" else 1)
     model = OnnxGenai(tmp_path / "model")
     assert_same_model(model, model, checkpoint, correlation=0.95)
@@ -192,9 +194,9 @@ def test_a_group_size_that_does_not_divide(style, tmp_path):
         openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=False, calibration=None)
     assert list(tmp_path.iterdir()) == []
     openvino.quantize_int4(fp16, tmp_path, recipe=recipe, adjust_group_size=True, calibration=None)
-    built = openvino.read_matrices(tmp_path)
+    built = openvino_format.read_matrices(tmp_path)
     assert {matrix.group_size for matrix in built if matrix.bits == 4} == {128, 256}
-    forms = [openvino.expected_form(matrix, **options(checkpoint, recipe, adjust=True)) for matrix in built]
+    forms = [openvino_format.expected_form(matrix, **options(checkpoint, recipe, adjust=True)) for matrix in built]
     assert [matrix.format for matrix in built] == [form.format for form in forms]
 
 

@@ -128,6 +128,16 @@ def test_the_search_for_scales(monkeypatch):
     assert found < 0.9 * loss(weight, quantize(weight, factor, SYMMETRIC), factor).sum()
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_scales_are_searched_in_pieces(monkeypatch, grid):
+    """A matrix is solved as a whole, though the scales of only a few of its rows are searched at a time."""
+    weight, factor = torch.randn(50, 96), factorize(hessian(400, 96), name="m")
+    whole = quantize(weight, factor, grid)
+    monkeypatch.setattr(solver, "CACHED", 7 * 96)
+    pieces = quantize(weight, factor, grid)
+    torch.testing.assert_close(pieces.weights(), whole.weights(), rtol=1e-6, atol=0)
+
+
 def test_columns_count_by_their_inputs():
     """A scale fits the columns with large inputs rather than the largest weights, where the two differ."""
     h = torch.eye(64) * 0.01

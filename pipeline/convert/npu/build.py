@@ -23,7 +23,7 @@ from pipeline.common.params import Npu
 from pipeline.common.progress import say
 from pipeline.convert import npu
 from pipeline.convert.npu.blob import read_blob
-from pipeline.convert.openvino import MODEL
+from pipeline.convert.openvino_format import MODEL
 
 
 def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> BlobManifest:
