@@ -239,7 +239,7 @@ def plan_command(models: tuple[str, ...]) -> None:
 
     Example: phi3 plan phi-3-mini-4k-instruct
     """
-    from pipeline.plan import available, plan, total
+    from pipeline.plan import available, largest, plan, remedies, total
 
     params = load_params()
     cells = [cell for model in models or params.build for cell in plan(model, params=params, progress=_say)]
@@ -251,8 +251,12 @@ def plan_command(models: tuple[str, ...]) -> None:
         click.echo(f"{planned.cell!s:{width}}  {'reused' if planned.reused else figures}")
     needed, free = total(cells), available()
     click.echo(f"needed: {needed}\nfree:   {free}")
+    for what, cell in largest(cells).items():
+        click.echo(f"most {what}: {cell}")
     if short := needed.beyond(free):
-        raise click.ClickException(f"{short} too little")
+        changes = remedies(cells, params=params, free=free)
+        advice = f"In params.yaml, {', or '.join(changes)}" if changes else "Use a larger machine"
+        raise click.ClickException(f"{short} too little. {advice}.")
 
 
 @main.command("doctor")

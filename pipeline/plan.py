@@ -82,9 +82,10 @@ IDLE = Cost(disk=0.0, temporary=0.0, memory=0.02e9, seconds=1.0)  # a cell that 
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell, whether its present outputs can be reused, and what it costs."""
+    """A cell, the config of its model, whether its present outputs can be reused, and what it costs."""
 
     cell: Cell
+    config: dict[str, Any]
     reused: bool
     cost: Cost
 
@@ -198,7 +199,7 @@ def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[
     """
     config = read_config(name, params.get_model(name), progress=progress)
     reused = _reused(name, params)
-    return [Planned(cell, done, estimate(cell, params=params, config=config)) for cell, done in reused.items()]
+    return [Planned(cell, config, done, estimate(cell, params=params, config=config)) for cell, done in reused.items()]
 
 
 def read_config(name: str, model: Model, *, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -235,6 +236,43 @@ def total(cells: list[Planned]) -> Need:
         memory=max((cost.memory for cost in costs), default=0.0),
         seconds=sum(cost.seconds for cost in costs),
     )
+
+
+def largest(cells: list[Planned]) -> dict[str, Cell]:
+    """Return which of `cells` needs the most disk, memory and time, of those that cannot be reused."""
+    run = [planned for planned in cells if not planned.reused]
+    parts: dict[str, Callable[[Cost], float]] = {
+        "disk": lambda cost: cost.disk + cost.temporary,
+        "memory": lambda cost: cost.memory,
+        "time": lambda cost: cost.seconds,
+    }
+    return {what: max(run, key=lambda one: part(one.cost)).cell for what, part in parts.items() if run}
+
+
+def remedies(cells: list[Planned], *, params: Params, free: Need) -> list[str]:
+    """Return, in words, the changes of params.yaml of which each would let the building of `cells` fit into `free`."""
+    variants = params.variants
+    changes = {
+        f"leave {name} out of variants": {other: v for other, v in variants.items() if other != name}
+        for name, variant in variants.items()
+        if variant.stage != "export_openvino"  # its IR answers for the source model
+    }
+    for keys in (("rotated",), ("rotated", "calibrated")):  # a rotation needs a calibration
+        changes[f"set {' and '.join(f'{key}: false' for key in keys)} in every variant"] = {
+            name: variant.model_copy(update={key: False for key in keys if hasattr(variant, key)})
+            for name, variant in variants.items()
+        }
+    found = []
+    for change, left in changes.items():
+        changed = params.model_copy(update={"variants": left})
+        build = [
+            replace(one, cost=estimate(one.cell, params=changed, config=one.config))
+            for one in cells
+            if not one.cell.variant or one.cell.variant in left
+        ]
+        if not total(build).beyond(free):
+            found.append(change)
+    return found
 
 
 def needed(cell: Cell) -> Need | None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -187,11 +188,47 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
 def test_needs():
     """Disk (plus the largest temporary file) and time are sums; memory is the maximum; reused cells cost nothing."""
     costs = [plan.Cost(2e9, 5e9, 1e9, 60), plan.Cost(1e9, 1e9, 3e9, 120), plan.Cost(9e9, 9e9, 9e9, 999)]
-    need = plan.total([plan.Planned(Cell("validate", str(i)), i == 2, cost) for i, cost in enumerate(costs)])
+    need = plan.total([plan.Planned(Cell("validate", str(i)), {}, i == 2, cost) for i, cost in enumerate(costs)])
     assert need == plan.Need(8e9, 3e9, 180)
     assert str(need) == "8.0 GB of disk, 3.0 GB of memory, 3 minutes"
     assert need.beyond(plan.Need(9e9, 9e9)) == ""
     assert need.beyond(plan.Need(7e9, 1e9)) == "1.0 GB of disk and 2.0 GB of memory"
+
+
+def planned():
+    """Return the plan of a whole build of Phi-3-mini."""
+    model = "phi-3-mini-4k-instruct"
+    cells = [Cell("download", model), Cell("calibrate", model), Cell("reference", model)]
+    cells += [Cell(variant.stage, model, name) for name, variant in PARAMS.variants.items()]
+    cells += [Cell("validate", model, name) for name in PARAMS.variants]
+    return [plan.Planned(c, PHI_3_MINI, False, plan.estimate(c, params=PARAMS, config=PHI_3_MINI)) for c in cells]
+
+
+def test_what_dominates():
+    """The plan names the cell that needs the most disk, memory and time of those that have to run."""
+    found = {what: str(cell) for what, cell in plan.largest(planned()).items()}
+    assert found == {
+        "disk": "quantize_openvino@phi-3-mini-4k-instruct-npu-int4-group128",
+        "memory": "calibrate@phi-3-mini-4k-instruct",
+        "time": "calibrate@phi-3-mini-4k-instruct",
+    }
+    reused = [replace(one, reused=True) for one in planned()]
+    assert plan.largest(reused) == {}
+
+
+LEAVE = [f"leave {name} out of variants" for name in PARAMS.variants if name != "openvino-fp16"]
+PLAIN = [f"set {keys} in every variant" for keys in ("rotated: false", "rotated: false and calibrated: false")]
+
+
+@pytest.mark.parametrize(
+    ("disk", "memory", "changes"),
+    [(1e6, 0, [*LEAVE, *PLAIN]), (5e9, 0, PLAIN), (9e9, 0, PLAIN[1:]), (30e9, 0, []), (1e6, 9e9, [])],
+)
+def test_what_would_make_it_fit(disk, memory, changes):
+    """Where `disk` and `memory` bytes are lacking, the plan names the changes with which the build would fit."""
+    need = plan.total(planned())
+    free = plan.Need(need.disk - disk, need.memory - memory)
+    assert plan.remedies(planned(), params=PARAMS, free=free) == changes
 
 
 @pytest.mark.slow
@@ -202,7 +239,9 @@ def test_the_command(project):
     assert len(cells) == 18
     assert len(set(cells)) == 18
     assert "reused" not in before
-    assert before.splitlines()[-2].startswith("needed: ")
+    assert re.findall(r"^(needed|free|most \w+):", before, re.MULTILINE) == [
+        *("needed", "free", "most disk", "most memory", "most time")
+    ]
     run("dvc", "repro", "download", cwd=project)
     after = run("phi3", "plan", cwd=project).stdout
     assert re.findall(r"^(\S+) +reused$", after, re.MULTILINE) == ["download@tiny"]
