@@ -20,6 +20,7 @@ UNWATCHED = {
     "pipeline.graph",
     "pipeline.plan",
     "pipeline.process",
+    "pipeline.supervisor",
     *(f"pipeline.common.{name}" for name in ("errors", "memory", "params", "paths", "programs", "progress")),
 }
 NOT_BUILT_IN = {"limits", "npu"}  # the keys of a variant that do not change the files that its stage builds

@@ -4,13 +4,12 @@ import contextlib
 import functools
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import click
 from filelock import FileLock, Timeout
@@ -18,11 +17,11 @@ from filelock import FileLock, Timeout
 from pipeline.common.errors import PipelineError, full_disk, lines
 from pipeline.common.memory import anonymous_peak, peak_memory
 from pipeline.common.paths import ARTIFACTS, log
-from pipeline.common.programs import KILLED, end_with_parent
+from pipeline.common.programs import KILLED
 from pipeline.common.progress import logged, say
 from pipeline.graph import Cell
+from pipeline.supervisor import DVC, supervise, supervised
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # glibc's manual, "Memory Allocation Tunables"
 LOCK_TIMEOUT = 2  # seconds, enough for a killed stage to end
 # How torch, OpenVINO, ONNX Runtime, the system and its loader report a lack of memory.
 NO_MEMORY = re.compile(
@@ -44,9 +43,8 @@ def stage_command(function: Callable[..., None]) -> click.Command:
         from pipeline.plan import require  # loaded only when a stage runs
 
         cell = Cell(stage, **arguments)
-        _use_huge_pages()
-        _go_on_in_a_child(cell)
-        _end_with_dvc()
+        if sys.platform != "win32" and not supervised():
+            _explain(cell, supervise())
         started = time.monotonic()
         try:
             with _lock(cell), logged(log(str(cell))), anonymous_peak() as anonymous:
@@ -72,39 +70,19 @@ def stage_command(function: Callable[..., None]) -> click.Command:
     return command
 
 
-def _use_huge_pages() -> None:
-    # A program that allocates and frees large matrices spends half its time while the kernel clears small pages. glibc
-    # reads this setting only when a program starts, so Python is started again with it.
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "glibc.malloc.hugetlb" not in tunables:
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, HUGE_PAGES]))
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-
-def _go_on_in_a_child(cell: Cell) -> None:
-    # The kernel kills a process that takes too much memory without a message; its parent is left to report it.
-    if sys.platform == "win32":
-        return
-    parent, child = os.getpid(), os.fork()
-    if child == 0:
-        end_with_parent()
-        if os.getppid() != parent:
-            os._exit(1)
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the child, too
-    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def _explain(cell: Cell, status: int) -> NoReturn:
+    # End this process as the child ended, whose exit `status` it is.
     if status > 0 or status == KILLED:
         _restore_outputs()
     if status == KILLED:
         _fail(f"{cell}: {_lack_of_memory('it was killed, as systems do when memory runs out', cell)}")
-    os._exit(status if status >= 0 else 128 - status)
+    raise SystemExit(status if status >= 0 else 128 - status)
 
 
 def _restore_outputs() -> None:
     # DVC removes the outputs of a stage before it runs the stage; those of the last success are still in its cache.
     # When there are none, or the stage wrote new ones before it failed, DVC refuses, and nothing changes.
-    if stage := os.environ.get("DVC_STAGE"):
+    if stage := os.environ.get(DVC):
         command = [sys.executable, "-m", "dvc", "checkout", "--quiet", stage]
         subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
 
@@ -118,28 +96,6 @@ def _lack_of_memory(what: str, cell: Cell) -> str:
     return f"{what}: {figures}. Close other programs, or use a larger machine."
 
 
-def _end_with_dvc() -> None:
-    # End this stage when `dvc repro` is killed. The parent may be a shell that survives (dash does), so this watches
-    # dvc itself, which is the first ancestor without the variable that dvc sets for its stages.
-    import psutil
-
-    if "DVC_STAGE" not in os.environ:
-        return
-    for ancestor in psutil.Process().parents():
-        with contextlib.suppress(psutil.Error):
-            if "DVC_STAGE" in ancestor.environ():
-                continue
-        break
-
-    def watch() -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            while ancestor.is_running() and ancestor.status() != psutil.STATUS_ZOMBIE:
-                time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @contextlib.contextmanager
 def _lock(cell: Cell) -> Iterator[None]:
     path = ARTIFACTS / ".locks" / f"{cell}.lock"
@@ -151,7 +107,7 @@ def _lock(cell: Cell) -> Iterator[None]:
         raise PipelineError("another process is building this: wait for it to end, or stop it.") from None
 
 
-def _fail(message: str, *, status: int = 1) -> None:
+def _fail(message: str, *, status: int = 1) -> NoReturn:
     click.echo(f"error: {message}" if status == 1 else message, err=True)
     # The message must appear even if a library's thread or atexit hook hangs afterwards.
     sys.stdout.flush()
