@@ -88,9 +88,7 @@ def distributions(logits: Any) -> Distributions:
 
 def divergence(logits: Any, source: Distributions) -> Floats:
     """Return the KL divergence in nats from each row of `source` to the same row of `logits` (rows, vocabulary)."""
-    p = source.log_probs.astype(np.float64)
-    kl: Floats = (np.exp(p) * (p - _with_tail(_log_probs(logits, source.ids)))).sum(axis=1)
-    return kl
+    return _divergence(_log_probs(logits, source.ids), source.log_probs)
 
 
 def concatenate(parts: Sequence[Distributions]) -> Distributions:
@@ -112,16 +110,17 @@ def compare(variant: Scorer, answers: Sequence[Answer], source: Distributions) -
     non_finite = start = 0
     for answer, logits in zip(answers, _teacher_forced(variant, answers), strict=True):
         rows = slice(start, start + len(answer.ids))
-        ids, p = source.ids[rows], source.log_probs[rows].astype(np.float64)
+        ids, p = source.ids[rows], source.log_probs[rows]
         start = rows.stop
         non_finite += int((~np.isfinite(logits)).sum())
         tokens = np.array(answer.ids)
-        kl.append(divergence(logits, Distributions(ids, source.log_probs[rows])))
+        q = _log_probs(logits, np.concatenate([ids, tokens[:, None]], axis=1))
+        kl.append(_divergence(q[:, :-1], p))
         top = logits.argmax(axis=1)
         agrees.append(top == ids[:, 0])
-        variant_log_probs.append(_log_probs(logits, tokens[:, None])[:, 0])
+        variant_log_probs.append(q[:, -1])
         position = (ids == tokens[:, None]).argmax(axis=1)  # greedy tokens are among the most probable
-        source_log_probs.append(p[np.arange(len(tokens)), position])
+        source_log_probs.append(p[np.arange(len(tokens)), position].astype(np.float64))
         departures = np.flatnonzero(top != tokens)
         prefixes.append(int(departures[0]) if departures.size else len(tokens))
         preferred.append(int(top[departures[0]]) if departures.size else None)
@@ -156,6 +155,14 @@ def _teacher_forced(scorer: Scorer, answers: Sequence[Answer]) -> Iterator[Any]:
     # The logits that predict an answer's tokens: those at the prompt's last position and at all tokens but the last.
     for answer in Bar(answers, desc="comparing answers"):
         yield scorer.logits(answer.prompt_ids + answer.ids[:-1], last=len(answer.ids))
+
+
+def _divergence(log_probs: Floats, source: npt.NDArray[np.float32]) -> Floats:
+    # The KL divergence of each row, given the variant's log-probabilities of the TOP tokens, and the source's with the
+    # tail.
+    p = source.astype(np.float64)
+    kl: Floats = (np.exp(p) * (p - _with_tail(log_probs))).sum(axis=1)
+    return kl
 
 
 def _log_probs(logits: Any, ids: npt.NDArray[np.integer[Any]]) -> Floats:
