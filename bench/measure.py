@@ -43,8 +43,9 @@ class Cost:
 def measure(command: list[str], *, step: str, cwd: Path, log: Path, **environment: str) -> dict[str, Cost]:
     """Run `command` and return what it cost: as a whole, under `step`, and each stage of the pipeline that it ran.
 
-    The output goes to the file `log`. Memory is the sum of the processes' proportional shares (PSS), so that a page
-    shared by two of them counts once; see proc_pid_smaps_rollup(5). Stages may run side by side.
+    The output goes to the file `log`. Memory is the sum over the processes, as proc_pid_status(5) has it. Shares (PSS)
+    would count a page of two processes once, but asking for them holds up a process with many pages. Stages may run
+    side by side.
 
     Raises subprocess.CalledProcessError when the command fails.
     """
@@ -83,14 +84,14 @@ def _sample(root: int, step: str, costs: dict[str, Cost], done: threading.Event)
                 if stage := stages.get(process.ppid()) or (found[1] if found else None):
                     stages[process.pid] = stage
                 folder = Path("/proc", str(process.pid))
-                pages = dict(re.findall(r"(\w+): +(\d+) kB", (folder / "smaps_rollup").read_text("utf-8")))
+                pages = dict(re.findall(r"(\w+):\s+(\d+) kB", (folder / "status").read_text("utf-8")))
                 written = re.search(r"^write_bytes: (\d+)", (folder / "io").read_text("utf-8"), re.MULTILINE)
                 cpu = sum(process.cpu_times()[:4])
             except (psutil.Error, OSError):
                 continue  # the process has ended
             for name in {step, stage or step}:
-                now[name].anonymous += int(pages.get("Pss_Anon", 0)) * 1024
-                now[name].file_backed += int(pages.get("Pss_File", 0)) * 1024
+                now[name].anonymous += int(pages.get("RssAnon", 0)) * 1024
+                now[name].file_backed += int(pages.get("RssFile", 0)) * 1024
                 # The kernel adds an ended child's use to its parent; the child is no longer listed, so it counts once.
                 now[name].written += int(written[1]) if written else 0
                 now[name].cpu += cpu

@@ -67,7 +67,8 @@ class Bar(tqdm):  # type: ignore[type-arg]
         self._told = 0.0
         if self._plain:
             screen, options = io.StringIO(), options | {"mininterval": LINE_EVERY}  # no codes that move the cursor
-        super().__init__(*arguments, **options | {"file": screen, "dynamic_ncols": True})
+        # Without smoothing, the time left follows from the mean pace. That of the last few items jumps.
+        super().__init__(*arguments, **options | {"file": screen, "dynamic_ncols": True, "smoothing": 0})
 
     def display(self, *arguments: Any, **options: Any) -> None:
         """Show the bar, or outside a terminal a line if the loop has advanced."""

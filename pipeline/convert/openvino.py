@@ -109,7 +109,7 @@ def quantize_int4(
     mode = nncf.CompressWeightsMode.INT4_SYM if recipe.symmetric else nncf.CompressWeightsMode.INT4_ASYM
     fallback = nncf.GroupSizeFallbackMode.ADJUST if adjust_group_size else nncf.GroupSizeFallbackMode.ERROR
     model = openvino.Core().read_model(fp16 / MODEL[0])
-    int8 = _int8_layers(model, calibration.largest(), ratio=recipe.ratio) if calibration else []
+    int8 = _int8_layers(model, calibration.largest(), ratio=recipe.ratio) if calibration and recipe.ratio < 1 else []
     try:
         with _nncf_bars():
             model = nncf.compress_weights(

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.common.checkpoint import open_weights, read_json
 from pipeline.common.errors import PipelineError
+from pipeline.run.torch_device import product
 
 SEED = 0
 NORMS = {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"}  # the norm that a matrix reads
@@ -47,12 +48,12 @@ class Rotation:
         if name.endswith("norm.weight"):
             return torch.ones_like(weight)
         if matrix.endswith("embed_tokens"):
-            return weight @ self._stream
+            return product(weight, self._stream.T)
         if matrix.endswith("o_proj"):
             weight = (weight.unflatten(1, (-1, len(self._value))) @ self._value).flatten(1)
         if matrix.endswith(("o_proj", "down_proj")):
-            return self._stream.T @ weight
-        weight = weight * self._norm(matrix) @ self._stream
+            return product(self._stream.T, weight.T)
+        weight = product(weight * self._norm(matrix), self._stream.T)
         if matrix.endswith("qkv_proj"):
             values = weight[-self._value_rows :].unflatten(0, (-1, len(self._value)))
             weight[-self._value_rows :] = (self._value.T @ values).flatten(0, 1)
@@ -66,8 +67,8 @@ class Rotation:
             for _ in range(2):  # first the columns, then by symmetry the rows
                 hessian = (hessian.unflatten(1, (-1, len(self._value))) @ self._value.to(hessian)).flatten(1).T
             return hessian
-        turn = (self._stream / self._norm(matrix)[:, None]).to(hessian)
-        return turn.T @ hessian @ turn
+        turn = (self._stream / self._norm(matrix)[:, None]).to(hessian).T
+        return product(turn, product(turn, hessian))  # H is symmetric, and so is the result
 
     def _norm(self, matrix: str) -> Any:
         # Return the weights of the norm whose output `matrix` reads.
