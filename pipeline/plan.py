@@ -14,8 +14,10 @@ from typing import Any
 
 import psutil
 
+from pipeline.check.long_context import choose, longest_prompt, tokens_read
 from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
+from pipeline.common.context import limits
 from pipeline.common.errors import PipelineError
 from pipeline.common.matrices import Matrix, matrices
 from pipeline.common.params import Model, OnnxInt4, OpenvinoInt4, Params, Variant, load_params
@@ -139,6 +141,10 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
         prompt = min(PROMPT, config["max_position_embeddings"])
         cache = _cache(config, prompt) * (2 if isinstance(variant, OnnxInt4) and not variant.directml else 1)
         weights = _size(variant, name, source, params=params, config=config)
+        limit = limits(config, directml=variant.directml)
+        read = len(load_prompts("reference")) * (CHAT + params.reference.max_new_tokens)
+        read += tokens_read(choose(limit, most=longest_prompt(limit, variant)))
+        seconds += 2 * layers * read / RATE
         if isinstance(variant, OnnxInt4):  # it computes logits at all positions of a prompt that it answers
             cache += 4.0 * config["vocab_size"] * prompt
         if isinstance(variant, OnnxInt4) and not variant.directml:

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.check.fidelity import Distributions, divergence
 from pipeline.check.reference import LongContext
+from pipeline.common.params import Variant
 from pipeline.common.progress import Bar
 from pipeline.run.interface import Runtime, Scorer
 from pipeline.run.prompts import load_prompts
@@ -56,13 +57,25 @@ def make_prompts(encode: Callable[[str], list[int]], limits: dict[str, int]) -> 
     return LongContext(ids=ids[: found[-1]], lengths=found)
 
 
-def choose(prompts: LongContext, limits: dict[str, int], *, most: int) -> list[int]:
+def choose(limits: dict[str, int], *, most: int) -> list[int]:
     """Return the lengths at which a variant that takes prompts of at most `most` tokens is probed, ascending.
 
-    They are the longest that it takes, and those just beyond a limit.
+    They are the longest that it takes, and those just beyond a limit of its model.
     """
-    fitting = [length for length in prompts.lengths if length <= most]
+    fitting = [length for length in lengths(limits) if length <= most]
     return [length for length in fitting if length in {*fitting[-1:], *_beyond(limits)}]
+
+
+def longest_prompt(context: dict[str, int], variant: Variant) -> int:
+    """Return how many tokens a prompt of `variant` may have, with `context` from its manifest."""
+    if variant.npu:
+        return variant.npu.max_prompt_len
+    return context.get("faithful_tokens", context["max_position_embeddings"])
+
+
+def tokens_read(chosen: Sequence[int]) -> int:
+    """Return how many tokens `answer` and `compare` read together for prompts of the `chosen` lengths, about."""
+    return sum(chosen[:1]) // 2 + 2 * sum(chosen)
 
 
 def _beyond(limits: dict[str, int]) -> set[int]:

@@ -179,7 +179,7 @@ def _judge_answers(
             for answer, source in zip(answers, reference.answers, strict=True)
         ]
         metrics["answer_recall"] = round(sum(map(checks.recall, answers, reference.answers)) / len(answers), 4)
-        chosen = long_context.choose(reference.long_context, context, most=longest_prompt(context, variant))
+        chosen = long_context.choose(context, most=long_context.longest_prompt(context, variant))
         return failures, long_context.answer(runtime, reference.long_context, chosen)
     return failures, {}
 
@@ -192,13 +192,6 @@ def _judge_tutorial(
     say(f"{tutorial.name}: {first.text.strip()}")
     evidence[tutorial.name] = {"device": tutorial.device, "text": first.text}
     return checks.check_first_answer(first, reference, params=params)
-
-
-def longest_prompt(context: dict[str, int], variant: Variant) -> int:
-    """Return how many tokens a prompt of `variant` may have, with `context` from its manifest."""
-    if variant.npu:
-        return variant.npu.max_prompt_len
-    return context.get("faithful_tokens", context["max_position_embeddings"])
 
 
 def departure(ids: list[int], source: list[int], decode: Callable[[list[int]], str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from pipeline.chat import OnnxChat, OpenvinoChat
 from pipeline.check.checks import check_long_context
 from pipeline.check.fidelity import Distributions, concatenate, distributions
-from pipeline.check.long_context import ROWS, Found, answer, choose, compare, lengths, make_prompts
+from pipeline.check.long_context import ROWS, Found, answer, choose, compare, lengths, make_prompts, tokens_read
 from pipeline.check.measurement import load_runtime, load_scorer
 from pipeline.check.reference import LongContext
 from pipeline.common.checkpoint import read_json
@@ -69,7 +69,7 @@ class Tiny:
         """The findings of the check on a variant, or on a broken copy of it in `directory`."""
         directory = directory or self.root / variant
         most = 256 if variant == "npu" else 512
-        chosen = choose(self.prompts, self.limits(), most=most)
+        chosen = choose(self.limits(), most=most)
         said = answer(load_runtime(directory, variant=VARIANTS[variant]), self.prompts, chosen)
         scorer = load_scorer(directory, variant=VARIANTS[variant], context=self.limits())
         return compare(scorer, self.prompts, said, self.ends)
@@ -127,8 +127,13 @@ def test_lengths():
 def test_choose(most, expected):
     """A variant gets the longest prompt that it takes, and the one just beyond the window if it takes that."""
     window = {"max_position_embeddings": 4096, "sliding_window": 2047}
-    prompts = LongContext(ids=[], lengths=[256, 512, 1024, 2111, 4088])
-    assert choose(prompts, window, most=most) == expected
+    assert choose(window, most=most) == expected
+
+
+@pytest.mark.parametrize(("chosen", "tokens"), [([], 0), ([1024], 512 + 2048), ([2111, 4088], 1055 + 2 * 6199)])
+def test_tokens_read(chosen, tokens):
+    """The runtime and the scorer read every prompt, and the runtime the first one's first half before."""
+    assert tokens_read(chosen) == tokens
 
 
 def test_check():
