@@ -204,6 +204,21 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ROOT / "artifacts/smol-phi3"
 
 
+@pytest.fixture(scope="session")
+def released(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that publishes a variant of the embedded model and returns where it was pulled to, once for all."""
+
+    def release(variant: str) -> Path:
+        def pull(folder: Path) -> None:
+            registry, name = f"dir:{folder}/registry", f"smol-phi3/{variant}"
+            run("phi3", "publish", name, "--to", registry, "--version", "1.0.0", cwd=ROOT)
+            run("phi3", "pull", registry, name, "--to", folder / "model", cwd=ROOT, PHI3_CACHE=str(folder / "cache"))
+
+        return built_once(tmp_path_factory, f"released-{variant}", pull) / "model"
+
+    return release
+
+
 @pytest.fixture
 def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     """A git and DVC project like this one, in a folder of its own, that builds a tiny random model."""

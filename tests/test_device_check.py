@@ -5,7 +5,6 @@ import re
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,27 +21,12 @@ from pipeline.device_check import NPU_ON_CPU, check_device
 from pipeline.release.documents import card
 from pipeline.run.blobs import Choice, compile_chosen, static_on_cpu
 from pipeline.run.openvino import F32, STATIC_ON_CPU, OpenvinoLogits, StaticLogits
-from tests.conftest import ROOT, built_once, run
+from tests.conftest import run
 
 pytestmark = pytest.mark.slow
 FIGURES = {"kl_mean_default", "top1_agreement", "load_time_s", "time_to_first_token_s", "tokens_per_second"}
 FIGURES |= {"peak_memory_bytes"}
 COMPARED = r"compared at \d{3} tokens of 17 prompts"  # where the source nearly ties, CPUs may end an answer elsewhere
-
-
-@pytest.fixture(scope="module")
-def released(embedded, tmp_path_factory):
-    """Return a function that publishes a variant of the embedded model and returns where it was pulled to."""
-
-    def release(variant: str) -> Path:
-        def pull(folder: Path) -> None:
-            registry, name = f"dir:{folder}/registry", f"smol-phi3/{variant}"
-            run("phi3", "publish", name, "--to", registry, "--version", "1.0.0", cwd=ROOT)
-            run("phi3", "pull", registry, name, "--to", folder / "model", cwd=ROOT, PHI3_CACHE=str(folder / "cache"))
-
-        return built_once(tmp_path_factory, f"released-{variant}", pull) / "model"
-
-    return release
 
 
 @pytest.fixture

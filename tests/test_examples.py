@@ -57,13 +57,6 @@ def publish(example: str, url: str, **environment: str) -> None:
     run("phi3", "publish", name, "--to", url, "--version", "1.0.0", cwd=ROOT, **environment)
 
 
-def pulled(name: str, folder: Path) -> Path:
-    """Publish an artifact to a registry in `folder`, pull it from there, and return its directory."""
-    run("phi3", "publish", name, "--to", f"dir:{folder}/registry", "--version", "1.0.0", cwd=ROOT)
-    here = {"PHI3_CACHE": str(folder / "cache")}
-    return Path(run("phi3", "pull", f"dir:{folder}/registry", name, cwd=ROOT, **here).stdout.strip())
-
-
 def library(package: str, pattern: str) -> Path:
     """Return the one file of an installed package that matches `pattern`."""
     (found,) = Path(importlib.util.find_spec(package).submodule_search_locations[0]).glob(pattern)
@@ -89,7 +82,7 @@ def test_onnxruntime_chat(embedded, tmp_path, python):
     assert chat(python, "onnxruntime-chat", f"dir:{tmp_path}/registry", tmp_path) == ANSWER
 
 
-def test_cpp(embedded, tmp_path):
+def test_cpp(released, tmp_path):
     """The example in C++ is linked with the library in the wheel of openvino-genai, and answers.
 
     The wheel has no headers of its own: those in tests/native declare what the example uses.
@@ -101,11 +94,11 @@ def test_cpp(embedded, tmp_path):
     link = [*libraries, f"-Wl,--disable-new-dtags,-rpath,{path}"]
     run("g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *headers, source, "-o", program, *link, cwd=tmp_path)
     tokenizers = {"OPENVINO_TOKENIZERS_PATH_GENAI": str(library("openvino_tokenizers", "lib/*.so"))}
-    directory = pulled("smol-phi3/openvino-int4", tmp_path)
+    directory = released("openvino-int4")
     assert run(program, directory, QUESTION, cwd=tmp_path, **tokenizers).stdout.strip() == ANSWER
 
 
-def test_csharp(embedded, tmp_path):
+def test_csharp(released, tmp_path):
     """The example in C# runs on the library in the wheel of onnxruntime-genai, and answers a quoted question, too.
 
     The official classes are in a NuGet package: those in tests/native do the same calls of the library.
@@ -114,7 +107,7 @@ def test_csharp(embedded, tmp_path):
     run("mcs", "-warnaserror", "-r:System.Web.dll", f"-out:{tmp_path}/Chat.exe", *sources, cwd=tmp_path)
     (tmp_path / "libonnxruntime-genai.so").symlink_to(library("onnxruntime_genai", "libonnxruntime-genai.so"))
     (tmp_path / "libonnxruntime.so.1").symlink_to(library("onnxruntime", "capi/libonnxruntime.so.*"))
-    directory = pulled("smol-phi3/onnx-cpu-int4", tmp_path)
+    directory = released("onnx-cpu-int4")
     for question in (QUESTION, QUESTION.replace("Japan", '"Japan"')):
         chat = run("mono", "Chat.exe", directory, question, cwd=tmp_path, LD_LIBRARY_PATH=str(tmp_path))
         assert chat.stdout.strip() == ANSWER

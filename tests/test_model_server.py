@@ -10,7 +10,7 @@ import openvino_genai
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_examples import ANSWER, QUESTION, pulled
+from tests.test_examples import ANSWER, QUESTION
 
 SECTION = (ROOT / "docs/programs.md").read_text("utf-8").split("## OpenVINO Model Server")[1].split("\n## ")[0]
 SERVER = {"model_path", "model_name", "rest_port", "target_device", "task", "source_model", "model_repository_path"}
@@ -27,9 +27,9 @@ def test_the_options_exist():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["openvino-fp16", "openvino-int4"])
-def test_continuous_batching(embedded, tmp_path, variant):
+def test_continuous_batching(released, variant):
     """A release of a CPU and GPU variant has the server's files, and answers in the pipeline that the server makes."""
-    directory = pulled(f"smol-phi3/{variant}", tmp_path)
+    directory = released(variant)
     assert {path.name for path in directory.iterdir()} >= FILES
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_batched_tokens, scheduler.max_num_seqs, scheduler.cache_size = 256, 256, 0
@@ -47,12 +47,12 @@ def test_continuous_batching(embedded, tmp_path, variant):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["npu-int4-channelwise", "npu-int4-group128"])
-def test_the_stateful_pipeline(embedded, tmp_path, variant):
+def test_the_stateful_pipeline(released, variant):
     """A release of an NPU variant has the server's files, and the pipeline that the server makes for an NPU answers.
 
     The pipeline runs with the NPU's static shapes, on the CPU.
     """
-    directory = pulled(f"smol-phi3/{variant}", tmp_path)
+    directory = released(variant)
     assert {path.name for path in directory.iterdir()} >= FILES
     options = {"MAX_PROMPT_LEN": 1024, "ATTENTION_BACKEND": "SDPA"}
     options |= {"NPUW_DEVICES": "CPU", "NPU_USE_NPUW": "YES", "NPUW_ONLINE_PIPELINE": "NONE"}

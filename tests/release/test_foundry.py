@@ -146,13 +146,10 @@ def test_chat_and_serve(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_directml_is_refused(folder, tmp_path):
+def test_directml_is_refused(released, tmp_path):
     """Foundry Local refuses the DirectML model with the words that the page quotes."""
-    name, registry = "smol-phi3/onnx-directml-int4", f"dir:{tmp_path}/registry"
-    run("phi3", "publish", name, "--to", registry, "--version", "1.0.0", cwd=ROOT)
-    run("phi3", "pull", registry, name, "--to", tmp_path / "model", cwd=ROOT, PHI3_CACHE=str(folder / "cache"))
     with pytest.raises(subprocess.CalledProcessError) as error:
-        execute(VERSION, CHAT.replace("/tmp/", f"{tmp_path}/"), tmp_path)
+        execute(VERSION, CHAT.replace("/tmp/model", str(released("onnx-directml-int4"))), tmp_path)
     words = re.search(r'onnx-directml-int4`: "(.*?)"', " ".join(PAGE.split()))[1]
     assert words in error.value.stderr
 

@@ -14,13 +14,12 @@ from pipeline.common import paths
 from pipeline.common.manifest import Runtime, building, digest, read_manifest, seal
 from pipeline.common.paths import MANIFEST
 from pipeline.release.openvino_ep import write_openvino_ep
-from pipeline.release.publish import publish
-from pipeline.release.pull import check, pull
+from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
 from tests.conftest import ROOT, make_tokenizer, run
 from tests.environments import python_of
 from tests.manifests import blob_manifest, variant_manifest
-from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, pull_latest, quiet, validate
+from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, pull_latest, validate
 from tests.release_project import release_folder as release_folder
 
 QUESTION, ANSWER = "What is the capital of Japan?", "The capital of Japan is Tokyo."
@@ -189,18 +188,8 @@ def snippet(model):
     return re.search(r"```py\n(.*?)```", page, re.DOTALL)[1].replace("/tmp/model", str(model))
 
 
-def published(name, tmp_path, monkeypatch):
-    """Publish the built artifact `name`, and return the directory that it was pulled to."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PHI3_CACHE", str(tmp_path / "cache"))
-    registry = open_registry(f"dir:{tmp_path}/registry")
-    model, variant = name.split("/")
-    publish(model, variant, registry=registry, version="1.0.0", aliases=("latest",), progress=quiet)
-    return pull(registry, name, to=tmp_path / "model")
-
-
 @pytest.mark.slow
-def test_one_folder_for_all_programs(embedded, python, plugin, tmp_path, monkeypatch):
+def test_one_folder_for_all_programs(released, python, plugin, tmp_path):
     """One pulled folder answers in onnxruntime-genai on the OpenVINO provider, in openvino-genai, in optimum-intel and
     in `phi3 chat`; ONNX Runtime's logits are OpenVINO's own; and afterwards `phi3 verify` finds it unchanged."""
     import numpy as np
@@ -208,7 +197,7 @@ def test_one_folder_for_all_programs(embedded, python, plugin, tmp_path, monkeyp
 
     from pipeline.run.openvino import F32, OpenvinoLogits, OptimumIntel
 
-    directory = published("smol-phi3/openvino-int4", tmp_path, monkeypatch)
+    directory = released("openvino-int4")
     program = snippet(directory)
     assert program.count(LIBRARY) == 1
     assert in_environment(python, "-c", program.replace(LIBRARY, repr(str(plugin)))) == ANSWER
@@ -238,10 +227,10 @@ def test_one_folder_for_all_programs(embedded, python, plugin, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_an_npu_variant_on_the_cpu(embedded, python, tmp_path, monkeypatch):
+def test_an_npu_variant_on_the_cpu(released, python):
     """The config of an NPU variant answers through the provider in OpenVINO's static pipeline for NPUs, which other
     options compile for the CPU. The program registers the plugin so that it offers NPUs which are not there."""
-    directory = published("smol-phi3/npu-int4-channelwise", tmp_path, monkeypatch)
+    directory = released("npu-int4-channelwise")
     config = json.loads((directory / "genai_config.json").read_text())
     (provider,) = config["model"]["decoder"]["session_options"]["provider_options"]
     lengths = json.loads(provider["OpenVINO"]["load_config"])["NPU"]
