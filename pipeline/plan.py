@@ -144,6 +144,8 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
         limit = limits(config, directml=variant.directml)
         read = len(load_prompts("reference")) * (CHAT + params.reference.max_new_tokens)
         read += tokens_read(choose(limit, most=longest_prompt(limit, variant)))
+        if variant.npu:  # its pipeline pads every prompt; the questions are asked twice
+            read += 2 * len(params.validate_.prompts) * variant.npu.max_prompt_len
         seconds += 2 * layers * read / RATE
         if isinstance(variant, OnnxInt4):  # it computes logits at all positions of a prompt that it answers
             cache += 4.0 * config["vocab_size"] * prompt
