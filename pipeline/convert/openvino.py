@@ -19,6 +19,8 @@ from pipeline.convert.calibration import Calibration
 from pipeline.convert.openvino_format import MODEL, TOKENIZER, role, weights
 from pipeline.convert.solver import Grid, pack
 
+OTHERS = ("/scale", "/zero_point")  # how NNCF names what belongs to a weight
+
 
 def export_fp16(
     checkpoint: Path,
@@ -163,14 +165,15 @@ def _consumer(node: Any, kind: str) -> Any:
 
 def _solve(model: Any, calibration: Calibration) -> None:
     # Replace the codes, scales and zero points of all layers of `model`. NNCF names scales and zero points after their
-    # weight.
+    # weight. What is replaced is popped, and so freed.
     import torch
 
-    nodes = {node.get_friendly_name(): node for node in model.get_ops()}
+    others = {node.get_friendly_name(): node for node in model.get_ops() if node.get_friendly_name().endswith(OTHERS)}
     layers = {name: node for name, node in weights(model).items() if role(name) == "layer"}
-    for name, node in Bar(sorted(layers.items()), desc="solving matrices"):
+    for name in Bar(sorted(layers), desc="solving matrices"):
+        node = layers.pop(name)
         shape = list(node.get_output_shape(0))
-        zero_points = nodes.get(f"{node.get_friendly_name()}/zero_point")
+        zero_points = others.pop(f"{node.get_friendly_name()}/zero_point", None)
         grid = Grid(
             bits=node.get_output_element_type(0).bitwidth,
             group_size=shape[2] if len(shape) == 3 else CHANNEL_WISE,
@@ -183,7 +186,7 @@ def _solve(model: Any, calibration: Calibration) -> None:
         else:
             _replace(node, solved.codes.numpy())
             _replace(zero_points, solved.zero_points.numpy())
-        _replace(nodes[f"{node.get_friendly_name()}/scale"], solved.scales.numpy())
+        _replace(others.pop(f"{node.get_friendly_name()}/scale"), solved.scales.numpy())
 
 
 def _replace(constant: Any, values: Any) -> None:
