@@ -49,24 +49,25 @@ MEMORY = {
 # it solves at a time.
 OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 6.3, "cpu": 8.5}
 SQUARES, SLICES = 3, 6
+HALF = 0.6  # the part of a symmetric H that is computed
 CHAT, STATES = 60, 3  # tokens of a shipped prompt with its chat template; copies of the hidden states in memory
-RATE = 0.23e12  # float32 operations per second when the model answers prompts or reads texts, on 2 cores with AVX-512
+RATE = 0.28e12  # float32 operations per second when the model answers prompts or reads texts, on 2 cores with AVX-512
 ONNX_PACKED = 1.75  # the file with packed weights of an ONNX model for CPUs takes this many times its weights
 PROMPT = 4096  # tokens of the longest prompt that reference and validate read
 GGUF = 2.7  # rewriting a GGUF file takes this many times the memory of the FP16 weights
 # Seconds: a constant, and seconds per GB of FP16 weights.
 TIME = {
-    "download": (5.0, 2.5),
+    "download": (3.0, 2.0),
     "reference": (20.0, 0.0),
     "calibrate": (15.0, 0.0),
     "export_openvino": (20.0, 6.0),
     "quantize_openvino": (10.0, 6.0),
     "compile_npu": (20.0, 6.0),
     "build_onnx": (15.0, 9.0),
-    "validate": (45.0, 100.0),
+    "validate": (40.0, 5.0),
     "report": (5.0, 0.0),
 }
-SOLVE = 60.0  # further seconds per GB of FP16 weights for a calibrated variant
+SOLVE, ROTATE = 40.0, 30.0  # further seconds per GB of FP16 weights for a calibrated and for a rotated variant
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,9 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
         if variant.rotated and can_rotate(config):
             rotated = 1 if isinstance(variant, OnnxInt4) else 2  # a rotated checkpoint, and for OpenVINO also its IR
             temporary += rotated * fp16
+            memory += 0.0 if isinstance(variant, OnnxInt4) else MEMORY["export_openvino"][0]
             export, pace = TIME["export_openvino"]
-            seconds += export + pace * fp16 / 1e9
+            seconds += export + (pace + ROTATE) * fp16 / 1e9
         if variant.calibrated:
             seconds += SOLVE * fp16 / 1e9
     elif stage == "calibrate":
@@ -180,7 +182,7 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
         tokens = len(load_prompts("calibration")) * (CHAT + params.calibrate.max_new_tokens)
         reading = 4.0 * (layer + SQUARES * widest**2 + STATES * tokens * config["hidden_size"])
         memory += max(_answering(config, fp16), reading)
-        seconds += 2 * tokens * (2 * layers + sum(matrix.columns**2 for matrix in source)) / RATE
+        seconds += 2 * tokens * (2 * layers + HALF * sum(matrix.columns**2 for matrix in source)) / RATE
     return Cost(size + OTHER_FILES, temporary, memory, seconds)
 
 

@@ -11,7 +11,7 @@ from pipeline.common.checkpoint import read_json, tensor_shapes
 from pipeline.common.errors import PipelineError
 from pipeline.common.matrices import matrices
 from pipeline.common.params import Model, load_params
-from pipeline.graph import Cell
+from pipeline.graph import Cell, read_graph
 from tests.conftest import ROOT, STYLES, make_checkpoint, run
 
 PARAMS = load_params(ROOT / "params.yaml")
@@ -229,6 +229,30 @@ def test_what_would_make_it_fit(disk, memory, changes):
     need = plan.total(planned())
     free = plan.Need(need.disk - disk, need.memory - memory)
     assert plan.remedies(planned(), params=PARAMS, free=free) == changes
+
+
+LONG = {"max_position_embeddings": 131072, "sliding_window": 262144, "rope_scaling": {"type": "longrope"}}
+PHI_MODELS = {
+    "phi-3-mini-4k-instruct": PHI_3_MINI | {"sliding_window": 2047},
+    "phi-3-mini-128k-instruct": PHI_3_MINI | LONG,
+    "phi-3-5-mini-instruct": PHI_3_MINI | LONG,
+    "phi-4-mini-instruct": PHI_3_MINI
+    | LONG
+    | {"num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 200064, "tie_word_embeddings": True},
+}
+
+
+def test_the_documented_plans(monkeypatch):
+    """The page about full size says what `phi3 plan` says of each Phi model of the catalogue."""
+    monkeypatch.chdir(ROOT)
+    assert PHI_MODELS.keys() == PARAMS.models.keys() - {"smol-phi3"}
+    page = (ROOT / "docs/full-size.md").read_text("utf-8")
+    for model, config in PHI_MODELS.items():
+        cells = [replace(node.cell, model=model) for node in read_graph(PARAMS).values()]
+        costs = [plan.estimate(cell, params=PARAMS, config=config) for cell in cells]
+        need = plan.total([plan.Planned(c, config, False, cost) for c, cost in zip(cells, costs, strict=True)])
+        row = f"| `{model}` | {need.disk / 1e9:.0f} GB | {need.memory / 1e9:.0f} GB | {need.seconds / 60:.0f} minutes |"
+        assert row in page
 
 
 @pytest.mark.slow
