@@ -6,7 +6,7 @@ $(error On Windows use the plain pip and dvc commands of the README)
 endif
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: wine directml chromium docker-registry compilers repro models test test-fast coverage mutants lint audit bench bench-cluster bench-fidelity bench-peers bench-width clean
+.PHONY: wine directml chromium docker-registry compilers repro models test test-fast coverage mutants lint audit bench bench-rehearsal bench-cluster bench-fidelity bench-peers bench-width clean
 
 repro: $(VENV)/.installed wine
 	dvc repro
@@ -51,6 +51,11 @@ audit: $(VENV)/.installed
 bench: $(VENV)/.installed
 	dvc repro download
 	python -m bench.full_size
+
+# Run every stage with the default recipes at Phi-3-mini's full size: two hours, 65 GB of disk and 24 GB of memory.
+bench-rehearsal: $(VENV)/.installed wine
+	dvc repro download
+	python -m bench.rehearsal
 
 bench-cluster: $(VENV)/.installed
 	dvc repro download

@@ -19,9 +19,9 @@ from ruamel.yaml import YAML
 from bench.full_size import ROOT, clone_project
 from bench.make_checkpoint import EMBEDDED, Widening, widen
 from bench.measure import made_by
-from pipeline import plan
 from pipeline.common.manifest import replace_file
 from pipeline.common.params import load_params
+from pipeline.costs import estimate
 from pipeline.graph import read_graph
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -76,7 +76,7 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
     """
     params, config = load_params(ROOT / "params.yaml"), Widening(EMBEDDED, layers=32).config()
     one = read_graph(params)
-    costs = {name: plan.estimate(node.cell, params=params, config=config) for name, node in one.items()}
+    costs = {name: estimate(node.cell, params=params, config=config) for name, node in one.items()}
     way: dict[str, float] = {}  # seconds to the end of the longest chain of cells
     for name in reversed(one):
         way[name] = costs[name].seconds + max((way[after] for after in one if name in one[after].needs), default=0.0)

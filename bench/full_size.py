@@ -18,11 +18,11 @@ import click
 
 from bench.make_checkpoint import EMBEDDED, widen
 from bench.measure import Cost, disk_used, made_by, measure
-from pipeline import plan
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import digest, replace_file
 from pipeline.common.params import load_params
 from pipeline.convert import onnx_format, openvino_format
+from pipeline.costs import estimate
 from pipeline.graph import Cell
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ def plans(project: Path, checkpoint: Path, costs: dict[str, Cost]) -> dict[str, 
     found = {}
     for step in costs:
         stage, *arguments = step.split()
-        cost = plan.estimate(Cell(stage, *arguments), params=params, config=config)
+        cost = estimate(Cell(stage, *arguments), params=params, config=config)
         measured = costs[step].anonymous / 1e9
         found[step] = {"memory_gb": round(cost.memory / 1e9, 2), "measured_gb": round(measured, 2)}
         found[step] |= {"ratio": round(cost.memory / 1e9 / measured, 2), "disk_gb": round(cost.disk / 1e9, 2)}

@@ -15,12 +15,12 @@ import click
 from bench.fidelity import EMBEDDED, FORMER, Source, calibrated_by_nncf
 from bench.make_checkpoint import Widening, widen
 from bench.measure import Cost, made_by, measure
-from pipeline import plan
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import replace_file
 from pipeline.common.params import OnnxInt4, OpenvinoInt4, load_params
 from pipeline.convert import onnx_genai, openvino
 from pipeline.convert.calibration import Calibration
+from pipeline.costs import estimate
 from pipeline.graph import Cell
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -105,7 +105,7 @@ def main(context: click.Context) -> None:
         click.echo(costs[step].figures())
     config, model = Widening(EMBEDDED.checkpoint, layers=32).config(), "phi-3-mini-4k-instruct"
     cells = [Cell("calibrate", model), *(Cell(params.get_variant(name).stage, model, name) for name in variants)]
-    planned = {str(cell): plan.estimate(cell, params=params, config=config).memory / 1e9 for cell in cells}
+    planned = {str(cell): estimate(cell, params=params, config=config).memory / 1e9 for cell in cells}
     text = table(costs, planned)
     click.echo(text)
     figures = {step: cost.figures() for step, cost in costs.items()}

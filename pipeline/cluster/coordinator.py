@@ -16,6 +16,7 @@ from pipeline import plan
 from pipeline.cluster.worker import LOCK, TOPIC, Origin, read_built, run_cell
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.params import OnnxInt4, Params, load_params
+from pipeline.costs import estimate
 from pipeline.graph import Node, changed, read_graph, require_cached
 from pipeline.release.device import openvino_devices
 
@@ -103,8 +104,8 @@ def _needs(node: Node, before: list[Node], params: Params, config: dict[str, Any
     if on_device and params.validate_.openvino_device != "CPU":
         need[params.validate_.openvino_device] = 1.0
     if config:
-        cost = plan.estimate(cell, params=params, config=config)
-        inputs = [plan.estimate(other.cell, params=params, config=config) for other in before]
+        cost = estimate(cell, params=params, config=config)
+        inputs = [estimate(other.cell, params=params, config=config) for other in before]
         need |= {"memory": cost.memory, "disk": cost.disk + cost.temporary + sum(other.disk for other in inputs)}
     return need
 

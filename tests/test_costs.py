@@ -1,0 +1,145 @@
+"""What a cell costs follows from the model's config; the figures are those that were measured at its shape."""
+
+import pytest
+
+from pipeline import costs
+from pipeline.common.checkpoint import read_json, tensor_shapes
+from pipeline.common.matrices import matrices
+from pipeline.common.params import load_params
+from pipeline.common.shapes import tensors
+from pipeline.graph import Cell
+from tests.conftest import ROOT, STYLES, make_checkpoint
+
+PARAMS = load_params(ROOT / "params.yaml")
+PHI_3_MINI = {
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_shapes_follow_from_the_config(tmp_path, style):
+    """The config alone gives exactly the matrices that are in the checkpoint."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", style)
+    shapes = tensors(read_json(checkpoint / "config.json"))
+    assert matrices(shapes) == matrices(tensor_shapes(checkpoint))
+
+
+def estimated(cell, *, config=PHI_3_MINI, **changes):
+    """Return the cost of a cell of Phi-3-mini, or of another config, with changes of its variant."""
+    cell = Cell.parse(cell, PARAMS)
+    variants = PARAMS.variants
+    if changes:
+        variants = {name: variant.model_copy(update=changes) for name, variant in variants.items()}
+    return costs.estimate(cell, params=PARAMS.model_copy(update={"variants": variants}), config=config)
+
+
+@pytest.mark.parametrize(
+    ("cell", "size"),
+    [
+        ("download@phi-3-mini-4k-instruct", 7.64e9),
+        ("export_openvino@phi-3-mini-4k-instruct-openvino-fp16", 7.64e9),
+        ("quantize_openvino@phi-3-mini-4k-instruct-openvino-int4", 2.77e9),
+        ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 2.0e9),
+        ("build_onnx@phi-3-mini-4k-instruct-onnx-directml-int4", 2.37e9),
+    ],
+)
+def test_disk_at_full_size(cell, size):
+    """For Phi-3-mini's config the plan gives the sizes that were measured at its shape."""
+    assert estimated(cell).disk == pytest.approx(size, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("cell", "memory", "seconds", "temporary"),
+    [
+        ("download@phi-3-mini-4k-instruct", 0.05, 18.3, 0),
+        ("reference@phi-3-mini-4k-instruct", 10.41, 506, 0),
+        ("calibrate@phi-3-mini-4k-instruct", 10.41, 1298, 0),
+        ("export_openvino@phi-3-mini-4k-instruct-openvino-fp16", 0.88, 66, 7.64),
+        ("quantize_openvino@phi-3-mini-4k-instruct-openvino-int4", 3.87, 356, 0),
+        ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 3.86, 651, 15.28),
+        ("build_onnx@phi-3-mini-4k-instruct-onnx-directml-int4", 2.58, 403, 2.35),
+        ("build_onnx@phi-3-mini-4k-instruct-onnx-cpu-int4", 3.45, 403, 3.27),
+        ("compile_npu@phi-3-mini-4k-instruct-npu-int4-group128-4000", 2.69, 136, 0),
+        ("compile_npu@phi-3-mini-4k-instruct-npu-int4-channelwise-4000", 0.78, 29, 0),
+        ("validate@phi-3-mini-4k-instruct-npu-int4-channelwise", 4.12, 527, 0),
+        ("validate@phi-3-mini-4k-instruct-openvino-fp16", 9.75, 513, 0),
+        ("validate@phi-3-mini-4k-instruct-openvino-int4", 4.88, 513, 0),
+        ("validate@phi-3-mini-4k-instruct-onnx-directml-int4", 4.99, 513, 0),
+        ("validate@phi-3-mini-4k-instruct-onnx-cpu-int4", 4.25, 513, 5.73),
+    ],
+)
+def test_memory_and_time_at_full_size(cell, memory, seconds, temporary):
+    """For Phi-3-mini's config the plan gives these figures: memory and temporary disk in GB, time in seconds."""
+    cost = estimated(cell)
+    assert [cost.memory / 1e9, cost.seconds, cost.temporary / 1e9] == pytest.approx(
+        [memory, seconds, temporary], rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("variant", "copies"), [("npu-int4-channelwise", 2), ("openvino-int4", 2), ("onnx-cpu-int4", 1)]
+)
+def test_a_rotation(variant, copies):
+    """Rotation takes temporary disk for a rotated checkpoint and, for OpenVINO, its IR; a tied model needs none."""
+    found = {}
+    for rotated, tied in ((False, False), (True, False), (True, True)):
+        cell = f"{PARAMS.variants[variant].stage}@phi-3-mini-4k-instruct-{variant}"
+        found[rotated, tied] = estimated(cell, config=PHI_3_MINI | {"tie_word_embeddings": tied}, rotated=rotated)
+    more = found[True, False].temporary - found[False, False].temporary
+    assert more == pytest.approx(copies * 7.64e9, rel=0.01)
+    assert found[True, False].seconds > found[False, False].seconds + 60
+    assert found[True, True].temporary < more
+
+
+@pytest.mark.parametrize(
+    ("dtype", "copies"),
+    [({"dtype": "float32"}, 2), ({"torch_dtype": "float32"}, 2), ({"dtype": "float16", "torch_dtype": "float32"}, 1)],
+)
+def test_a_checkpoint_in_float32(dtype, copies):
+    """A float32 checkpoint takes twice the disk; the newer name of the key counts, and without one it is bfloat16."""
+    config = {name: value for name, value in PHI_3_MINI.items() if name != "torch_dtype"}
+    plain = estimated("download@phi-3-mini-4k-instruct", config=config).disk
+    more = estimated("download@phi-3-mini-4k-instruct", config=config | dtype).disk
+    assert more - costs.OTHER_FILES == pytest.approx(copies * (plain - costs.OTHER_FILES))
+    assert tensors(config)["lm_head.weight"] == ("bfloat16", [32064, 3072])
+    untied = {name: value for name, value in config.items() if name != "tie_word_embeddings"}
+    assert tensors(untied) == tensors(config)
+
+
+def test_rewriting_a_gguf_file_takes_memory():
+    """The embedded model comes as GGUF, which is rewritten in memory."""
+    here, elsewhere = (estimated(f"download@{name}").memory for name in ("smol-phi3", "phi-3-mini-4k-instruct"))
+    assert here - elsewhere == pytest.approx(2.7 * 7.64e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["openvino-int4", "onnx-cpu-int4"])
+def test_without_calibration(name):
+    """A variant without calibration needs neither the solver's memory nor its time, and `calibrate` has no work."""
+    stage = PARAMS.variants[name].stage
+    with_it, without = (
+        estimated(f"{stage}@phi-3-mini-4k-instruct-{name}", calibrated=calibrated) for calibrated in (True, False)
+    )
+    assert with_it.seconds - without.seconds == pytest.approx(305.7, rel=0.01)
+    assert (with_it.memory - without.memory > 5e8) is (name == "openvino-int4")  # the ONNX builder needs more before
+    assert estimated("calibrate@phi-3-mini-4k-instruct", calibrated=False) == costs.IDLE
+    assert estimated("calibrate@phi-3-mini-4k-instruct").disk == pytest.approx(6.16e9, rel=0.01)
+
+
+def test_a_group_size_that_is_adjusted():
+    """For a model whose width 128 does not divide, the size is that of smaller groups."""
+    small = PHI_3_MINI | {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes = [
+        estimated(f"quantize_openvino@{name}-npu-int4-group128", config=small).disk
+        for name in ("smol-phi3", "phi-3-mini-4k-instruct")
+    ]
+    assert sizes[0] > sizes[1]
