@@ -121,7 +121,7 @@ def test_the_documented_plans(monkeypatch):
         cells = [replace(node.cell, model=model) for node in read_graph(PARAMS).values()]
         costs = [estimate(cell, params=PARAMS, config=config) for cell in cells]
         need = plan.total([plan.Planned(c, config, False, cost) for c, cost in zip(cells, costs, strict=True)])
-        row = f"| `{model}` | {need.disk / 1e9:.0f} GB | {need.memory / 1e9:.0f} GB | {need.seconds / 60:.0f} minutes |"
+        row = f"| `{model}` | {need.disk / 1e9:.1f} GB | {need.memory / 1e9:.1f} GB | {need.seconds / 60:.0f} minutes |"
         assert row in page
 
 
