@@ -176,6 +176,15 @@ def test_interrupt(stage):
     assert errors == "work@m-v: interrupted; nothing half-built was left, run again to continue.\n"
 
 
+def test_terminated(stage):
+    """SIGTERM to the process that was started ends the stage, too."""
+    process = stage("time.sleep(60)")
+    wait_for_work(process)
+    process.terminate()
+    process.communicate(timeout=30)  # both have closed their output
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 def test_one_at_a_time(stage):
     """A second build of the same cell is refused while the first runs, and runs once the first was killed."""
     first = stage("time.sleep(60)")

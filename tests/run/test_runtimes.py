@@ -36,6 +36,20 @@ scorer = OpenvinoLogits(folder / sys.argv[1], device="CPU")
 print(json.dumps(compare(scorer, answers, read_distributions(folder / "reference.safetensors")).metrics()))
 """
 
+# This program prints by how many bytes its memory grows when an NPU variant is loaded.
+GROWTH = """
+import sys
+from pathlib import Path
+import psutil
+from pipeline.check.measurement import load_runtime
+from pipeline.common.params import load_params
+name = sys.argv[1]
+variant, before = load_params().get_variant(name), psutil.Process().memory_info()
+runtime = load_runtime(Path("artifacts/smol-phi3") / name, variant=variant)
+after = psutil.Process().memory_info()
+print(after.rss - after.shared - before.rss + before.shared)
+"""
+
 
 @pytest.fixture(scope="module")
 def fp16(tiny_checkpoint, tmp_path_factory):
@@ -99,6 +113,13 @@ def test_the_longest_prompt_of_an_npu(fp16):
     assert len(runtime.generate(list(range(30, 94)), max_new_tokens=1).ids) == 1
     with pytest.raises(RuntimeError, match="64"):
         runtime.generate(list(range(30, 95)), max_new_tokens=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory is shared")
+def test_the_static_pipeline_keeps_weights_packed(embedded):
+    """On a CPU the NPU's pipeline takes a few times the size of the INT4 weights, not that of unpacked ones."""
+    growth = int(run(sys.executable, "-c", GROWTH, "npu-int4-group128", cwd=ROOT).stdout.splitlines()[-1])
+    assert growth < 8 * (embedded / "npu-int4-group128/openvino_model.bin").stat().st_size
 
 
 def test_a_prompt_read_in_pieces(tiny_checkpoint, fp16):
