@@ -18,9 +18,9 @@ ERRORS = 3  # ONNX Runtime's level of messages that says errors only
 class OnnxGenai:
     """onnxruntime-genai on the CPU provider, whatever provider the model was built for, or `directml` on DirectML.
 
-    It computes in float32 with either `precision`. With "f32", which is for judging, it takes less memory: it has no
-    arena, and a model for CPUs maps weights that ONNX Runtime packed for this processor from a file. The results are
-    the same.
+    It computes in float32 with either `precision`. With "f32", which is for judging, it uses all processors and takes
+    less memory: it has no arena, and a model for CPUs maps weights that ONNX Runtime packed for this processor from a
+    file. The results are the same.
     `at_once` says how `logits` reads a text: at once, which LongRoPE needs, or in pieces, which needs less memory.
     """
 
@@ -37,7 +37,11 @@ class OnnxGenai:
         if not directml:
             config.clear_providers()
         if precision == "f32":
-            _overlay(config, {"session_options": {"enable_cpu_mem_arena": False}})
+            # By default onnxruntime-genai leaves half of the processors idle, since they may be hyperthreads.
+            _overlay(
+                config,
+                {"session_options": {"enable_cpu_mem_arena": False, "intra_op_num_threads": os.cpu_count()}},
+            )
         decoder = read_json(directory / "genai_config.json")["model"]["decoder"]
         # ONNX Runtime 1.31.1 packs float16 models wrongly. Windows cannot delete a file that is mapped.
         if precision == "f32" and not decoder["session_options"]["provider_options"] and sys.platform != "win32":
