@@ -40,6 +40,9 @@ SQUARES, SLICES = 3, 6
 HALF = 0.6  # the part of a symmetric H that is computed
 CHAT, STATES = 60, 3  # tokens of a shipped prompt with its chat template; copies of the hidden states in memory
 RATE = 0.28e12  # float32 operations per second when the model answers prompts or reads texts, on 2 cores with AVX-512
+NPU_COPIES = 3  # of its INT4 weights, in memory while the NPU's static pipeline runs on a CPU
+ROW_COPIES = 2  # of the results of a layer's matrices, in memory while an IR reads a prompt at once
+ONNX_RATE = 0.4e12  # the same in ONNX Runtime, which multiplies integers
 ONNX_PACKED = 1.75  # the file with packed weights of an ONNX model for CPUs takes this many times its weights
 PROMPT = 4096  # tokens of the longest prompt that reference and validate read
 GGUF = 2.7  # rewriting a GGUF file takes this many times the memory of the FP16 weights
@@ -100,23 +103,29 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
         # Memory holds one loaded model at a time, with its weights packed for the processor, and the KV cache of the
         # longest prompt. Keys and values take 16 bits each, except in the ONNX model for CPUs, where they take 32.
         variant = params.get_variant(cell.variant)
-        prompt = min(PROMPT, config["max_position_embeddings"])
-        cache = _cache(config, prompt) * (2 if isinstance(variant, OnnxInt4) and not variant.directml else 1)
-        weights = _size(variant, name, source, params=params, config=config)
         limit = limits(config, directml=variant.directml)
-        read = len(load_prompts("reference")) * (CHAT + params.reference.max_new_tokens)
-        read += tokens_read(choose(limit, most=longest_prompt(limit, variant)))
-        if variant.npu:  # its pipeline pads every prompt; the questions are asked twice
+        chosen = choose(limit, most=longest_prompt(limit, variant))
+        prompt = max(chosen, default=0)
+        read = len(load_prompts("reference")) * (CHAT + params.reference.max_new_tokens) + tokens_read(chosen)
+        weights, cache = _size(variant, name, source, params=params, config=config), _cache(config, prompt)
+        if variant.npu:
+            # Its pipeline pads every prompt, and is asked the questions twice. It packs the weights once for prompts
+            # and once for answers, and a scorer follows.
             read += 2 * len(params.validate_.prompts) * variant.npu.max_prompt_len
-        seconds += 2 * layers * read / RATE
-        if isinstance(variant, OnnxInt4):  # it computes logits at all positions of a prompt that it answers
-            cache += 4.0 * config["vocab_size"] * prompt
-        if isinstance(variant, OnnxInt4) and not variant.directml:
-            # The packed weights are in memory until they are in a file, from which the model that answers maps them.
-            temporary = ONNX_PACKED * weights
-            memory += max(weights, cache)
+            memory += NPU_COPIES * weights
+        elif isinstance(variant, OnnxInt4):
+            logits = 4.0 * config["vocab_size"] * prompt  # it computes them at all positions of a prompt
+            if variant.directml:
+                memory += 2 * weights + cache + logits  # as they are and as the CPU provider packs them
+            else:
+                # Memory holds the packed weights until they are in a file, which the model that answers maps.
+                temporary = ONNX_PACKED * weights
+                memory += max(weights, 2 * cache + logits)
         else:
-            memory += weights + cache
+            memory += (
+                weights + cache + ROW_COPIES * 4.0 * prompt * sum(m.rows for m in source if ".layers.0." in m.name)
+            )
+        seconds += 2 * layers * read / (ONNX_RATE if isinstance(variant, OnnxInt4) else RATE)
     elif stage in ("quantize_openvino", "build_onnx"):
         variant = params.get_variant(cell.variant)
         size = _size(variant, name, source, params=params, config=config)
