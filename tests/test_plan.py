@@ -79,7 +79,7 @@ def test_what_dominates():
     found = {what: str(cell) for what, cell in plan.largest(planned()).items()}
     assert found == {
         "disk": "quantize_openvino@phi-3-mini-4k-instruct-npu-int4-group128",
-        "memory": "calibrate@phi-3-mini-4k-instruct",
+        "memory": "validate@phi-3-mini-4k-instruct-openvino-fp16",
         "time": "calibrate@phi-3-mini-4k-instruct",
     }
     reused = [replace(one, reused=True) for one in planned()]
