@@ -23,10 +23,13 @@ WATCHED_EVERY = 0.2  # seconds
 
 def supervised() -> bool:
     """Return whether this process is the child of a supervisor; if it is, it ends together with it (Linux)."""
-    if os.environ.get(PARENT) != str(os.getppid()):
+    supervisor = os.getppid()
+    if os.environ.get(PARENT) != str(supervisor):
         return False
     end_with_parent()
-    return os.environ[PARENT] == str(os.getppid())  # the supervisor may have died before
+    if os.getppid() != supervisor:  # it has died before
+        raise SystemExit(1)
+    return True
 
 
 def supervise() -> int:

@@ -138,13 +138,9 @@ def quantize(weight: Any, factor: Factor, grid: Grid) -> Quantized:
     size = weight.shape[1] if grid.group_size == CHANNEL_WISE else grid.group_size
     parts = []
     for rows in weight.split(ROWS):
-        scales, zero_points = (
-            torch.cat(part)
-            for part in zip(
-                *(_search_scales(few, factor, size=size, grid=grid) for few in rows.split(-(-CACHED // rows.shape[1]))),
-                strict=True,
-            )
-        )
+        few = -(-CACHED // rows.shape[1])
+        found = [_search_scales(some, factor, size=size, grid=grid) for some in rows.split(few)]
+        scales, zero_points = (torch.cat(part) for part in zip(*found, strict=True))
         parts.append(
             (_nearest_plane(rows, factor, scales, zero_points, size=size, highest=grid.highest), scales, zero_points)
         )
