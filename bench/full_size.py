@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from bench.make_checkpoint import EMBEDDED, widen
-from bench.measure import Cost, disk_used, made_by, measure
+from bench.measure import Cost, disk_used, made_by, measure, require_free
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import digest, replace_file
 from pipeline.common.params import load_params
@@ -213,8 +213,7 @@ def main(directory: Path, layers: int) -> None:
     Example: make bench
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(directory).free) < FREE * layers / 32:
-        raise click.ClickException(f"{directory} has {free / 1e9:.0f} GB free, {FREE / 1e9:.0f} GB are needed.")
+    require_free(directory, FREE * layers / 32)
     folder = directory.absolute()
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():

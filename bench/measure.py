@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import click
 import psutil
 
 from pipeline.common.manifest import tool_versions
@@ -102,6 +103,12 @@ def _sample(root: int, step: str, costs: dict[str, Cost], done: threading.Event)
             for figure in figures:
                 setattr(costs[name], figure, max(getattr(costs[name], figure), getattr(cost, figure)))
             costs[name].wall += seconds
+
+
+def require_free(directory: Path, size: float) -> None:
+    """Raise click.ClickException when the disk of `directory` has less than `size` bytes free."""
+    if (free := psutil.disk_usage(str(directory)).free) < size:
+        raise click.ClickException(f"{directory} has {free / 1e9:.0f} GB free, {size / 1e9:.0f} GB are needed.")
 
 
 def disk_used(directory: Path) -> int:

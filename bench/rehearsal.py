@@ -7,7 +7,6 @@ A run that was interrupted goes on after the last step that it finished.
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import click
 
 from bench.full_size import MODEL, clone_project, plans
 from bench.make_checkpoint import EMBEDDED, SHAPE, widen
-from bench.measure import Cost, disk_used, made_by, measure
+from bench.measure import Cost, disk_used, made_by, measure, require_free
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import replace_file
 from pipeline.common.params import load_params
@@ -89,8 +88,7 @@ def main(directory: Path, layers: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, project = folder / "checkpoint", folder / "project"
     if not checkpoint.exists():
-        if (free := shutil.disk_usage(folder).free) < FREE * layers / 32:
-            raise click.ClickException(f"{folder} has {free / 1e9:.0f} GB free, {FREE / 1e9:.0f} GB are needed.")
+        require_free(folder, FREE * layers / 32)
         widen(EMBEDDED, checkpoint, layers=layers)
     if not project.exists():
         clone_project(project, checkpoint, build=[MODEL], plain=False)

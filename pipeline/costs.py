@@ -5,7 +5,7 @@ embedded model, and of that model widened to Phi-3-mini's shape (bench/rehearsal
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.check.long_context import choose, longest_prompt, tokens_read
 from pipeline.common.context import limits
@@ -95,7 +95,7 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
     elif stage == "export_openvino":
         size = temporary = fp16  # the second is a float16 copy of the checkpoint
     elif stage == "reference":
-        tokens = len(load_prompts("reference")) * (CHAT + params.reference.max_new_tokens)
+        tokens = _tokens("reference", params.reference.max_new_tokens)
         memory += _answering(config, fp16)
         read = 2 * tokens + min(PROMPT, config["max_position_embeddings"])  # the answers twice, first to write them
         seconds += 2 * layers * read / RATE
@@ -106,7 +106,7 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
         limit = limits(config, directml=variant.directml)
         chosen = choose(limit, most=longest_prompt(limit, variant))
         prompt = max(chosen, default=0)
-        read = len(load_prompts("reference")) * (CHAT + params.reference.max_new_tokens) + tokens_read(chosen)
+        read = _tokens("reference", params.reference.max_new_tokens) + tokens_read(chosen)
         weights, cache = _size(variant, name, source, params=params, config=config), _cache(config, prompt)
         if variant.npu:
             # Its pipeline pads every prompt, and is asked the questions twice. It packs the weights once for prompts
@@ -154,11 +154,16 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
         size = sum(2.0 * matrix.columns**2 for matrix in source)  # half of a symmetric float32 matrix
         # After the answers, memory holds a layer in float32, its statistics, and STATES copies of all hidden states.
         layer = sum(matrix.elements for matrix in source if ".layers.0." in matrix.name)
-        tokens = len(load_prompts("calibration")) * (CHAT + params.calibrate.max_new_tokens)
+        tokens = _tokens("calibration", params.calibrate.max_new_tokens)
         reading = 4.0 * (layer + SQUARES * widest**2 + STATES * tokens * config["hidden_size"])
         memory += max(_answering(config, fp16), reading)
         seconds += 2 * tokens * (2 * layers + HALF * sum(matrix.columns**2 for matrix in source)) / RATE
     return Cost(size + OTHER_FILES, temporary, memory, seconds)
+
+
+def _tokens(prompts: Literal["reference", "calibration"], max_new_tokens: int) -> int:
+    # The tokens of the shipped `prompts` and their answers.
+    return len(load_prompts(prompts)) * (CHAT + max_new_tokens)
 
 
 def _cache(config: dict[str, Any], tokens: int) -> float:
