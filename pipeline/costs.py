@@ -59,7 +59,7 @@ TIME = {
     "report": (1.0, 0.0),
 }
 GROUPED = (0.25, 14.0)  # groups cost an NPU's compiler this factor of the FP16 weights, and seconds per GB of them
-SOLVE, ROTATE = 40.0, 30.0  # further seconds per GB of FP16 weights for a calibrated and for a rotated variant
+SOLVE, ROTATE = 40.0, 12.0  # further seconds per GB of FP16 weights for a calibrated and for a rotated variant
 
 
 @dataclass(frozen=True)

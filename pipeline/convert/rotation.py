@@ -9,15 +9,16 @@ for it. See QuaRot, https://arxiv.org/abs/2404.00456.
 The embedding has no norm before it and the head has one, so a model that shares one matrix for both cannot be rotated.
 """
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.checkpoint import open_weights, read_json
 from pipeline.common.errors import PipelineError
-from pipeline.run.torch_device import product
 
 SEED = 0
+SYLVESTER = 16  # rows of the largest of Sylvester's matrices that is applied at a time
 NORMS = {"qkv_proj": "input_layernorm", "gate_up_proj": "post_attention_layernorm"}  # the norm that a matrix reads
 
 
@@ -35,8 +36,8 @@ class Rotation:
         config = read_json(checkpoint / "config.json")
         heads = config["num_attention_heads"]
         generator = torch.Generator().manual_seed(SEED)
-        self._stream = _orthogonal(config["hidden_size"], generator)
-        self._value = _orthogonal(config["hidden_size"] // heads, generator)
+        self._stream = Hadamard(config["hidden_size"], generator)
+        self._value = Hadamard(config["hidden_size"] // heads, generator)
         self._value_rows = config["hidden_size"] // heads * config["num_key_value_heads"]
         self._read = open_weights(checkpoint)
 
@@ -48,15 +49,15 @@ class Rotation:
         if name.endswith("norm.weight"):
             return torch.ones_like(weight)
         if matrix.endswith("embed_tokens"):
-            return product(weight, self._stream.T)
+            return self._stream.turn(weight, 1)
         if matrix.endswith("o_proj"):
-            weight = (weight.unflatten(1, (-1, len(self._value))) @ self._value).flatten(1)
+            weight = self._value.turn(weight.unflatten(1, (-1, self._value.size)), 2).flatten(1)
         if matrix.endswith(("o_proj", "down_proj")):
-            return product(self._stream.T, weight.T)
-        weight = product(weight * self._norm(matrix), self._stream.T)
+            return self._stream.turn(weight, 0)
+        weight = self._stream.turn(weight * self._norm(matrix), 1)
         if matrix.endswith("qkv_proj"):
-            values = weight[-self._value_rows :].unflatten(0, (-1, len(self._value)))
-            weight[-self._value_rows :] = (self._value.T @ values).flatten(0, 1)
+            values = weight[-self._value_rows :].unflatten(0, (-1, self._value.size))
+            weight[-self._value_rows :] = self._value.turn(values, 1).flatten(0, 1)
         return weight
 
     def hessian(self, matrix: str, hessian: Any) -> Any:
@@ -65,10 +66,10 @@ class Rotation:
             return hessian
         if matrix.endswith("o_proj"):
             for _ in range(2):  # first the columns, then by symmetry the rows
-                hessian = (hessian.unflatten(1, (-1, len(self._value))) @ self._value.to(hessian)).flatten(1).T
+                hessian = self._value.turn(hessian.unflatten(1, (-1, self._value.size)), 2).flatten(1).T
             return hessian
-        turn = (self._stream / self._norm(matrix)[:, None]).to(hessian).T
-        return product(turn, product(turn, hessian))  # H is symmetric, and so is the result
+        norm = self._norm(matrix).to(hessian)
+        return self._stream.turn(self._stream.turn(hessian / norm / norm[:, None], 1), 0)
 
     def _norm(self, matrix: str) -> Any:
         # Return the weights of the norm whose output `matrix` reads.
@@ -77,30 +78,57 @@ class Rotation:
         return self._read("model.norm.weight")
 
 
-def _orthogonal(size: int, generator: Any) -> Any:
-    # Return a Hadamard matrix with rows of random signs, divided so that it is orthogonal. On smol-phi3 it loses less
-    # than a random orthogonal matrix does: mean KL 0.139 against 0.145 for the channel-wise variant.
-    import torch
+class Hadamard:
+    """An orthogonal matrix Q of `size` rows: a Hadamard matrix with rows of random signs, divided by its norm.
 
-    signs = torch.randint(0, 2, (size, 1), generator=generator) * 2.0 - 1
-    return torch.from_numpy(_hadamard(size)).float() * signs / size**0.5
+    The Hadamard matrix is a Kronecker product of small ones, which are applied one after the other: for 3,072 rows that
+    takes 70 times fewer operations than a product with Q. On smol-phi3 this Q loses less than a random orthogonal
+    matrix: mean KL 0.139 against 0.145 for the channel-wise variant.
+    """
+
+    def __init__(self, size: int, generator: Any) -> None:
+        import torch
+
+        self.size = size
+        self._signs = (torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1) / size**0.5
+        self._factors = [torch.from_numpy(factor).float() for factor in _hadamard(size)]
+
+    def turn(self, array: Any, dim: int) -> Any:
+        """Return `array` with each vector v along its dimension `dim` replaced by vQ."""
+        import torch
+
+        before, after = math.prod(array.shape[:dim]), math.prod(array.shape[dim + 1 :])
+        turned = array.reshape(before, self.size, after) * self._signs[:, None].to(array)
+        after *= self.size
+        for factor in self._factors:
+            after //= len(factor)
+            small = factor.to(array)
+            # A product with many single columns is slow, so the last of a row's factors is multiplied from the right.
+            turned = turned.reshape(before, len(small), after)
+            turned = turned.squeeze(2) @ small if after == 1 else torch.matmul(small.T, turned)
+            before *= len(factor)
+        return turned.reshape(array.shape)
 
 
-def _hadamard(size: int) -> Any:
-    # Return a matrix of ones and minus ones with orthogonal rows: a Kronecker product of Paley's and Sylvester's
-    # (https://en.wikipedia.org/wiki/Hadamard_matrix), for 12^a * 20^b * 2^c rows.
-    import numpy as np
+def _hadamard(size: int) -> list[Any]:
+    # Return small matrices of ones and minus ones with orthogonal rows, whose Kronecker product has `size` rows:
+    # Paley's and Sylvester's (https://en.wikipedia.org/wiki/Hadamard_matrix), for 12^a * 20^b * 2^c rows.
     from scipy.linalg import hadamard
 
+    factors = []
+    left = size
     for prime in (11, 19):
-        if size % (prime + 1) == 0:
-            return np.kron(_paley(prime), _hadamard(size // (prime + 1)))
-    try:
-        return hadamard(size)
-    except ValueError as error:
+        while left % (prime + 1) == 0:
+            factors.append(_paley(prime))
+            left //= prime + 1
+    while left > 1 and left % 2 == 0:
+        factors.append(hadamard(math.gcd(left, SYLVESTER)))
+        left //= len(factors[-1])
+    if left > 1:
         raise PipelineError(
             f"rotated: no rotation of {size} columns is known here, only of 12^a * 20^b * 2^c: set rotated: false."
-        ) from error
+        )
+    return factors
 
 
 def _paley(prime: int) -> Any:

@@ -14,7 +14,7 @@ from pipeline.convert import onnx_genai
 from pipeline.convert.calibration import Calibration
 from pipeline.convert.hessians import hessians, write_calibration
 from pipeline.convert.openvino import build_int4, export_fp16
-from pipeline.convert.rotation import Rotation, _orthogonal
+from pipeline.convert.rotation import Hadamard, Rotation
 from pipeline.convert.solver import Grid
 from pipeline.convert.variant import asked
 from pipeline.run.onnx import OnnxGenai
@@ -89,7 +89,7 @@ def test_statistics(checkpoint, statistics, tmp_path):
 @pytest.mark.parametrize("size", [2, 12, 20, 32, 96, 576, 3072, 5120])
 def test_a_rotation_spreads_evenly(size):
     """The rotation is orthogonal, and each column of the model goes in equal parts to all columns."""
-    rotation = _orthogonal(size, torch.Generator().manual_seed(0))
+    rotation = Hadamard(size, torch.Generator().manual_seed(0)).turn(torch.eye(size), 1)
     torch.testing.assert_close(rotation.abs(), torch.full((size, size), size**-0.5))
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(size), atol=1e-5, rtol=0)
 
@@ -97,7 +97,7 @@ def test_a_rotation_spreads_evenly(size):
 def test_a_width_without_a_rotation():
     """A width for which no rotation is known is refused with a sentence."""
     with pytest.raises(PipelineError, match=r"rotated: no rotation of 7 columns is known here.*: set rotated: false\."):
-        _orthogonal(7, torch.Generator())
+        Hadamard(7, torch.Generator())
 
 
 def test_a_model_whose_head_is_its_embedding(tmp_path, capsys):
