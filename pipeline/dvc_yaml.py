@@ -33,15 +33,13 @@ def render(params: Params, *, root: Path = Path()) -> str:
     yaml.width = 120
     content = yaml.load(root / DVC_FILE)
     stages = content["stages"]
-    calibrated = []
     for variant in (OpenvinoFp16, OpenvinoInt4, OnnxInt4):
         (name,) = get_args(variant.model_fields["stage"].annotation)
         built = [key for key, value in params.variants.items() if value.stage == name]
         stages[name]["matrix"]["variant"][:] = built
         keys = [key for key in variant.model_fields if key not in NOT_BUILT_IN]
         _watch(stages[name], [f"variants.${{item.variant}}.{key}" for key in keys])
-        calibrated += [f"variants.{key}.calibrated" for key in built if "calibrated" in keys]
-    _watch(stages["calibrate"], calibrated)
+    _watch(stages["calibrate"], _calibrated(params))
     stages["compile_npu"]["matrix"]["variant"][:] = [key for key, value in params.variants.items() if value.npu]
     for name, stage in stages.items():
         modules = imported_modules(root / "stages" / f"{name}.py", root=root)
@@ -60,6 +58,17 @@ def render(params: Params, *, root: Path = Path()) -> str:
 
 def _watch(stage: dict[str, Any], keys: list[str]) -> None:
     stage["params"][:] = [key for key in stage["params"] if not key.startswith("variants.")] + keys
+
+
+def _calibrated(params: Params) -> list[str]:
+    # Return the keys that decide whether the stage calibrate has work to do. One calibrated variant is enough, so that
+    # a new one does not run the stage again; when there is none, any may become the first.
+    keys = {
+        f"variants.{name}.calibrated": variant.calibrated
+        for name, variant in params.variants.items()
+        if not isinstance(variant, OpenvinoFp16)
+    }
+    return [key for key, calibrated in keys.items() if calibrated][:1] or list(keys)
 
 
 def imported_modules(file: Path, *, root: Path) -> set[Path]:

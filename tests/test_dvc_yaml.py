@@ -43,6 +43,20 @@ def test_a_new_variant_is_one_block(project, monkeypatch):
     assert artifacts["tiny-my-npu"]["path"] == "artifacts/tiny/my-npu"
 
 
+def test_what_makes_calibrate_run_again(project):
+    """calibrate watches one calibrated variant, so a new one does not run it again; if none is, it watches all."""
+
+    def watched():
+        stage = YAML(typ="safe").load(render(load_params(project / "params.yaml"), root=project))["stages"]["calibrate"]
+        return [key for key in stage["params"] if key.startswith("variants.")]
+
+    names = [name for name, variant in PARAMS.variants.items() if variant.calibrated]
+    assert watched() == [f"variants.{names[0]}.calibrated"]
+    edit(project / "params.yaml", "rotated: true", "rotated: false")
+    edit(project / "params.yaml", "calibrated: true", "calibrated: false")
+    assert watched() == [f"variants.{name}.calibrated" for name in names]
+
+
 def test_a_matrix_over_a_mapping_has_its_keys():
     """DVC validates every key of the mapping `variants`, and compiles for every item of the list `npu_platforms`."""
     names = {stage.name for stage in Repo(ROOT).index.stages}
