@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from filelock import FileLock
+from huggingface_hub import constants
 
+from pipeline.cli import main
 from pipeline.common.params import Limits
 from tests.hub_registry_server import HubRegistryServer
 
@@ -167,6 +170,17 @@ def run(*arguments: object, cwd: Path, check: bool = True, **environment: str) -
     )
 
 
+def phi3(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command `phi3` in this process; the result is that of `run`."""
+    result = CliRunner(env=environment).invoke(main, list(map(str, arguments)))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    completed = subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+    if check:
+        completed.check_returncode()
+    return completed
+
+
 def edit(file: Path, old: str, new: str) -> None:
     """Replace every `old` in `file` by `new`; fail when there is none."""
     content = file.read_text("utf-8")
@@ -263,3 +277,19 @@ def hub_registry() -> Iterator[HubRegistryServer]:
     """An empty Hub for publishing and pulling."""
     with HubRegistryServer() as server:
         yield server
+
+
+@pytest.fixture
+def hub(hub_registry: HubRegistryServer, monkeypatch: pytest.MonkeyPatch) -> HubRegistryServer:
+    """The empty Hub, as the Hub of this process."""
+    use_hub(hub_registry.url, monkeypatch)
+    return hub_registry
+
+
+def use_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process take the server at `url` for the Hub."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")

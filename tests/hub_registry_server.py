@@ -87,6 +87,7 @@ def metadata_errors(card):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the client to acknowledge the headers
 
     def log_message(self, *_):
         """Print nothing."""

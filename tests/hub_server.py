@@ -77,6 +77,7 @@ class HubServer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the client to acknowledge the headers
 
     def handle(self) -> None:
         with contextlib.suppress(ConnectionError):  # a test's client may be killed

@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, phi3, run
 
 CONFIG = """
 version: 0.1
@@ -126,9 +126,13 @@ class Registry:
         auths = {self.host: {"auth": base64.b64encode(f"user:{secret}".encode()).decode()}}
         (self.home / ".docker/config.json").write_text(json.dumps({"auths": auths}))
 
-    def phi3(self, *arguments, check=True, program=("phi3",)):
-        """Run `phi3`, or a program with its arguments, with this home."""
-        return run(*program, *arguments, cwd=Path.cwd(), check=check, PYTHONPATH=str(ROOT), HOME=str(self.home))
+    def phi3(self, *arguments, check=True):
+        """Run the command `phi3` in this process, with this home."""
+        return phi3(*arguments, check=check, HOME=str(self.home))
+
+    def phi3_process(self, *arguments, program=("phi3",)):
+        """Run `phi3`, or a program with its arguments, as a process of its own with this home."""
+        return run(*program, *arguments, cwd=Path.cwd(), check=False, PYTHONPATH=str(ROOT), HOME=str(self.home))
 
     def stop(self):
         """End the registry."""

@@ -10,7 +10,7 @@ from pipeline.common.manifest import tool_versions
 from pipeline.common.params import OnnxInt4, OpenvinoInt4, json_schema, load_params
 from pipeline.convert.variant import TOOLS
 from pipeline.dvc_yaml import LIBRARIES, render
-from tests.conftest import ROOT, edit, run
+from tests.conftest import ROOT, edit, phi3
 
 STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 PARAMS = load_params(ROOT / "params.yaml")
@@ -23,19 +23,19 @@ def test_dvc_yaml_is_current():
 
 def test_a_new_variant_is_one_block(project, monkeypatch):
     """With a new block in params.yaml `phi3 params` asks for --write; then DVC builds, validates and compiles it."""
+    monkeypatch.chdir(project)
     params = project / "params.yaml"
-    run("phi3", "params", "--write", cwd=project)  # the artifacts of this project's model
-    run("phi3", "params", cwd=project)
+    phi3("params", "--write")  # the artifacts of this project's model
+    phi3("params")
     block = params.read_text("utf-8").partition("  npu-int4-group128:\n")[2].partition("  onnx-directml-int4:\n")[0]
     edit(params, "  onnx-directml-int4:\n", f"  my-npu:\n{block}  onnx-directml-int4:\n")
-    refused = run("phi3", "params", cwd=project, check=False)
+    refused = phi3("params", check=False)
     assert (refused.returncode, refused.stderr) == (
         1,
         "Error: dvc.yaml does not fit params.yaml: run `phi3 params --write`.\n",
     )
-    run("phi3", "params", "--write", cwd=project)
-    run("phi3", "params", cwd=project)
-    monkeypatch.chdir(project)
+    phi3("params", "--write")
+    phi3("params")
     names = {stage.addressing for stage in Repo().index.stages}
     new = {"quantize_openvino@tiny-my-npu", "compile_npu@tiny-my-npu-4000", "validate@tiny-my-npu"}
     assert {name for name in names if "my-npu" in name} == new

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, phi3, run, use_hub
 from tests.release_project import NAME, build, run_and_kill
 from tests.release_project import release_folder as release_folder
 
@@ -15,32 +15,27 @@ URL = f"hf:{REPO}"
 BIG = bytes(range(256)) * 100
 
 
-def phi3(hub, *arguments, check=True, program=("phi3",)):
-    """Run `phi3`, or a program with its arguments, against the emulator."""
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": "hf_secret",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    return run(*program, *arguments, cwd=Path.cwd(), check=check, PYTHONPATH=str(ROOT), **environment)
+def process(hub, *arguments, program=("phi3",)):
+    """Run `phi3`, or a program with its arguments, as a process of its own."""
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
+    return run(*program, *arguments, cwd=Path.cwd(), check=False, PYTHONPATH=str(ROOT), **environment)
 
 
 @pytest.mark.parametrize("part", ["/commit/", "/tag/", "/lfs/"])
-def test_an_interrupted_publication(hub_registry, part):
+def test_an_interrupted_publication(hub, part):
     """When the Hub fails at any step, readers see no version; a retry sends no content twice and succeeds."""
     build(BIG)
-    hub_registry.fail = {part: 400}
-    refused = phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0", check=False)
+    hub.fail = {part: 400}
+    refused = phi3("publish", NAME, "--to", URL, "--version", "1.0.0", check=False)
     assert refused.returncode == 1
-    assert f"Error: {URL}: {hub_registry.url} failed (" in refused.stderr
+    assert f"Error: {URL}: {hub.url} failed (" in refused.stderr
     assert "hf_secret" not in refused.stderr + refused.stdout
-    assert phi3(hub_registry, "list", URL).stdout == ""
-    hub_registry.fail, hub_registry.log[:] = {}, []
-    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
-    sent = [path for _, path in hub_registry.log if path.startswith("/lfs/")]
+    assert phi3("list", URL).stdout == ""
+    hub.fail, hub.log[:] = {}, []
+    phi3("publish", NAME, "--to", URL, "--version", "1.0.0")
+    sent = [path for _, path in hub.log if path.startswith("/lfs/")]
     assert (len(sent) > 0, len(set(sent))) == (part == "/lfs/", len(sent))
-    phi3(hub_registry, "pull", URL, NAME, "--to", "model")
+    phi3("pull", URL, NAME, "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 
 
@@ -53,76 +48,76 @@ def test_an_interrupted_publication(hub_registry, part):
         ("pipeline.release.registry.hub:HubRegistry.point", 1, True),
     ],
 )
-def test_a_killed_publisher(hub_registry, function, calls, after):
+def test_a_killed_publisher(hub, function, calls, after):
     """If a publisher is killed at any phase, readers see the whole old version until the tag exists; a retry works."""
-    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
+    phi3("publish", NAME, "--to", URL, "--version", "1.0.0")
     build(BIG)
     program = run_and_kill(function, calls=calls, after=after)
     publish = ("publish", NAME, "--to", URL, "--version", "2.0.0")
-    assert phi3(hub_registry, *publish, program=program, check=False).returncode == 9
+    assert process(hub, *publish, program=program).returncode == 9
     tagged = "create_tag" in function or "point" in function
-    versions = [line.split()[1] for line in phi3(hub_registry, "list", URL).stdout.splitlines()]
+    versions = [line.split()[1] for line in phi3("list", URL).stdout.splitlines()]
     assert versions == (["1.0.0", "2.0.0"] if tagged else ["1.0.0"])
-    phi3(hub_registry, "pull", URL, NAME, "--to", "latest")
+    phi3("pull", URL, NAME, "--to", "latest")
     assert Path("latest/openvino_model.bin").read_bytes() == (BIG if "point" in function else b"weights")
-    phi3(hub_registry, *publish)
-    phi3(hub_registry, "pull", URL, NAME, "--to", "newer")
+    phi3(*publish)
+    phi3("pull", URL, NAME, "--to", "newer")
     assert Path("newer/openvino_model.bin").read_bytes() == BIG
 
 
-def test_two_publishers_at_once(hub_registry):
+def test_two_publishers_at_once(hub):
     """When several publish the same bytes at once, each succeeds or is told to run again, and the release is whole."""
     build(BIG)
     with ThreadPoolExecutor() as pool:
         command = ("publish", NAME, "--to", URL, "--version", "1.0.0")
-        results = list(pool.map(lambda _: phi3(hub_registry, *command, check=False), range(3)))
+        results = list(pool.map(lambda _: process(hub, *command), range(3)))
     said = [result.stderr for result in results if result.returncode]
     assert len(said) < len(results)
     assert all("another publisher is at work" in stderr or "failed (412" in stderr for stderr in said), said
-    phi3(hub_registry, *command)
-    phi3(hub_registry, "pull", URL, NAME, "--to", "model")
+    phi3(*command)
+    phi3("pull", URL, NAME, "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 
 
-def test_a_corrupt_file(hub_registry):
+def test_a_corrupt_file(hub):
     """Bytes that differ from release.json are refused, and nothing is installed."""
     build(BIG)
-    phi3(hub_registry, "publish", NAME, "--to", URL, "--version", "1.0.0")
-    for _, files in hub_registry.repositories[REPO]["commits"]:
+    phi3("publish", NAME, "--to", URL, "--version", "1.0.0")
+    for _, files in hub.repositories[REPO]["commits"]:
         if "openvino_model.bin" in files:
             files["openvino_model.bin"] = bytes(len(BIG))
-    refused = phi3(hub_registry, "pull", URL, NAME, "--to", "model", check=False)
+    refused = phi3("pull", URL, NAME, "--to", "model", check=False)
     assert refused.returncode == 1
     assert "gave other bytes for openvino_model.bin than release.json says" in refused.stderr
     assert not Path("model").exists()
 
 
-def test_a_repository_that_is_not_there(hub_registry):
+def test_a_repository_that_is_not_there(hub):
     """An empty registry lists nothing, and a pull says what is missing."""
-    assert phi3(hub_registry, "list", URL).stdout == ""
-    refused = phi3(hub_registry, "pull", URL, NAME, check=False)
+    assert phi3("list", URL).stdout == ""
+    refused = phi3("pull", URL, NAME, check=False)
     assert (refused.returncode, refused.stderr) == (1, f"Error: {URL} has no {NAME} latest: see `phi3 list {URL}`.\n")
 
 
-def test_an_owner_alone(hub_registry):
+def test_an_owner_alone(hub):
     """A release published to an owner is in the repository with the usual name, which is said, and is pulled there."""
     url = "hf:someone/Phi-3-mini-4k-instruct-int4-cw-ov"
     for version in ("1.0.0", "1.1.0"):
-        output = phi3(hub_registry, "publish", NAME, "--to", "hf:someone", "--version", version).stdout
+        output = phi3("publish", NAME, "--to", "hf:someone", "--version", version).stdout
         assert output.splitlines()[-1].endswith(f" MB, to {url} as latest")
-    assert hub_registry.repositories.keys() == {url.removeprefix("hf:")}
-    phi3(hub_registry, "pull", url, "--for", "gpu", "--to", "model")
+    assert hub.repositories.keys() == {url.removeprefix("hf:")}
+    phi3("pull", url, "--for", "gpu", "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == b"weights"
-    refused = phi3(hub_registry, "pull", "hf:someone", NAME, check=False)
+    refused = phi3("pull", "hf:someone", NAME, check=False)
     sentence = "Error: 'hf:someone' is no registry: give dir:PATH, hf:OWNER/REPOSITORY or oci:HOST/NAME.\n"
     assert (refused.returncode, refused.stderr) == (1, sentence)
 
 
-def test_a_hub_that_cannot_be_reached(hub_registry):
+def test_a_hub_that_cannot_be_reached(monkeypatch):
     """If the Hub cannot be reached, listing, pulling and publishing end with one sentence."""
-    hub_registry.url = "http://127.0.0.1:9"
+    use_hub("http://127.0.0.1:9", monkeypatch)
     for command in (("list", URL), ("pull", URL, NAME), ("publish", NAME, "--to", URL, "--version", "1.0.0")):
-        refused = phi3(hub_registry, *command, check=False)
+        refused = phi3(*command, check=False)
         assert refused.returncode == 1
         assert refused.stderr.endswith("): check the network and HF_TOKEN, then run again.\n")
         assert f"Error: {URL}: http://127.0.0.1:9 failed ([Errno 111] Connection refused" in refused.stderr

@@ -14,7 +14,7 @@ from pipeline.release import pull
 from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.oci import OciRegistry
-from tests.conftest import ROOT, run
+from tests.conftest import phi3
 from tests.oci_registry_server import Registry
 from tests.release_project import NAME, build, publish_version, run_and_kill
 from tests.release_project import release_folder as release_folder
@@ -41,7 +41,7 @@ def test_a_killed_publisher(registry, method, calls, after):
     build(BIG)
     program = run_and_kill(f"pipeline.release.registry.oci:OciRegistry.{method}", calls=calls, after=after)
     publish = ("publish", NAME, "--to", registry.url, "--version", "2.0.0")
-    assert registry.phi3(*publish, program=program, check=False).returncode == 9
+    assert registry.phi3_process(*publish, program=program).returncode == 9
     tagged = method == "point" or (method == "publish" and after)
     versions = [line.split()[1] for line in registry.phi3("list", registry.url).stdout.splitlines()]
     assert versions == (["1.0.0", "2.0.0"] if tagged else ["1.0.0"])
@@ -58,7 +58,7 @@ def test_two_publishers_at_once(registry):
     build(BIG)
     command = ("publish", NAME, "--to", registry.url, "--version", "1.0.0")
     with ThreadPoolExecutor() as pool:
-        results = list(pool.map(lambda _: registry.phi3(*command, check=False), range(3)))
+        results = list(pool.map(lambda _: registry.phi3_process(*command), range(3)))
     assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
     registry.phi3("pull", registry.url, NAME, "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == BIG
@@ -125,7 +125,7 @@ def test_password(tmp_path):
         assert "wr0ng" not in refused.stderr
         registry.login("s3cret")
         with ThreadPoolExecutor() as pool:
-            published = pool.submit(registry.phi3, "publish", NAME, "--to", registry.url, "--version", "1.0.0")
+            published = pool.submit(registry.phi3_process, "publish", NAME, "--to", registry.url, "--version", "1.0.0")
             commands = set()
             while not published.done():
                 commands |= set(command_lines())
@@ -201,6 +201,6 @@ def test_a_token_is_replaced_before_it_expires(tokens, monkeypatch):
 
 def test_a_registry_that_is_not_there():
     """A host that does not answer ends the command with one sentence."""
-    refused = run("phi3", "list", "oci:127.0.0.1:9/models/tiny", cwd=Path.cwd(), check=False, PYTHONPATH=str(ROOT))
+    refused = phi3("list", "oci:127.0.0.1:9/models/tiny", check=False)
     assert refused.returncode == 1
     assert refused.stderr.startswith("Error: oci:127.0.0.1:9/models/tiny failed (")

@@ -21,7 +21,7 @@ from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.release import MAX_RELEASE, RELEASE, read_release, unsafe
-from tests.conftest import ROOT, edit, run
+from tests.conftest import ROOT, edit, phi3, run
 from tests.release_project import MODEL, NAME, VARIANT, build, exit_codes, publish_version, pull_latest, quiet
 from tests.release_project import release_folder as release_folder
 
@@ -400,11 +400,11 @@ main()
     assert refused.stderr.splitlines()[-1].startswith("Error: the disk is full (")
     assert not (small_disk / "model").exists()
     (small_disk / "filler").unlink()
-    run("phi3", *command, cwd=tmp_path, PYTHONPATH=str(ROOT), **cache)
+    phi3(*command, **cache)
     check(small_disk / "model")
 
     publish = ("publish", NAME, "--to", f"dir:{small_disk}/registry", "--version", "1.0.0")
-    refused = run("phi3", *publish, cwd=tmp_path, check=False, PYTHONPATH=str(ROOT))
+    refused = phi3(*publish, check=False)
     assert refused.returncode == 1
     assert refused.stderr.startswith("Error: the disk is full (")
     assert open_registry(f"dir:{small_disk}/registry").entries() == []

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import requests
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from ruamel.yaml import YAML
 from urllib3.util import Retry
 
@@ -29,17 +29,6 @@ from tests.release_project import release_folder as release_folder
 pytestmark = [pytest.mark.slow, pytest.mark.mutants]
 BIG = bytes(range(256)) * 100
 REPO = "someone/tiny-openvino-int4"
-
-
-@pytest.fixture
-def hub(hub_registry, monkeypatch):
-    """The emulated Hub, as the Hub of this process."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub_registry.url)
-    template = f"{hub_registry.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    return hub_registry
 
 
 @pytest.fixture

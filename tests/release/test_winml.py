@@ -16,7 +16,7 @@ from pipeline.release import publish
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.winml import catalogue
-from tests.conftest import ROOT, make_tokenizer, run
+from tests.conftest import make_tokenizer, phi3
 from tests.manifests import blob_manifest, variant_manifest
 from tests.oci_registry_server import Registry
 from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet, validate
@@ -65,9 +65,9 @@ SCHEMA = {
 }
 
 
-def winml(url, **environment):
+def winml(url):
     """Return what `phi3 list --format winml` prints, checked against the published rules."""
-    printed = run("phi3", "list", url, "--format", "winml", cwd=ROOT, **environment).stdout
+    printed = phi3("list", url, "--format", "winml").stdout
     found = json.loads(printed)
     jsonschema.Draft202012Validator(SCHEMA).validate(found)
     assert len({model["id"] for model in found["models"]}) == len(found["models"])
@@ -123,13 +123,12 @@ def test_a_directory(release_folder):
 
 
 @pytest.mark.slow
-def test_the_hub(hub_registry):
+def test_the_hub(hub):
     """The catalogue of a repository of the Hub has the addresses of the version's tag on the server in HF_ENDPOINT."""
-    server = {"HF_ENDPOINT": hub_registry.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
     url = "hf:someone/tiny-openvino-int4"
-    run("phi3", "publish", NAME, "--to", url, "--version", "1.0.0", cwd=Path.cwd(), PYTHONPATH=str(ROOT), **server)
-    (model,) = winml(url, **server)
-    base = f"{hub_registry.url}/someone/tiny-openvino-int4/resolve/1.0.0"
+    phi3("publish", NAME, "--to", url, "--version", "1.0.0")
+    (model,) = winml(url)
+    base = f"{hub.url}/someone/tiny-openvino-int4/resolve/1.0.0"
     assert (model["uri"], model["licenseUri"]) == (base, f"{base}/LICENSE")
     assert all(file["uri"] == f"{base}/{file['name']}" for file in model["files"])
     assert fetched(model, Authorization="Bearer hf_secret") == {f["name"]: f["sha256"] for f in model["files"]}
@@ -141,7 +140,7 @@ def test_an_oci_registry(tmp_path):
     server = Registry(tmp_path / "oci")
     try:
         publish_version(registry=open_registry(server.url))
-        refused = run("phi3", "list", server.url, "--format", "winml", cwd=ROOT, check=False)
+        refused = phi3("list", server.url, "--format", "winml", check=False)
     finally:
         server.stop()
     assert (refused.returncode, refused.stdout) == (1, "")
