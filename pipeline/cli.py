@@ -117,16 +117,16 @@ def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: 
     """
     registry = open_registry(url)
     name, _, version = artifact.partition("@")
-    reference = version or "latest"
+    version = version or "latest"
     if "/" not in name:
-        name = suggest(registry, name, reference=reference, target=target, say=_say)
+        name = suggest(registry, name, version=version, target=target, say=_say)
     with tqdm(unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int, file: str) -> None:
             bar.total, bar.n = total, done
             bar.set_description(file)
 
-        directory = pull(registry, name, reference=reference, to=to, key=key, progress=progress)
+        directory = pull(registry, name, version=version, to=to, key=key, progress=progress)
     if target == "foundry" and (directory / INFERENCE_MODEL).exists():
         _say(f"in Foundry Local: {registration(directory.absolute())}")
     click.echo(directory)

@@ -7,10 +7,10 @@ embedded model, and of that model widened to Phi-3-mini's shape (bench/rehearsal
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.check.long_context import choose, longest_prompt, tokens_read
+from pipeline.check.long_context import choose, lengths, longest_prompt, tokens_read
 from pipeline.common.context import limits
-from pipeline.common.matrices import CHANNEL_WISE, Matrix, matrices
-from pipeline.common.params import OnnxInt4, OpenvinoInt4, Params, Variant
+from pipeline.common.matrices import CHANNEL_WISE, matrices
+from pipeline.common.params import OnnxInt4, OpenvinoFp16, OpenvinoInt4, Params, Variant
 from pipeline.common.shapes import dtype, tensors
 from pipeline.convert.backend import backend
 from pipeline.convert.rotation import can_rotate
@@ -44,7 +44,6 @@ NPU_COPIES = 3  # of its INT4 weights, in memory while the NPU's static pipeline
 ROW_COPIES = 2  # of the results of a layer's matrices, in memory while an IR reads a prompt at once
 ONNX_RATE = 0.4e12  # the same in ONNX Runtime, which multiplies integers
 ONNX_PACKED = 1.75  # the file with packed weights of an ONNX model for CPUs takes this many times its weights
-PROMPT = 4096  # tokens of the longest prompt that reference and validate read
 GGUF = 2.7  # rewriting a GGUF file takes this many times the memory of the FP16 weights
 # Seconds: a constant, and seconds per GB of FP16 weights.
 TIME = {
@@ -66,117 +65,160 @@ SOLVE, ROTATE = 40.0, 12.0  # further seconds per GB of FP16 weights for a calib
 class Cost:
     """What a cell needs: bytes of disk for its outputs, more of it while it runs, bytes of memory, and seconds."""
 
-    disk: float
-    temporary: float
-    memory: float
-    seconds: float
+    disk: float = 0.0
+    temporary: float = 0.0
+    memory: float = 0.0
+    seconds: float = 0.0
 
 
-IDLE = Cost(disk=0.0, temporary=0.0, memory=0.02e9, seconds=1.0)  # a cell that has nothing to do
+IDLE = Cost(memory=0.02e9, seconds=1.0)  # a cell that has nothing to do
+
+
+class _Model:
+    """What the costs of a model's cells follow from: sizes in bytes, `layers` in weights, `widest` in columns."""
+
+    def __init__(self, name: str, *, params: Params, config: dict[str, Any]) -> None:
+        self.params, self.config, self.block = params, config, params.get_model(name)
+        self.source = matrices(tensors(config))
+        self.fp16 = 2.0 * sum(matrix.elements for matrix in self.source)
+        self.largest = 4.0 * max(matrix.elements for matrix in self.source)  # in float32
+        self.layers = sum(matrix.elements for matrix in self.source if matrix.role == "layer")
+        self.layer = [matrix for matrix in self.source if ".layers.0." in matrix.name]
+        self.widest = max(matrix.columns for matrix in self.source)
+
+    def size(self, variant: Variant) -> float:
+        adjust = self.block.group_size_fallback == "adjust"
+        return backend(variant).expected_size(self.source, recipe=variant, config=self.config, adjust_group_size=adjust)
+
+    def cache(self, tokens: int) -> float:
+        # The keys and values of a text, 16 bits each.
+        head = self.config["hidden_size"] // self.config["num_attention_heads"]
+        return float(4 * self.config["num_hidden_layers"] * self.config["num_key_value_heads"] * head * tokens)
+
+    def answering(self) -> float:
+        # The memory in which the FP16 IR answers many prompts at a time: its weights and its cache.
+        return self.fp16 + self.cache(BATCH_TOKENS + BATCH * BLOCK)
+
+    def solver(self, variant: OpenvinoInt4 | OnnxInt4) -> float:
+        return 4.0 * self.widest * max(SQUARES * self.widest, SLICES * ROWS) if variant.calibrated else 0.0
+
+    def solving(self, variant: OpenvinoInt4 | OnnxInt4) -> float:
+        # The seconds of the solver, and those of a rotation, which takes another export.
+        seconds = SOLVE * self.fp16 / 1e9 if variant.calibrated else 0.0
+        if self.rotates(variant):
+            export, pace = TIME["export_openvino"]
+            seconds += export + (pace + ROTATE) * self.fp16 / 1e9
+        return seconds
+
+    def rotates(self, variant: OpenvinoInt4 | OnnxInt4) -> bool:
+        return variant.rotated and can_rotate(self.config)
 
 
 def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
     """Return what `cell` costs when its model has this `config`."""
-    stage, name = cell.stage, cell.model
-    source = matrices(tensors(config))
-    fp16 = 2.0 * sum(matrix.elements for matrix in source)
-    largest = 4.0 * max(matrix.elements for matrix in source)
-    layers = sum(matrix.elements for matrix in source if matrix.role == "layer")
-    base, slope = MEMORY[stage]
-    memory = base + slope * fp16
-    start, pace = TIME[stage]
-    seconds = start + pace * fp16 / 1e9
-    widest = max(matrix.columns for matrix in source)
-    solver = 4.0 * widest * max(SQUARES * widest, SLICES * ROWS)
-    size = temporary = 0.0
-    if stage == "download":
-        size = fp16 * (2 if dtype(config) == "float32" else 1)
-        memory += GGUF * fp16 if params.get_model(name).source.pypi else 0.0
-    elif stage == "export_openvino":
-        size = temporary = fp16  # the second is a float16 copy of the checkpoint
-    elif stage == "reference":
-        tokens = _tokens("reference", params.reference.max_new_tokens)
-        memory += _answering(config, fp16)
-        read = 2 * tokens + min(PROMPT, config["max_position_embeddings"])  # the answers twice, first to write them
-        seconds += 2 * layers * read / RATE
-    elif stage == "validate":
-        # Memory holds one loaded model at a time, with its weights packed for the processor, and the KV cache of the
-        # longest prompt. Keys and values take 16 bits each, except in the ONNX model for CPUs, where they take 32.
-        variant = params.get_variant(cell.variant)
-        limit = limits(config, directml=variant.directml)
-        chosen = choose(limit, most=longest_prompt(limit, variant))
-        prompt = max(chosen, default=0)
-        read = _tokens("reference", params.reference.max_new_tokens) + tokens_read(chosen)
-        weights, cache = _size(variant, name, source, params=params, config=config), _cache(config, prompt)
-        if variant.npu:
-            # Its pipeline pads every prompt, and is asked the questions twice. It packs the weights once for prompts
-            # and once for answers, and a scorer follows.
-            read += 2 * len(params.validate_.prompts) * variant.npu.max_prompt_len
-            memory += NPU_COPIES * weights
-        elif isinstance(variant, OnnxInt4):
-            logits = 4.0 * config["vocab_size"] * prompt  # it computes them at all positions of a prompt
-            if variant.directml:
-                memory += 2 * weights + cache + logits  # as they are and as the CPU provider packs them
-            else:
-                # Memory holds the packed weights until they are in a file, which the model that answers maps.
-                temporary = ONNX_PACKED * weights
-                memory += max(weights, 2 * cache + logits)
+    if cell.stage == "calibrate" and not any(variant.calibrated for variant in params.variants.values()):
+        return IDLE
+    model = _Model(cell.model, params=params, config=config)
+    more = _more(cell, model)
+    base, slope = MEMORY[cell.stage]
+    start, pace = TIME[cell.stage]
+    return Cost(
+        disk=more.disk + OTHER_FILES,
+        temporary=more.temporary,
+        memory=base + slope * model.fp16 + more.memory,
+        seconds=start + pace * model.fp16 / 1e9 + more.seconds,
+    )
+
+
+def _more(cell: Cell, model: _Model) -> Cost:
+    # Return what `cell` costs on top of the lines in MEMORY and TIME, and of OTHER_FILES.
+    variant = model.params.get_variant(cell.variant) if cell.variant else None
+    match cell.stage, variant:
+        case "download", _:
+            size = model.fp16 * (2 if dtype(model.config) == "float32" else 1)
+            return Cost(disk=size, memory=GGUF * model.fp16 if model.block.source.pypi else 0.0)
+        case "export_openvino", _:
+            return Cost(disk=model.fp16, temporary=model.fp16)  # the second is a float16 copy of the checkpoint
+        case "reference", _:
+            return _reference(model)
+        case "calibrate", _:
+            return _calibrate(model)
+        case "quantize_openvino", OpenvinoInt4():
+            return _quantize_openvino(model, variant)
+        case "build_onnx", OnnxInt4():
+            return _build_onnx(model, variant)
+        case "compile_npu", OpenvinoInt4() if variant.group_size != CHANNEL_WISE:
+            return Cost(memory=GROUPED[0] * model.fp16, seconds=GROUPED[1] * model.fp16 / 1e9)
+        case "validate", OpenvinoFp16() | OpenvinoInt4() | OnnxInt4():
+            return _validate(model, variant)
+    return Cost()
+
+
+def _reference(model: _Model) -> Cost:
+    tokens = _tokens("reference", model.params.reference.max_new_tokens)
+    read = 2 * tokens + lengths(limits(model.config, directml=False))[-1]  # the answers twice, first to write them
+    return Cost(memory=model.answering(), seconds=2 * model.layers * read / RATE)
+
+
+def _calibrate(model: _Model) -> Cost:
+    # After the answers, memory holds a layer in float32, its statistics, and STATES copies of all hidden states.
+    tokens = _tokens("calibration", model.params.calibrate.max_new_tokens)
+    squares = sum(matrix.columns**2 for matrix in model.source)
+    layer = sum(matrix.elements for matrix in model.layer)
+    reading = 4.0 * (layer + SQUARES * model.widest**2 + STATES * tokens * model.config["hidden_size"])
+    return Cost(
+        disk=2.0 * squares,  # half of each symmetric float32 matrix
+        memory=max(model.answering(), reading),
+        seconds=2 * tokens * (2 * model.layers + HALF * squares) / RATE,
+    )
+
+
+def _quantize_openvino(model: _Model, variant: OpenvinoInt4) -> Cost:
+    # The result stays in memory until it is saved. A rotation takes a checkpoint and an IR.
+    size = model.size(variant)
+    memory = max(size, OPENVINO_COPIES * model.largest) + model.solver(variant)
+    temporary = 0.0
+    if model.rotates(variant):
+        temporary = 2 * model.fp16
+        memory += MEMORY["export_openvino"][0]
+    return Cost(disk=size, temporary=temporary, memory=memory, seconds=model.solving(variant))
+
+
+def _build_onnx(model: _Model, variant: OnnxInt4) -> Cost:
+    # The quantized matrices are files before they are put into one. The solver begins when the builder has ended.
+    size = model.size(variant)
+    temporary = size + (model.fp16 if model.rotates(variant) else 0.0)
+    memory = max(ONNX_COPIES[variant.execution_provider] * model.largest, model.solver(variant))
+    return Cost(disk=size, temporary=temporary, memory=memory, seconds=model.solving(variant))
+
+
+def _validate(model: _Model, variant: Variant) -> Cost:
+    # Memory holds one loaded model at a time, with its weights packed for the processor, and the KV cache of the
+    # longest prompt. Keys and values take 16 bits each, except in the ONNX model for CPUs, where they take 32.
+    limit = limits(model.config, directml=variant.directml)
+    chosen = choose(limit, most=longest_prompt(limit, variant))
+    prompt = max(chosen, default=0)
+    read = _tokens("reference", model.params.reference.max_new_tokens) + tokens_read(chosen)
+    weights, cache, temporary = model.size(variant), model.cache(prompt), 0.0
+    if variant.npu:
+        # Its pipeline pads every prompt, and is asked the questions twice. It packs the weights once for prompts and
+        # once for answers, and a scorer follows.
+        read += 2 * len(model.params.validate_.prompts) * variant.npu.max_prompt_len
+        memory = NPU_COPIES * weights
+    elif isinstance(variant, OnnxInt4):
+        logits = 4.0 * model.config["vocab_size"] * prompt  # it computes them at all positions of a prompt
+        if variant.directml:
+            memory = 2 * weights + cache + logits  # as they are and as the CPU provider packs them
         else:
-            memory += (
-                weights + cache + ROW_COPIES * 4.0 * prompt * sum(m.rows for m in source if ".layers.0." in m.name)
-            )
-        seconds += 2 * layers * read / (ONNX_RATE if isinstance(variant, OnnxInt4) else RATE)
-    elif stage in ("quantize_openvino", "build_onnx"):
-        variant = params.get_variant(cell.variant)
-        size = _size(variant, name, source, params=params, config=config)
-        if isinstance(variant, OnnxInt4):
-            temporary = size  # the quantized matrices, before they are put into one file
-            builder = ONNX_COPIES[variant.execution_provider] * largest  # freed before the solver begins
-            memory += max(builder, solver if variant.calibrated else 0.0)
-        elif isinstance(variant, OpenvinoInt4):  # the result stays in memory until it is saved
-            memory += max(size, OPENVINO_COPIES * largest) + (solver if variant.calibrated else 0.0)
-        if variant.rotated and can_rotate(config):
-            rotated = 1 if isinstance(variant, OnnxInt4) else 2  # a rotated checkpoint, and for OpenVINO also its IR
-            temporary += rotated * fp16
-            memory += 0.0 if isinstance(variant, OnnxInt4) else MEMORY["export_openvino"][0]
-            export, pace = TIME["export_openvino"]
-            seconds += export + (pace + ROTATE) * fp16 / 1e9
-        if variant.calibrated:
-            seconds += SOLVE * fp16 / 1e9
-    elif stage == "compile_npu":
-        variant = params.get_variant(cell.variant)
-        if isinstance(variant, OpenvinoInt4) and variant.group_size != CHANNEL_WISE:
-            memory += GROUPED[0] * fp16
-            seconds += GROUPED[1] * fp16 / 1e9
-    elif stage == "calibrate":
-        if not any(variant.calibrated for variant in params.variants.values()):
-            return IDLE
-        size = sum(2.0 * matrix.columns**2 for matrix in source)  # half of a symmetric float32 matrix
-        # After the answers, memory holds a layer in float32, its statistics, and STATES copies of all hidden states.
-        layer = sum(matrix.elements for matrix in source if ".layers.0." in matrix.name)
-        tokens = _tokens("calibration", params.calibrate.max_new_tokens)
-        reading = 4.0 * (layer + SQUARES * widest**2 + STATES * tokens * config["hidden_size"])
-        memory += max(_answering(config, fp16), reading)
-        seconds += 2 * tokens * (2 * layers + HALF * sum(matrix.columns**2 for matrix in source)) / RATE
-    return Cost(size + OTHER_FILES, temporary, memory, seconds)
+            # Memory holds the packed weights until they are in a file, which the model that answers maps.
+            temporary = ONNX_PACKED * weights
+            memory = max(weights, 2 * cache + logits)
+    else:
+        memory = weights + cache + ROW_COPIES * 4.0 * prompt * sum(matrix.rows for matrix in model.layer)
+    rate = ONNX_RATE if isinstance(variant, OnnxInt4) else RATE
+    return Cost(temporary=temporary, memory=memory, seconds=2 * model.layers * read / rate)
 
 
 def _tokens(prompts: Literal["reference", "calibration"], max_new_tokens: int) -> int:
     # The tokens of the shipped `prompts` and their answers.
     return len(load_prompts(prompts)) * (CHAT + max_new_tokens)
-
-
-def _cache(config: dict[str, Any], tokens: int) -> float:
-    # The bytes of the keys and values of a text, 16 bits each.
-    head = config["hidden_size"] // config["num_attention_heads"]
-    return float(4 * config["num_hidden_layers"] * config["num_key_value_heads"] * head * tokens)
-
-
-def _answering(config: dict[str, Any], fp16: float) -> float:
-    # The memory in which the FP16 IR answers many prompts at a time: its weights and its cache.
-    return fp16 + _cache(config, BATCH_TOKENS + BATCH * BLOCK)
-
-
-def _size(variant: Variant, name: str, source: list[Matrix], *, params: Params, config: dict[str, Any]) -> float:
-    adjust = params.get_model(name).group_size_fallback == "adjust"
-    return backend(variant).expected_size(source, recipe=variant, config=config, adjust_group_size=adjust)

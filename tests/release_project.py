@@ -110,9 +110,9 @@ def publish_version(version="1.0.0", registry=None, aliases=("latest",), key=Non
     )
 
 
-def pull_latest(to=None, reference="latest", key=None):
+def pull_latest(to=None, version="latest", key=None):
     """Pull into the cache, or `to`."""
-    return pull.pull(open_registry("dir:registry"), NAME, reference=reference, to=to, key=key, progress=quiet)
+    return pull.pull(open_registry("dir:registry"), NAME, version=version, to=to, key=key, progress=quiet)
 
 
 def exit_codes(function, *arguments, processes):

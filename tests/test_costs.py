@@ -66,7 +66,7 @@ def test_disk_at_full_size(cell, size):
         ("calibrate@phi-3-mini-4k-instruct", 10.41, 1298, 0),
         ("export_openvino@phi-3-mini-4k-instruct-openvino-fp16", 0.88, 66, 7.64),
         ("quantize_openvino@phi-3-mini-4k-instruct-openvino-int4", 3.87, 356, 0),
-        ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 3.86, 651, 15.28),
+        ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 3.86, 513, 15.28),
         ("build_onnx@phi-3-mini-4k-instruct-onnx-directml-int4", 2.58, 403, 2.35),
         ("build_onnx@phi-3-mini-4k-instruct-onnx-cpu-int4", 3.45, 403, 3.27),
         ("compile_npu@phi-3-mini-4k-instruct-npu-int4-group128-4000", 2.69, 136, 0),

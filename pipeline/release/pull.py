@@ -34,12 +34,12 @@ def pull(
     registry: Registry,
     name: str,
     *,
-    reference: str = "latest",
+    version: str = "latest",
     to: Path | None = None,
     key: Path | None = None,
     progress: Progress = lambda done, total, file: None,
 ) -> Path:
-    """Return the directory of the release `reference` (a version or an alias) of `name`, complete and verified.
+    """Return the directory of the release `version` (or an alias of one) of `name`, complete and verified.
 
     Without `to` the directory is in the cache. The cache stores contents by their hash, so none is fetched twice, and
     files with the same content share disk space where the file system has hard links. When the registry cannot be
@@ -52,14 +52,14 @@ def pull(
     model, _, variant = name.partition("/")
     if not (re.fullmatch(NAME, model) and re.fullmatch(NAME, variant)):
         raise PipelineError(f"'{name}' is no name: give MODEL/VARIANT.")
-    version = reference if re.fullmatch(VERSION, reference) else _resolve(registry, name, reference)
+    asked, version = version, version if re.fullmatch(VERSION, version) else _resolve(registry, name, version)
     target = to or _home(registry, name) / version
     if (target / RELEASE).exists():  # a version never changes, so no registry is needed
         _require(check(target, key=key), name, version, origin=str(target))
         return target
     content = registry.read(name, version)
     if content is None:
-        raise _unknown(registry, name, reference)
+        raise _unknown(registry, name, asked)
     release = read_release(content[0], origin=registry.url)
     _require(release, name, version, origin=registry.url)
     if key:
@@ -75,27 +75,27 @@ def pull(
     return target
 
 
-def suggest(registry: Registry, model: str, *, reference: str, target: Target, say: Callable[[str], None]) -> str:
+def suggest(registry: Registry, model: str, *, version: str, target: Target, say: Callable[[str], None]) -> str:
     """Return the name of the release of `model` in `registry` that suits `target`, and say why.
 
     Without `model` the registry must hold only one model. Raises PipelineError when the choice is not clear.
     """
-    releases = releases_of(registry, f"{model}/" if model else "", reference=reference)
+    releases = releases_of(registry, f"{model}/" if model else "", version=version)
     if len(models := sorted({release.model for release in releases})) > 1:
         raise PipelineError(f"{registry.url} has {', '.join(models)}: name the one you want.")
     if not releases:
-        raise PipelineError(f"{registry.url} has no {model or 'release'} {reference}: see `phi3 list {registry.url}`.")
+        raise PipelineError(f"{registry.url} has no {model or 'release'} {version}: see `phi3 list {registry.url}`.")
     release, reason = choose_release(releases, target)
     say(f"{release.name}: {reason}")
     return release.name
 
 
-def releases_of(registry: Registry, prefix: str, *, reference: str) -> list[Release]:
-    """Return the releases whose name begins with `prefix` and for which `reference` stands, sorted by name."""
+def releases_of(registry: Registry, prefix: str, *, version: str) -> list[Release]:
+    """Return the releases whose name begins with `prefix`, each in `version` (or an alias of one), sorted by name."""
     releases = []
     for name in sorted({entry.name for entry in registry.entries() if entry.name.startswith(prefix)}):
-        version = registry.resolve(name, reference)
-        content = registry.read(name, version) if version else None
+        resolved = registry.resolve(name, version)
+        content = registry.read(name, resolved) if resolved else None
         if content is not None:
             releases.append(read_release(content[0], origin=registry.url))
     return releases
@@ -143,9 +143,9 @@ def _install(
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as folder:
         build = Path(folder) / target.name
         for path, file in release.files.items():
-            blob = _fetch(registry, release, path, progress=partial(_report, progress, done, release.size, path))
+            cached = _fetch(registry, release, path, progress=partial(_report, progress, done, release.size, path))
             (build / path).parent.mkdir(parents=True, exist_ok=True)
-            _link(blob, build / path)
+            _link(cached, build / path)
             done += file.size
         (build / RELEASE).write_bytes(content[0])
         if content[1] is not None:
@@ -163,12 +163,12 @@ def _fetch(registry: Registry, release: Release, path: str, *, progress: Callabl
     # Return the cached file with the content. It is hashed before it is used, and after a download before it gets its
     # final name.
     file = release.files[path]
-    blob = cache() / "blobs" / file.sha256[:2] / file.sha256
-    blob.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(blob.with_name(f".{blob.name}.lock")):
-        if blob.is_file() and digest(blob) == file:
-            return blob
-        part = blob.with_name(f".{blob.name}.partial")
+    cached = cache() / "blobs" / file.sha256[:2] / file.sha256
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(cached.with_name(f".{cached.name}.lock")):
+        if cached.is_file() and digest(cached) == file:
+            return cached
+        part = cached.with_name(f".{cached.name}.partial")
         have = part.stat().st_size if part.exists() else 0
         if have > file.size:
             part.unlink()
@@ -187,8 +187,8 @@ def _fetch(registry: Registry, release: Release, path: str, *, progress: Callabl
                 f"{registry.url} gave other bytes for {path} than {RELEASE} says: nothing was installed; try again, "
                 "and tell whoever keeps the registry when it stays so."
             )
-        part.replace(blob)
-    return blob
+        part.replace(cached)
+    return cached
 
 
 def _resolve(registry: Registry, name: str, alias: str) -> str:
@@ -209,8 +209,8 @@ def _resolve(registry: Registry, name: str, alias: str) -> str:
     return version
 
 
-def _unknown(registry: Registry, name: str, reference: str) -> PipelineError:
-    return PipelineError(f"{registry.url} has no {name} {reference}: see `phi3 list {registry.url}`.")
+def _unknown(registry: Registry, name: str, version: str) -> PipelineError:
+    return PipelineError(f"{registry.url} has no {name} {version}: see `phi3 list {registry.url}`.")
 
 
 def _home(registry: Registry, name: str) -> Path:
@@ -223,11 +223,11 @@ def _require(release: Release, name: str, version: str, *, origin: str) -> None:
         raise PipelineError(f"{origin} has {release.name} {release.version}, not {name} {version}: it is refused.")
 
 
-def _link(blob: Path, target: Path) -> None:
+def _link(cached: Path, target: Path) -> None:
     try:
-        target.hardlink_to(blob)
+        target.hardlink_to(cached)
     except OSError:
-        shutil.copyfile(blob, target)
+        shutil.copyfile(cached, target)
 
 
 def _require_space(directory: Path, needed: int) -> None:

@@ -30,7 +30,7 @@ def catalogue(registry: Registry) -> dict[str, Any]:
 
     Format: https://learn.microsoft.com/windows/ai/new-windows-ml/model-catalog/model-catalog-source
     """
-    releases = releases_of(registry, "", reference="latest")
+    releases = releases_of(registry, "", version="latest")
     return {"models": [_model(registry, release, name) for release in releases if (name := _provider(release))]}
 
 

@@ -116,9 +116,9 @@ def test_versions_and_aliases():
         Entry(NAME, "1.10.0", ["latest"]),
     ]
     assert (pull_latest() / "openvino_model.bin").read_bytes() == b"weights 1"
-    assert (pull_latest(reference="stage") / "openvino_model.bin").read_bytes() == b"weights 0"
+    assert (pull_latest(version="stage") / "openvino_model.bin").read_bytes() == b"weights 0"
     with pytest.raises(PipelineError, match=r"registry has no tiny/openvino-int4 2\.0\.0: see `phi3 list"):
-        pull_latest(reference="2.0.0")
+        pull_latest(version="2.0.0")
 
 
 def test_the_same_again_is_nothing_and_other_bytes_are_a_conflict():

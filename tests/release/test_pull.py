@@ -79,9 +79,9 @@ def test_a_pull_continues():
 
     registry = Cut(Path("registry"))
     with pytest.raises(OSError, match="the network is down"):
-        pull.pull(registry, NAME, reference="latest", to=Path("model"), progress=quiet)
+        pull.pull(registry, NAME, version="latest", to=Path("model"), progress=quiet)
     assert not Path("model").exists()
-    pull.pull(registry, NAME, reference="latest", to=Path("model"), progress=quiet)
+    pull.pull(registry, NAME, version="latest", to=Path("model"), progress=quiet)
     assert [offset for path, offset in offsets if path == "openvino_model.bin"] == [0, 3]
     check(Path("model"))
 
@@ -159,8 +159,8 @@ def test_suggest(monkeypatch):
     publish_version()
     registry, said = open_registry("dir:registry"), []
 
-    def suggest(model, reference="latest"):
-        return pull.suggest(registry, model, reference=reference, target="cpu", say=said.append)
+    def suggest(model, version="latest"):
+        return pull.suggest(registry, model, version=version, target="cpu", say=said.append)
 
     assert [suggest("tiny"), suggest("")] == [NAME, NAME]
     assert said == [f"{NAME}: asked for"] * 2
@@ -441,12 +441,12 @@ def test_offline(caplog):
     publish_version()
     directory = pull_latest()
     Path("registry").rename("gone")
-    assert pull_latest(reference="1.0.0") == directory
+    assert pull_latest(version="1.0.0") == directory
     assert caplog.text == ""
     assert pull_latest() == directory
     assert "is not there: is the share mounted? Taking tiny/openvino-int4 latest as it was: 1.0.0." in caplog.text
     with pytest.raises(PipelineError, match="is not there"):
-        pull_latest(reference="stage")
+        pull_latest(version="stage")
 
 
 def test_registries_do_not_mix():

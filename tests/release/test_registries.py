@@ -132,7 +132,7 @@ def test_downloads(registry):
     release = published(registry, "1.0.0", BIG)
     for offset in (0, 5, len(BIG) - 1):
         assert b"".join(registry.download(release, "openvino_model.bin", offset=offset)) == BIG[offset:]
-    pull.pull(registry, NAME, reference="1.0.0", to=Path("model"), progress=quiet)
+    pull.pull(registry, NAME, version="1.0.0", to=Path("model"), progress=quiet)
     assert pull.check(Path("model")) == release
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 

@@ -41,12 +41,12 @@ class DirectoryRegistry:
             found.append(Entry(f"{model}/{variant}", version, sorted(alias for alias, _ in aliases)))
         return sorted(found, key=lambda entry: entry.order)
 
-    def resolve(self, name: str, reference: str) -> str | None:
+    def resolve(self, name: str, version: str) -> str | None:
         if not self._root.is_dir():
             raise PipelineError(f"{self.url} is not there: is the share mounted?")
-        if re.fullmatch(VERSION, reference):
-            return reference if (self._versions(name) / reference / RELEASE).exists() else None
-        return dict(self._aliases(name)).get(reference)
+        if re.fullmatch(VERSION, version):
+            return version if (self._versions(name) / version / RELEASE).exists() else None
+        return dict(self._aliases(name)).get(version)
 
     def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
         directory = self._versions(name) / version
@@ -57,12 +57,12 @@ class DirectoryRegistry:
         pass  # directories are made as they are needed
 
     def has(self, name: str, file: File) -> bool:
-        blob = self._blob(file)
-        return blob.is_file() and digest(blob) == file
+        content = self._content(file)
+        return content.is_file() and digest(content) == file
 
     def upload(self, name: str, path: str, local: Path, file: File) -> None:
         with local.open("rb") as content:
-            _put(self._blob(file), content)
+            _put(self._content(file), content)
 
     def publish(self, release: Release, signature: bytes | None) -> None:
         versions, version = self._versions(release.name), release.version
@@ -84,21 +84,21 @@ class DirectoryRegistry:
         _put(self._versions(name) / "aliases" / alias, io.BytesIO(version.encode()))
 
     def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
-        blob = self._blob(release.files[path])
-        if not is_regular(blob):
+        content = self._content(release.files[path])
+        if not is_regular(content):
             raise PipelineError(f"{self.url}: {path} is missing, or no plain file: nothing was installed.")
-        with blob.open("rb") as stream:
+        with content.open("rb") as stream:
             stream.seek(offset)
             while chunk := stream.read(CHUNK):
                 yield chunk
 
     def address(self, release: Release, path: str = "") -> str:
-        return (self._blob(release.files[path]) if path else self._versions(release.name) / release.version).as_uri()
+        return (self._content(release.files[path]) if path else self._versions(release.name) / release.version).as_uri()
 
     def _versions(self, name: str) -> Path:
         return self._root / "releases" / name
 
-    def _blob(self, file: File) -> Path:
+    def _content(self, file: File) -> Path:
         return self._root / "blobs" / "sha256" / file.sha256[:2] / file.sha256
 
     def _aliases(self, name: str) -> list[tuple[str, str]]:

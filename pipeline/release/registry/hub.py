@@ -52,10 +52,10 @@ class HubRegistry:
                 found.append(Entry(release.name, version, sorted(a for a, v in aliases.items() if v == version)))
         return sorted(found, key=lambda entry: entry.order)
 
-    def resolve(self, name: str, reference: str) -> str | None:
-        if re.fullmatch(VERSION, reference):
-            return reference if reference in self._versions() else None
-        return self._aliases().get(reference)
+    def resolve(self, name: str, version: str) -> str | None:
+        if re.fullmatch(VERSION, version):
+            return version if version in self._versions() else None
+        return self._aliases().get(version)
 
     def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
         content = self._file(RELEASE, version)

@@ -32,8 +32,8 @@ class Registry(Protocol):
     def entries(self) -> list[Entry]:
         """Return every published version, sorted by name and version."""
 
-    def resolve(self, name: str, reference: str) -> str | None:
-        """Return the version of `name` that `reference`, a version or an alias, stands for; None when there is none."""
+    def resolve(self, name: str, version: str) -> str | None:
+        """Return the version of `name` that `version`, or an alias of one, stands for; None when there is none."""
 
     def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
         """Return release.json and its signature, if it has one, of a version; None when it is not published."""

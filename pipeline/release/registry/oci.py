@@ -86,8 +86,8 @@ class OciRegistry:
                 found.append(Entry(release.name, version, sorted(tag for tag in aliases if re.fullmatch(NAME, tag))))
         return sorted(found, key=lambda entry: entry.order)
 
-    def resolve(self, name: str, reference: str) -> str | None:
-        content = self.read(name, reference)
+    def resolve(self, name: str, version: str) -> str | None:
+        content = self.read(name, version)
         return read_release(content[0], origin=self.url).version if content else None
 
     def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
