@@ -25,17 +25,18 @@ MEMORY = {
     "download": (0.05e9, 0.0),
     "reference": (0.75e9, 0.0),
     "calibrate": (0.75e9, 0.0),
-    "export_openvino": (0.74e9, 0.018),
+    "export_openvino": (0.67e9, 0.0),
     "quantize_openvino": (0.3e9, 0.0),
     "compile_npu": (0.4e9, 0.05),
-    "build_onnx": (0.1e9, 0.0),
+    "build_onnx": (0.3e9, 0.0),
     "validate": (0.5e9, 0.0),
     "report": (0.1e9, 0.0),
 }
-# Memory on top of that. The first two are the numbers of copies of the largest matrix, in float32, that are in memory
-# at the same time. The solver holds SQUARES copies of the widest matrix's statistics, or SLICES copies of the rows that
-# it solves at a time.
-OPENVINO_COPIES, ONNX_COPIES = 2.5, {"dml": 6.3, "cpu": 8.5}
+# Memory on top of that: copies of the largest matrix, in float32, that an export, NNCF and onnxruntime-genai's builder
+# hold at the same time, and the part of its result that the builder holds. The solver holds SQUARES copies of the
+# widest matrix's statistics, or SLICES copies of the rows that it solves at a time.
+EXPORT_COPIES, NNCF_COPIES, BUILDER_COPIES = 0.3, 2.2, {"dml": 1.0, "cpu": 5.2}
+BUILDER_HOLDS = {"dml": 1.1, "cpu": 0.46}
 SQUARES, SLICES = 3, 6
 HALF = 0.6  # the part of a symmetric H that is computed
 CHAT, STATES = 60, 3  # tokens of a shipped prompt with its chat template; copies of the hidden states in memory
@@ -55,10 +56,11 @@ TIME = {
     "compile_npu": (10.0, 2.5),
     "build_onnx": (6.0, 12.0),
     "validate": (20.0, 5.0),
-    "report": (1.0, 0.0),
+    "report": (0.5, 0.25),
 }
 GROUPED = (0.25, 14.0)  # groups cost an NPU's compiler this factor of the FP16 weights, and seconds per GB of them
-SOLVE, ROTATE = 40.0, 12.0  # further seconds per GB of FP16 weights for a calibrated and for a rotated variant
+SOLVE = 40.0  # seconds per GB of the layers' FP16 weights for a calibrated variant
+ROTATE = 12.0  # seconds per GB of FP16 weights for a rotated variant, besides an export
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class _Model:
 
     def solving(self, variant: OpenvinoInt4 | OnnxInt4) -> float:
         # The seconds of the solver, and those of a rotation, which takes another export.
-        seconds = SOLVE * self.fp16 / 1e9 if variant.calibrated else 0.0
+        seconds = SOLVE * 2 * self.layers / 1e9 if variant.calibrated else 0.0
         if self.rotates(variant):
             export, pace = TIME["export_openvino"]
             seconds += export + (pace + ROTATE) * self.fp16 / 1e9
@@ -138,7 +140,8 @@ def _more(cell: Cell, model: _Model) -> Cost:
             size = model.fp16 * (2 if dtype(model.config) == "float32" else 1)
             return Cost(disk=size, memory=GGUF * model.fp16 if model.block.source.pypi else 0.0)
         case "export_openvino", _:
-            return Cost(disk=model.fp16, temporary=model.fp16)  # the second is a float16 copy of the checkpoint
+            # The temporary disk is for a float16 copy of the checkpoint.
+            return Cost(disk=model.fp16, temporary=model.fp16, memory=EXPORT_COPIES * model.largest)
         case "reference", _:
             return _reference(model)
         case "calibrate", _:
@@ -174,9 +177,9 @@ def _calibrate(model: _Model) -> Cost:
 
 
 def _quantize_openvino(model: _Model, variant: OpenvinoInt4) -> Cost:
-    # The result stays in memory until it is saved. A rotation takes a checkpoint and an IR.
+    # NNCF is followed by the solver, beside which memory holds the result. A rotation takes a checkpoint and an IR.
     size = model.size(variant)
-    memory = max(size, OPENVINO_COPIES * model.largest) + model.solver(variant)
+    memory = max(NNCF_COPIES * model.largest, size + model.solver(variant))
     temporary = 0.0
     if model.rotates(variant):
         temporary = 2 * model.fp16
@@ -188,7 +191,9 @@ def _build_onnx(model: _Model, variant: OnnxInt4) -> Cost:
     # The quantized matrices are files before they are put into one. The solver begins when the builder has ended.
     size = model.size(variant)
     temporary = size + (model.fp16 if model.rotates(variant) else 0.0)
-    memory = max(ONNX_COPIES[variant.execution_provider] * model.largest, model.solver(variant))
+    builder = variant.execution_provider
+    held = BUILDER_COPIES[builder] * model.largest + BUILDER_HOLDS[builder] * size
+    memory = max(held, model.solver(variant))
     return Cost(disk=size, temporary=temporary, memory=memory, seconds=model.solving(variant))
 
 

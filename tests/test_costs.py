@@ -64,11 +64,11 @@ def test_disk_at_full_size(cell, size):
         ("download@phi-3-mini-4k-instruct", 0.05, 18.3, 0),
         ("reference@phi-3-mini-4k-instruct", 10.41, 506, 0),
         ("calibrate@phi-3-mini-4k-instruct", 10.41, 1298, 0),
-        ("export_openvino@phi-3-mini-4k-instruct-openvino-fp16", 0.88, 66, 7.64),
-        ("quantize_openvino@phi-3-mini-4k-instruct-openvino-int4", 3.87, 356, 0),
-        ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 3.86, 513, 15.28),
-        ("build_onnx@phi-3-mini-4k-instruct-onnx-directml-int4", 2.58, 403, 2.35),
-        ("build_onnx@phi-3-mini-4k-instruct-onnx-cpu-int4", 3.45, 403, 3.27),
+        ("export_openvino@phi-3-mini-4k-instruct-openvino-fp16", 0.788, 66, 7.64),
+        ("quantize_openvino@phi-3-mini-4k-instruct-openvino-int4", 3.87, 340, 0),
+        ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 3.79, 497, 15.28),
+        ("build_onnx@phi-3-mini-4k-instruct-onnx-directml-int4", 3.28, 388, 2.35),
+        ("build_onnx@phi-3-mini-4k-instruct-onnx-cpu-int4", 3.85, 388, 3.27),
         ("compile_npu@phi-3-mini-4k-instruct-npu-int4-group128-4000", 2.69, 136, 0),
         ("compile_npu@phi-3-mini-4k-instruct-npu-int4-channelwise-4000", 0.78, 29.1, 0),
         ("validate@phi-3-mini-4k-instruct-npu-int4-channelwise", 6.53, 527, 0),
@@ -116,6 +116,24 @@ def test_a_checkpoint_in_float32(dtype, copies):
     assert tensors(untied) == tensors(config)
 
 
+@pytest.mark.parametrize(
+    ("cell", "memory", "seconds"),
+    [
+        ("export_openvino@phi-4-mini-instruct-openvino-fp16", 1.40, 21),
+        ("quantize_openvino@phi-4-mini-instruct-openvino-int4", 5.61, 27),
+        ("build_onnx@phi-4-mini-instruct-onnx-directml-int4", 4.28, 50),
+        ("build_onnx@phi-4-mini-instruct-onnx-cpu-int4", 13.62, 54),
+    ],
+)
+def test_a_large_vocabulary(cell, memory, seconds):
+    """For Phi-4-mini's width, its 200,064 tokens and two layers, memory is within 15 % of what was measured, in GB, and
+    time within a factor of 1.5, in seconds on 2 cores with AVX-512."""
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 24, "num_key_value_heads": 8}
+    cost = estimated(cell, config=PHI_3_MINI | heads | {"vocab_size": 200064, "tie_word_embeddings": True})
+    assert cost.memory / 1e9 == pytest.approx(memory, rel=0.15)
+    assert seconds / 1.5 < cost.seconds < 1.5 * seconds
+
+
 def test_rewriting_a_gguf_file_takes_memory():
     """The embedded model comes as GGUF, which is rewritten in memory."""
     here, elsewhere = (estimated(f"download@{name}").memory for name in ("smol-phi3", "phi-3-mini-4k-instruct"))
@@ -129,7 +147,7 @@ def test_without_calibration(name):
     with_it, without = (
         estimated(f"{stage}@phi-3-mini-4k-instruct-{name}", calibrated=calibrated) for calibrated in (True, False)
     )
-    assert with_it.seconds - without.seconds == pytest.approx(305.7, rel=0.01)
+    assert with_it.seconds - without.seconds == pytest.approx(289.9, rel=0.01)
     assert (with_it.memory - without.memory > 5e8) is (name == "openvino-int4")  # the ONNX builder needs more before
     assert estimated("calibrate@phi-3-mini-4k-instruct", calibrated=False) == costs.IDLE
     assert estimated("calibrate@phi-3-mini-4k-instruct").disk == pytest.approx(6.16e9, rel=0.01)
