@@ -88,8 +88,10 @@ def test_statistics(checkpoint, statistics, tmp_path):
 
 @pytest.mark.parametrize("size", [2, 12, 20, 32, 96, 576, 3072, 5120])
 def test_a_rotation_spreads_evenly(size):
-    """The rotation is orthogonal, and each column of the model goes in equal parts to all columns."""
-    rotation = Hadamard(size, torch.Generator().manual_seed(0)).turn(torch.eye(size), 1)
+    """The rotation is orthogonal, each column of the model goes in equal parts to all columns, and rows turn alike."""
+    hadamard = Hadamard(size, torch.Generator().manual_seed(0))
+    rotation = hadamard.turn(torch.eye(size), 1)
+    torch.testing.assert_close(hadamard.turn(torch.eye(size), 0), rotation.T)
     torch.testing.assert_close(rotation.abs(), torch.full((size, size), size**-0.5))
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(size), atol=1e-5, rtol=0)
 
