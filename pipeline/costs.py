@@ -1,7 +1,7 @@
 """Estimate from a model's config alone what each cell of dvc.yaml costs: disk, memory and time.
 
 Sizes follow from the recipes. Memory and time are straight lines through measurements on 2 cores with AVX-512: of the
-embedded model, and of that model widened to Phi-3-mini's shape (bench/rehearsal.md).
+embedded model, of that model widened to Phi-3-mini's shape (bench/rehearsal.md), and of Phi-4-mini's vocabulary.
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,9 @@ SQUARES, SLICES = 3, 6
 HALF = 0.6  # the part of a symmetric H that is computed
 CHAT, STATES = 60, 3  # tokens of a shipped prompt with its chat template; copies of the hidden states in memory
 RATE = 0.28e12  # float32 operations per second when the model answers prompts or reads texts, on 2 cores with AVX-512
+ONNX_RATE = 0.4e12  # the same in ONNX Runtime, which multiplies integers
 NPU_COPIES = 3  # of its INT4 weights, in memory while the NPU's static pipeline runs on a CPU
 ROW_COPIES = 2  # of the results of a layer's matrices, in memory while an IR reads a prompt at once
-ONNX_RATE = 0.4e12  # the same in ONNX Runtime, which multiplies integers
 ONNX_PACKED = 1.75  # the file with packed weights of an ONNX model for CPUs takes this many times its weights
 GGUF = 2.7  # rewriting a GGUF file takes this many times the memory of the FP16 weights
 # Seconds: a constant, and seconds per GB of FP16 weights.
@@ -191,9 +191,9 @@ def _build_onnx(model: _Model, variant: OnnxInt4) -> Cost:
     # The quantized matrices are files before they are put into one. The solver begins when the builder has ended.
     size = model.size(variant)
     temporary = size + (model.fp16 if model.rotates(variant) else 0.0)
-    builder = variant.execution_provider
-    held = BUILDER_COPIES[builder] * model.largest + BUILDER_HOLDS[builder] * size
-    memory = max(held, model.solver(variant))
+    provider = variant.execution_provider
+    builder = BUILDER_COPIES[provider] * model.largest + BUILDER_HOLDS[provider] * size
+    memory = max(builder, model.solver(variant))
     return Cost(disk=size, temporary=temporary, memory=memory, seconds=model.solving(variant))
 
 

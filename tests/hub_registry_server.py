@@ -21,7 +21,7 @@ class HubRegistryServer:
     """Repositories by name, each a list of commits (sha, files by path) and tags; `lfs` holds contents by SHA-256.
 
     `private` has the names of private repositories. `log` has method and path of every request; `fail` maps a part of a
-    path to a status to answer with instead.
+    path to a status to answer with instead. With the variables `environment` a program takes this server for the Hub.
     """
 
     def __init__(self):
@@ -32,6 +32,7 @@ class HubRegistryServer:
         self._server.hub = self
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.environment = {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
 
     def __enter__(self):
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

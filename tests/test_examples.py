@@ -67,8 +67,7 @@ def test_openvino_chat(embedded, tmp_path, hub_registry, oci, python):
     """With only the base install and the runtime, the example answers with a model from each kind of registry."""
     packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
     assert not re.search(r"^(torch|transformers|optimum.*|nncf|dvc)==", packages, re.MULTILINE)
-    token = {"HF_ENDPOINT": hub_registry.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
-    registries = {f"dir:{tmp_path}/registry": {}, "hf:someone/smol-phi3-int4": token, oci.url: {}}
+    registries = {f"dir:{tmp_path}/registry": {}, "hf:someone/smol-phi3-int4": hub_registry.environment, oci.url: {}}
     for number, (url, environment) in enumerate(registries.items()):
         publish("openvino-chat", url, **environment)
         folder = tmp_path / f"home{number}"  # each registry gets a cache of its own

@@ -52,7 +52,9 @@ def pull(
     model, _, variant = name.partition("/")
     if not (re.fullmatch(NAME, model) and re.fullmatch(NAME, variant)):
         raise PipelineError(f"'{name}' is no name: give MODEL/VARIANT.")
-    asked, version = version, version if re.fullmatch(VERSION, version) else _resolve(registry, name, version)
+    asked = version
+    if not re.fullmatch(VERSION, version):
+        version = _resolve(registry, name, version)
     target = to or _home(registry, name) / version
     if (target / RELEASE).exists():  # a version never changes, so no registry is needed
         _require(check(target, key=key), name, version, origin=str(target))

@@ -17,8 +17,7 @@ BIG = bytes(range(256)) * 100
 
 def process(hub, *arguments, program=("phi3",)):
     """Run `phi3`, or a program with its arguments, as a process of its own."""
-    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_secret"}
-    return run(*program, *arguments, cwd=Path.cwd(), check=False, PYTHONPATH=str(ROOT), **environment)
+    return run(*program, *arguments, cwd=Path.cwd(), check=False, PYTHONPATH=str(ROOT), **hub.environment)
 
 
 @pytest.mark.parametrize("part", ["/commit/", "/tag/", "/lfs/"])

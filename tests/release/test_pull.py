@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 from platformdirs import user_cache_path
 
-from pipeline.cli import main
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import digest, read_manifest, seal
@@ -59,8 +57,8 @@ def test_contents_are_shared():
 def test_foundry_registers_onnx_models_only():
     """The registration with Foundry Local is not printed for a model that it cannot run."""
     publish_version()
-    result = CliRunner().invoke(main, ["pull", "dir:registry", NAME, "--for", "foundry", "--to", "model"])
-    assert (result.stdout, result.stderr, result.exit_code) == ("model\n", "", 0)
+    result = phi3("pull", "dir:registry", NAME, "--for", "foundry", "--to", "model")
+    assert (result.stdout, result.stderr, result.returncode) == ("model\n", "", 0)
 
 
 def test_a_pull_continues():

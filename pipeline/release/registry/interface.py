@@ -33,7 +33,7 @@ class Registry(Protocol):
         """Return every published version, sorted by name and version."""
 
     def resolve(self, name: str, version: str) -> str | None:
-        """Return the version of `name` that `version`, or an alias of one, stands for; None when there is none."""
+        """Return `version` of `name`, or the version that it is an alias of; None when there is none."""
 
     def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
         """Return release.json and its signature, if it has one, of a version; None when it is not published."""
