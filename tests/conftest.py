@@ -1,4 +1,4 @@
-"""Real small data for the tests: tiny random Phi-3 checkpoints, and the embedded model's artifacts."""
+"""Fixtures of many tests: tiny checkpoints, smol-phi3's artifacts, a project, and registries on loopback."""
 
 import json
 import os
@@ -6,55 +6,21 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from filelock import FileLock
-from huggingface_hub import constants
 
-from pipeline.cli import main
-from pipeline.common.params import Limits
+from pipeline.convert.openvino import export_fp16
+from tests.checkpoints import make_checkpoint
+from tests.helpers import ROOT, built_once, commit, edit, run, use_hub
 from tests.hub_registry_server import HubRegistryServer
+from tests.oci_registry_server import OciRegistryServer
 
-ROOT = Path(__file__).parents[1]
 # A shell makes background programs ignore Ctrl-C, and the programs that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-LIMITS = Limits(kl_mean=1, kl_p99=9, top1_agreement=0.1, perplexity_ratio=2)  # of variants that are not judged
-LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [4.0] * 16, "short_factor": [1.0] * 16}
-STYLES = {
-    "phi-3-4k": {"sliding_window": 2047, "tie_word_embeddings": False},
-    "phi-3-128k": {
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 512,
-        "original_max_position_embeddings": 128,
-        "rope_parameters": LONGROPE | {"original_max_position_embeddings": 128, "partial_rotary_factor": 1.0},
-    },
-    "phi-4-mini": {
-        "tie_word_embeddings": True,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
-        "original_max_position_embeddings": 128,
-        "partial_rotary_factor": 0.75,
-        "rope_parameters": LONGROPE
-        | {
-            "original_max_position_embeddings": 128,
-            "partial_rotary_factor": 0.75,
-            "long_factor": [4.0] * 24,
-            "short_factor": [1.0] * 24,
-        },
-    },
-}
-
 
 # A test may be skipped for these reasons on a machine where everything is set up, such as CI's.
 MAY_SKIP = re.compile("the kernel gives huge pages to all, or to nobody")
@@ -85,125 +51,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"Skipped, since this machine cannot run them: {'; '.join(parts)}")
 
 
-def make_tokenizer(text: str = "the capital of France is Paris and water is wet 0123456789"):
-    """Return a byte-level BPE tokenizer with Phi-3's chat tokens, trained on `text`."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [text], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        chat_template=TEMPLATE,
-    )
-
-
-def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = False, **changes: Any) -> Path:
-    """Write a tiny random bf16 checkpoint in the style of a Phi model (see STYLES) to `target`.
-
-    `changes` are keys of its config. With `on_grid` INT4 stores every matrix without loss, in any format, so that all
-    variants are the same model; its weights are larger, and its distributions far from uniform.
-    """
-    import torch
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    shape = {
-        "vocab_size": 320,  # differs from all layers' widths: the ONNX builder recognizes the head by its shape
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 512,
-        "original_max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
-    torch.manual_seed(0)
-    model = Phi3ForCausalLM(Phi3Config(**shape | STYLES[style] | changes))
-    if on_grid:
-        # With these scales the next token depends strongly on the tokens attended to.
-        scales = {"embed_tokens": 8, "lm_head": 16, "qkv_proj": 32, "o_proj": 16, "gate_up_proj": 64, "down_proj": 64}
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                codes = torch.randint(-7, 8, parameter.shape)
-                groups = codes.view(-1, 32)  # each has both ends of the range, which determine its scale
-                groups.scatter_(1, groups.argmin(1, keepdim=True), -8).scatter_(1, groups.argmax(1, keepdim=True), 7)
-                parameter.data.copy_(codes / scales[name.split(".")[-2]])
-    model.generation_config.eos_token_id = [0, 1]
-    model.generation_config.pad_token_id = 0
-    model.to(torch.bfloat16).save_pretrained(target)
-    make_tokenizer().save_pretrained(target)
-    config = json.loads((target / "config.json").read_text("utf-8"))
-    rope = config.pop("rope_parameters")  # the Hub's configs have an older form
-    config |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor", 1.0)}
-    if rope["rope_type"] == "longrope":
-        config["rope_scaling"] = {"type": "longrope"} | {key: rope[key] for key in ("long_factor", "short_factor")}
-    (target / "config.json").write_text(json.dumps(config), "utf-8")
-    return target
-
-
-def run(*arguments: object, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program of the tests' environment, and return the result with its output."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    if os.environ.get("MUTANT_UNDER_TEST") == "stats":  # mutmut counts the calls of its own process only
-        environment |= {"MUTANT_UNDER_TEST": ""}
-    return subprocess.run(
-        list(map(str, arguments)),
-        cwd=cwd,
-        check=check,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(cwd)} | environment,
-    )
-
-
-def phi3(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command `phi3` in this process; the result is that of `run`."""
-    result = CliRunner(env=environment).invoke(main, list(map(str, arguments)))
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    completed = subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
-    if check:
-        completed.check_returncode()
-    return completed
-
-
-def edit(file: Path, old: str, new: str) -> None:
-    """Replace every `old` in `file` by `new`; fail when there is none."""
-    content = file.read_text("utf-8")
-    assert old in content
-    file.write_text(content.replace(old, new), "utf-8")
-
-
-def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder `name`, which `build` fills once for all processes of a test run."""
-    base = factory.getbasetemp()
-    target = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            folder = factory.mktemp(name)
-            build(folder)
-            folder.rename(target)
-    return target
-
-
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random checkpoint in the style of Phi-3-mini-4k."""
     return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_ir(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The FP16 IR of the tiny random checkpoint."""
+    return built_once(tmp_path_factory, "tiny-ir", lambda folder: export_fp16(tiny_checkpoint, folder))
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two pairs of EC keys: ours.pem and ours.pub, and somebody else's, others.pem and others.pub."""
+
+    def make(folder: Path) -> None:
+        for name in ("ours", "others"):
+            run("openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", f"{name}.pem", cwd=folder)
+            run("openssl", "ec", "-in", f"{name}.pem", "-pubout", "-out", f"{name}.pub", cwd=folder)
+
+    return built_once(tmp_path_factory, "keys", make)
 
 
 @pytest.fixture(scope="session")
@@ -249,8 +118,7 @@ def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     edit(project / "params.yaml", "build: [smol-phi3]", "build: [tiny]")
     edit(project / "params.yaml", "models:\n", f"models:\n{tiny}")
     run("git", "init", "-q", cwd=project)
-    run("git", "add", "-A", cwd=project)
-    run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start", cwd=project)
+    commit(project)
     return project
 
 
@@ -273,6 +141,13 @@ def mount():
 
 
 @pytest.fixture
+def oci(tmp_path: Path) -> Iterator[OciRegistryServer]:
+    """An empty OCI registry without passwords."""
+    with OciRegistryServer(tmp_path / "oci") as server:
+        yield server
+
+
+@pytest.fixture
 def hub_registry() -> Iterator[HubRegistryServer]:
     """An empty Hub for publishing and pulling."""
     with HubRegistryServer() as server:
@@ -284,12 +159,3 @@ def hub(hub_registry: HubRegistryServer, monkeypatch: pytest.MonkeyPatch) -> Hub
     """The empty Hub, as the Hub of this process."""
     use_hub(hub_registry.url, monkeypatch)
     return hub_registry
-
-
-def use_hub(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process take the server at `url` for the Hub."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tests.conftest import ROOT, edit, run
+from tests.helpers import ROOT, edit, run
 
 MUTATIONS = YAML(typ="safe").load((ROOT / "tests/mutations.yaml").read_text("utf-8"))
 

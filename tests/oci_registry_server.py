@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.conftest import ROOT, phi3, run
+from tests.helpers import ROOT, phi3, run
 
 CONFIG = """
 version: 0.1
@@ -86,7 +86,7 @@ class Issuer:
         return jwt.encode(claims, self._key, algorithm="ES256", headers={"x5c": self._chain})
 
 
-class Registry:
+class OciRegistryServer:
     """A running docker-registry: its address, its folder and the environment for `phi3`."""
 
     def __init__(self, folder, *, password=False, tokens=False):
@@ -134,8 +134,10 @@ class Registry:
         """Run `phi3`, or a program with its arguments, as a process of its own with this home."""
         return run(*program, *arguments, cwd=Path.cwd(), check=False, PYTHONPATH=str(ROOT), HOME=str(self.home))
 
-    def stop(self):
-        """End the registry."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self.process.terminate()
         self.process.wait()
         if self.issuer:

@@ -6,7 +6,6 @@ import multiprocessing
 import sys
 
 import numpy as np
-import pytest
 
 from pipeline.check.fidelity import Distributions, write_distributions
 from pipeline.check.reference import Answer, Continuation, LongContext, Reference
@@ -15,7 +14,6 @@ from pipeline.common import paths
 from pipeline.common.manifest import HubOrigin, building, seal
 from pipeline.release import publish, pull
 from pipeline.release.registry import open_registry
-from tests.conftest import run
 from tests.manifests import variant_manifest
 
 MODEL, VARIANT = "tiny", "openvino-int4"
@@ -123,22 +121,6 @@ def exit_codes(function, *arguments, processes):
     for process in started:
         process.join()
     return [process.exitcode for process in started]
-
-
-@pytest.fixture(autouse=True)
-def release_folder(tmp_path, monkeypatch):
-    """A folder with git, a validated artifact, a source with a licence, and a cache of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PHI3_CACHE", str(tmp_path / "cache"))
-    run("git", "init", "-q", cwd=tmp_path)
-    (tmp_path / "dvc.lock").write_text("")
-    run("git", "add", "dvc.lock", cwd=tmp_path)
-    run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "start", cwd=tmp_path)
-    paths.source(MODEL).mkdir(parents=True)
-    (paths.source(MODEL) / "LICENSE").write_text("MIT")
-    (paths.source(MODEL) / "config.json").write_text('{"model_type": "phi3"}')
-    build()
-    return tmp_path
 
 
 def run_and_kill(function, *, calls=1, after=False):

@@ -5,7 +5,7 @@ import sys
 
 from pipeline.common.params import json_schema
 from tests.common.test_manifest import sealed  # noqa: F401
-from tests.conftest import ROOT, phi3
+from tests.helpers import ROOT, phi3
 
 
 def test_verify(sealed):  # noqa: F811

@@ -16,7 +16,7 @@ from urllib.request import urlopen
 import pytest
 from ruamel.yaml import YAML
 
-from tests.conftest import edit, run
+from tests.helpers import edit, run
 
 pytestmark = pytest.mark.slow
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")

@@ -8,7 +8,8 @@ from pipeline.common.matrices import matrices
 from pipeline.common.params import load_params
 from pipeline.common.shapes import tensors
 from pipeline.graph import Cell
-from tests.conftest import ROOT, STYLES, make_checkpoint
+from tests.checkpoints import STYLES, make_checkpoint
+from tests.helpers import ROOT
 
 PARAMS = load_params(ROOT / "params.yaml")
 PHI_3_MINI = {

@@ -21,7 +21,7 @@ from pipeline.device_check import NPU_ON_CPU, check_device
 from pipeline.release.documents import card
 from pipeline.run.blobs import Choice, compile_chosen, static_on_cpu
 from pipeline.run.openvino import F32, STATIC_ON_CPU, OpenvinoLogits, StaticLogits
-from tests.conftest import run
+from tests.helpers import run
 
 pytestmark = pytest.mark.slow
 FIGURES = {"kl_mean_default", "top1_agreement", "load_time_s", "time_to_first_token_s", "tokens_per_second"}

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.mutants import MUTATIONS
 
 PROMISES = re.findall(r"^\| \d+ .*", (ROOT / "docs/promises.md").read_text("utf-8"), re.MULTILINE)

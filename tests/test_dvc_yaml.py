@@ -10,7 +10,7 @@ from pipeline.common.manifest import tool_versions
 from pipeline.common.params import OnnxInt4, OpenvinoInt4, json_schema, load_params
 from pipeline.convert.variant import TOOLS
 from pipeline.dvc_yaml import LIBRARIES, render
-from tests.conftest import ROOT, edit, phi3
+from tests.helpers import ROOT, edit, phi3
 
 STAGES = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
 PARAMS = load_params(ROOT / "params.yaml")

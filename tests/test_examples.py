@@ -10,19 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run
-from tests.oci_registry_server import Registry
+from tests.helpers import ANSWER, QUESTION, ROOT, run
+from tests.oci_registry_server import OciRegistryServer
 
 pytestmark = pytest.mark.slow
-QUESTION, ANSWER = "What is the capital of Japan?", "The capital of Japan is Tokyo."
 
 
 @pytest.fixture(scope="module")
 def oci(tmp_path_factory):
     """An empty OCI registry."""
-    registry = Registry(tmp_path_factory.mktemp("oci") / "registry")
-    yield registry
-    registry.stop()
+    with OciRegistryServer(tmp_path_factory.mktemp("oci") / "registry") as registry:
+        yield registry
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import verify
 from pipeline.release.pull import check
-from tests.conftest import ROOT, edit, run
+from tests.helpers import ROOT, edit, run
 
 pytestmark = pytest.mark.slow
 # The cells in the order of the build; CELLS gives the directory that each makes and how often it is killed.

@@ -3,7 +3,7 @@
 import networkx
 
 from pipeline.dvc_yaml import imported_names
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 # Each package of the pipeline may import itself and those before it. Modules outside of them may import all.
 LAYERS = ("common", "source", "run", "convert", "check", "release")

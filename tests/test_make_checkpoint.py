@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from bench import make_checkpoint
 from pipeline.common.checkpoint import check, tensor_shapes
-from tests.conftest import make_checkpoint as tiny
+from tests.checkpoints import make_checkpoint as tiny
 
 WIDE = {"hidden_size": 384, "intermediate_size": 700, "num_attention_heads": 8, "num_key_value_heads": 8}
 WIDE |= {"num_hidden_layers": 4, "max_position_embeddings": 512, "original_max_position_embeddings": 512}

@@ -9,8 +9,7 @@ import re
 import openvino_genai
 import pytest
 
-from tests.conftest import ROOT
-from tests.test_examples import ANSWER, QUESTION
+from tests.helpers import ANSWER, QUESTION, ROOT
 
 SECTION = (ROOT / "docs/programs.md").read_text("utf-8").split("## OpenVINO Model Server")[1].split("\n## ")[0]
 SERVER = {"model_path", "model_name", "rest_port", "target_device", "task", "source_model", "model_repository_path"}

@@ -12,7 +12,8 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.params import Model
 from pipeline.costs import Cost, estimate
 from pipeline.graph import Cell, read_graph
-from tests.conftest import ROOT, make_checkpoint, run
+from tests.checkpoints import make_checkpoint
+from tests.helpers import ROOT, run
 from tests.test_costs import PARAMS, PHI_3_MINI
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.programs import stream_lines
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 STAGE = """

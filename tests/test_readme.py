@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.check.checks import CHECKS
-from tests.conftest import ROOT, run
+from tests.helpers import ROOT, run
 
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))

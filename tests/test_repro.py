@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.manifest import verify
-from tests.conftest import edit, run
+from tests.helpers import edit, run
 
 pytestmark = pytest.mark.slow
 BUILDS = ("quantize_openvino",)

@@ -14,8 +14,8 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.params import load_params
 from pipeline.convert.onnx_format import MODEL
 from pipeline.run.onnx import OnnxGenai
-from tests.conftest import ROOT
 from tests.convert.test_conversion import undivided
+from tests.helpers import ROOT
 
 PARAMS = load_params(ROOT / "params.yaml")
 VARIANT = "onnx-directml-int4"

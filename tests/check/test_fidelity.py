@@ -12,7 +12,7 @@ from pipeline.check.fidelity import compare, concatenate, distributions, read_di
 from pipeline.check.reference import Answer, read_reference
 from pipeline.run.openvino import OpenvinoLogits
 from pipeline.run.source_model import Torch
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 VOCABULARY = 40
 ANSWERS = [

@@ -24,7 +24,8 @@ from pipeline.run import onnx, pieces
 from pipeline.run import openvino as openvino_runtimes
 from pipeline.run.openvino import F32, OpenvinoGenai
 from pipeline.run.source_model import Torch
-from tests.conftest import LONGROPE, built_once, make_checkpoint
+from tests.checkpoints import LONGROPE, make_checkpoint
+from tests.helpers import built_once
 
 FACTORS = {"long_factor": [16.0] * 16, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}
 MODELS = {

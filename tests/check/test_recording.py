@@ -18,7 +18,8 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.params import load_params
 from pipeline.convert.openvino import export_fp16
 from pipeline.run.source_model import Torch
-from tests.conftest import LONGROPE, ROOT, make_checkpoint
+from tests.checkpoints import LONGROPE, make_checkpoint
+from tests.helpers import ROOT
 
 QUESTION = "Who are you?"
 LONG = {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 8192}}

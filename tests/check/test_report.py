@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.check.report import bits_per_layer, figure, scatter
-from tests.conftest import ROOT, run
+from tests.helpers import ROOT, run
 
 VARIANT = "openvino-int4"
 

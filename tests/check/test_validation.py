@@ -15,7 +15,8 @@ from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import read_manifest, seal
 from pipeline.common.params import load_params
 from pipeline.convert.openvino_format import REQUIRED
-from tests.conftest import ROOT, make_tokenizer
+from tests.checkpoints import make_tokenizer
+from tests.helpers import ROOT
 
 pytestmark = pytest.mark.slow
 PARAMS = load_params(ROOT / "params.yaml")

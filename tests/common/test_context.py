@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import describe, limits, pipeline_options, room
-from tests.conftest import make_checkpoint
+from tests.checkpoints import make_checkpoint
 
 WINDOW = {"max_position_embeddings": 4096, "sliding_window": 2047}
 LONGROPE = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}

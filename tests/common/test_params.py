@@ -6,7 +6,7 @@ from ruamel.yaml import YAML
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import Npu, OpenvinoInt4, json_schema, load_params
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 TEXT = (ROOT / "params.yaml").read_text("utf-8")
 

@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 
 from pipeline.common import params
 from pipeline.common.errors import PipelineError
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 CONTENT = YAML(typ="safe").load(ROOT / "params.yaml")
 # These keys have defaults, so a file without them is complete.

@@ -23,7 +23,8 @@ from pipeline.convert.solver import Grid
 from pipeline.convert.statistics import fold, unfold
 from pipeline.run.prompts import load_prompts
 from pipeline.run.source_model import Torch
-from tests.conftest import LIMITS, STYLES, make_checkpoint
+from tests.checkpoints import STYLES, make_checkpoint
+from tests.helpers import LIMITS
 
 ANSWERS = [[20 + (7 * i + j * j) % 200 for j in range(30 + i)] for i in range(4)]
 LAYERS = ("model.layers.0", "model.layers.1")

@@ -17,7 +17,8 @@ from pipeline.convert.onnx_builder import RESIDUAL_SCALE
 from pipeline.run.onnx import OnnxGenai
 from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits
 from pipeline.run.source_model import Torch
-from tests.conftest import LIMITS, ROOT, STYLES, make_checkpoint, run
+from tests.checkpoints import STYLES, make_checkpoint
+from tests.helpers import LIMITS, ROOT, run
 
 pytestmark = pytest.mark.slow
 FP16 = OpenvinoFp16(stage="export_openvino", limits=LIMITS)

@@ -16,7 +16,7 @@ from pipeline.convert.npu.blob import read_blob
 from pipeline.convert.npu.build import build_blob
 from pipeline.run.blobs import Choice, choose, load_pipeline
 from pipeline.run.openvino import F32, OpenvinoLogits, model_inputs
-from tests.conftest import ROOT, run
+from tests.helpers import ROOT, run
 from tests.manifests import blob_manifest, recipe, variant_manifest
 
 NPU = Npu(max_prompt_len=256, min_response_len=64)

@@ -20,7 +20,8 @@ from pipeline.convert.variant import asked
 from pipeline.run.onnx import OnnxGenai
 from pipeline.run.openvino import OpenvinoLogits
 from pipeline.run.source_model import Torch
-from tests.conftest import LIMITS, make_checkpoint
+from tests.checkpoints import make_checkpoint
+from tests.helpers import LIMITS
 
 IDS = list(range(20, 60))
 INT4 = OpenvinoInt4(

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from pipeline.common.manifest import verify
-from tests.conftest import ROOT, run
+from tests.helpers import ROOT, run
 
 NAME = "smol-phi3-onnx-cpu-int4"
 

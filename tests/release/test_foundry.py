@@ -15,13 +15,14 @@ import pytest
 from pipeline.common.manifest import digest
 from pipeline.release.foundry import inference_model
 from pipeline.release.release import read_release
-from tests.conftest import ROOT, TEMPLATE, make_tokenizer, run
+from tests.checkpoints import TEMPLATE, make_tokenizer
 from tests.environments import python_of
+from tests.helpers import ANSWER, ROOT, run
 
 PAGE = (ROOT / "docs/programs.md").read_text("utf-8").split("## Foundry Local\n")[1].split("\n## ")[0]
 COMMANDS, CHAT, SERVE = re.findall(r"```\w+\n(.*?)```", PAGE, re.DOTALL)
 VERSION = re.search(r"pip install foundry-local-sdk==([\d.]+)", PAGE)[1]
-NAME, ANSWER = "smol-phi3-onnx-cpu-int4-1.0.0:1", "The capital of Japan is Tokyo."
+NAME = "smol-phi3-onnx-cpu-int4-1.0.0:1"
 PHI_3 = {
     "system": "<|system|>\n{Content}<|end|>",
     "user": "<|user|>\n{Content}<|end|>",

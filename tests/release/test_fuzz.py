@@ -18,11 +18,12 @@ from pipeline.common.params import load_params
 from pipeline.convert.npu.blob import ELF, MAGIC, read_blob
 from pipeline.release.release import read_release, unsafe
 from pipeline.source.gguf import convert_gguf
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.manifests import variant_manifest
 from tests.release_project import build, publish_version
-from tests.release_project import release_folder as release_folder
 from tests.source.test_gguf import llama as llama
+
+pytestmark = pytest.mark.usefixtures("release_folder")
 
 bounded = settings(
     max_examples=150,

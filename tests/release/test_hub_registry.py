@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, phi3, run, use_hub
+from tests.helpers import ROOT, phi3, run, use_hub
 from tests.release_project import NAME, build, run_and_kill
-from tests.release_project import release_folder as release_folder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("release_folder"), pytest.mark.slow]
 REPO = "someone/tiny-openvino-int4"
 URL = f"hf:{REPO}"
 BIG = bytes(range(256)) * 100

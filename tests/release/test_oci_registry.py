@@ -14,63 +14,54 @@ from pipeline.release import pull
 from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.oci import OciRegistry
-from tests.conftest import phi3
-from tests.oci_registry_server import Registry
+from tests.helpers import phi3
+from tests.oci_registry_server import OciRegistryServer
 from tests.release_project import NAME, build, publish_version, run_and_kill
-from tests.release_project import release_folder as release_folder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.usefixtures("release_folder"), pytest.mark.slow]
 BIG = bytes(range(256)) * 100
-
-
-@pytest.fixture
-def registry(tmp_path):
-    """An empty registry without passwords."""
-    registry = Registry(tmp_path / "oci")
-    yield registry
-    registry.stop()
 
 
 @pytest.mark.parametrize(
     ("method", "calls", "after"),
     [("upload", 1, False), ("upload", 5, True), ("publish", 1, False), ("publish", 1, True), ("point", 1, True)],
 )
-def test_a_killed_publisher(registry, method, calls, after):
+def test_a_killed_publisher(oci, method, calls, after):
     """If a publisher is killed at any phase, readers see the whole old version until the tag exists; a retry works."""
-    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    oci.phi3("publish", NAME, "--to", oci.url, "--version", "1.0.0")
     build(BIG)
     program = run_and_kill(f"pipeline.release.registry.oci:OciRegistry.{method}", calls=calls, after=after)
-    publish = ("publish", NAME, "--to", registry.url, "--version", "2.0.0")
-    assert registry.phi3_process(*publish, program=program).returncode == 9
+    publish = ("publish", NAME, "--to", oci.url, "--version", "2.0.0")
+    assert oci.phi3_process(*publish, program=program).returncode == 9
     tagged = method == "point" or (method == "publish" and after)
-    versions = [line.split()[1] for line in registry.phi3("list", registry.url).stdout.splitlines()]
+    versions = [line.split()[1] for line in oci.phi3("list", oci.url).stdout.splitlines()]
     assert versions == (["1.0.0", "2.0.0"] if tagged else ["1.0.0"])
-    registry.phi3("pull", registry.url, NAME, "--to", "latest")
+    oci.phi3("pull", oci.url, NAME, "--to", "latest")
     assert Path("latest/openvino_model.bin").read_bytes() == (BIG if method == "point" else b"weights")
-    again = registry.phi3(*publish).stdout
+    again = oci.phi3(*publish).stdout
     assert ("uploading openvino_model.bin" in again) == (method == "upload" and not after)
-    registry.phi3("pull", registry.url, NAME, "--to", "newer")
+    oci.phi3("pull", oci.url, NAME, "--to", "newer")
     assert Path("newer/openvino_model.bin").read_bytes() == BIG
 
 
-def test_two_publishers_at_once(registry):
+def test_two_publishers_at_once(oci):
     """Publishers of the same bytes at the same time all succeed, and the release is whole."""
     build(BIG)
-    command = ("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    command = ("publish", NAME, "--to", oci.url, "--version", "1.0.0")
     with ThreadPoolExecutor() as pool:
-        results = list(pool.map(lambda _: registry.phi3_process(*command), range(3)))
+        results = list(pool.map(lambda _: oci.phi3_process(*command), range(3)))
     assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
-    registry.phi3("pull", registry.url, NAME, "--to", "model")
+    oci.phi3("pull", oci.url, NAME, "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 
 
-def test_a_blob_that_is_being_written(registry, monkeypatch):
+def test_a_blob_that_is_being_written(oci, monkeypatch):
     """A manifest that the registry refuses, since another publisher is writing one of its blobs, is sent again."""
     put, sleep, refused = OciRegistry._put, Retry.sleep, []
 
     def put_meanwhile(self, manifest, tag):
         sha256 = hashlib.sha256(BIG).hexdigest()
-        (link,) = registry.root.rglob(f"_layers/sha256/{sha256}/link")
+        (link,) = oci.root.rglob(f"_layers/sha256/{sha256}/link")
         content = link.read_bytes()
 
         def finish(retry, response=None):
@@ -84,20 +75,20 @@ def test_a_blob_that_is_being_written(registry, monkeypatch):
 
     monkeypatch.setattr(OciRegistry, "_put", put_meanwhile)
     build(BIG)
-    publish_version(registry=open_registry(registry.url), aliases=())
+    publish_version(registry=open_registry(oci.url), aliases=())
     assert refused == [400]
-    registry.phi3("pull", registry.url, f"{NAME}@1.0.0", "--to", "model")
+    oci.phi3("pull", oci.url, f"{NAME}@1.0.0", "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 
 
-def test_a_corrupt_content(registry):
+def test_a_corrupt_content(oci):
     """A content replaced by other bytes of the same length is refused, and nothing is installed."""
     build(BIG)
-    registry.phi3("publish", NAME, "--to", registry.url, "--version", "1.0.0")
+    oci.phi3("publish", NAME, "--to", oci.url, "--version", "1.0.0")
     sha256 = hashlib.sha256(BIG).hexdigest()
-    (data,) = registry.root.rglob(f"blobs/sha256/{sha256[:2]}/{sha256}/data")
+    (data,) = oci.root.rglob(f"blobs/sha256/{sha256[:2]}/{sha256}/data")
     data.write_bytes(bytes(len(BIG)))
-    refused = registry.phi3("pull", registry.url, NAME, "--to", "model", check=False)
+    refused = oci.phi3("pull", oci.url, NAME, "--to", "model", check=False)
     assert refused.returncode == 1
     assert "gave other bytes for openvino_model.bin than release.json says" in refused.stderr
     assert not Path("model").exists()
@@ -110,40 +101,49 @@ def command_lines():
             yield " ".join(process.cmdline())
 
 
-def test_password(tmp_path):
-    """The password of `docker login` is used; a missing or wrong one ends with a sentence without the secret, which no
-    command line shows."""
-    registry = Registry(tmp_path / "oci", password=True)
-    try:
-        refused = registry.phi3("list", registry.url, check=False)
-        sentence = f"Error: {registry.url} wants a password: run `docker login {registry.host}` first.\n"
-        assert (refused.returncode, refused.stderr) == (1, sentence)
-        registry.login("wr0ng")
-        refused = registry.phi3("list", registry.url, check=False)
-        assert refused.returncode == 1
-        assert "docker login" in refused.stderr
-        assert "wr0ng" not in refused.stderr
-        registry.login("s3cret")
-        with ThreadPoolExecutor() as pool:
-            published = pool.submit(registry.phi3_process, "publish", NAME, "--to", registry.url, "--version", "1.0.0")
-            commands = set()
-            while not published.done():
-                commands |= set(command_lines())
-        assert published.result().returncode == 0
-        assert any("publish" in command for command in commands)
-        assert not any("s3cret" in command for command in commands)
-        registry.phi3("pull", registry.url, NAME, "--to", "model")
-        assert check(Path("model")).name == NAME
-    finally:
-        registry.stop()
+@pytest.fixture
+def locked(tmp_path):
+    """An empty registry that wants a password."""
+    with OciRegistryServer(tmp_path / "oci", password=True) as server:
+        yield server
+
+
+def test_no_password(locked):
+    """Without `docker login` a sentence says what to do."""
+    refused = locked.phi3("list", locked.url, check=False)
+    sentence = f"Error: {locked.url} wants a password: run `docker login {locked.host}` first.\n"
+    assert (refused.returncode, refused.stderr) == (1, sentence)
+
+
+def test_a_wrong_password(locked):
+    """A wrong password ends with a sentence that does not show it."""
+    locked.login("wr0ng")
+    refused = locked.phi3("list", locked.url, check=False)
+    assert refused.returncode == 1
+    assert "docker login" in refused.stderr
+    assert "wr0ng" not in refused.stderr
+
+
+def test_the_password(locked):
+    """The password of `docker login` publishes and pulls, and no command line of the machine shows it."""
+    locked.login("s3cret")
+    with ThreadPoolExecutor() as pool:
+        published = pool.submit(locked.phi3_process, "publish", NAME, "--to", locked.url, "--version", "1.0.0")
+        commands = set()
+        while not published.done():
+            commands |= set(command_lines())
+    assert published.result().returncode == 0
+    assert any(locked.url in command for command in commands)
+    assert not any("s3cret" in command for command in commands)
+    locked.phi3("pull", locked.url, NAME, "--to", "model")
+    assert check(Path("model")).name == NAME
 
 
 @pytest.fixture
 def tokens(tmp_path):
     """An empty registry that wants tokens of an issuer, as Docker Hub, GitLab, Harbor and GHCR do."""
-    registry = Registry(tmp_path / "oci", tokens=True)
-    yield registry
-    registry.stop()
+    with OciRegistryServer(tmp_path / "oci", tokens=True) as server:
+        yield server
 
 
 def test_tokens(tokens, tmp_path):

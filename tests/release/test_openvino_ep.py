@@ -16,13 +16,14 @@ from pipeline.common.paths import MANIFEST
 from pipeline.release.openvino_ep import write_openvino_ep
 from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
-from tests.conftest import ROOT, make_tokenizer, run
+from tests.checkpoints import make_tokenizer
 from tests.environments import python_of
+from tests.helpers import ANSWER, QUESTION, ROOT, run
 from tests.manifests import blob_manifest, variant_manifest
 from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, pull_latest, validate
-from tests.release_project import release_folder as release_folder
 
-QUESTION, ANSWER = "What is the capital of Japan?", "The capital of Japan is Tokyo."
+pytestmark = pytest.mark.usefixtures("release_folder")
+
 # Parts of the page's program.
 LIBRARY, INSTEAD = "openvino_ep.get_library_path()", '# config.set_provider_option("OpenVINO", "device_type", "GPU")'
 NODE = """<

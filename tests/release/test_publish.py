@@ -20,7 +20,7 @@ from pipeline.release.registry import open_registry
 from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.registry.interface import Entry, require_own
 from pipeline.run.blobs import choose
-from tests.conftest import ROOT, run
+from tests.helpers import ROOT, run
 from tests.manifests import blob_manifest, recipe, variant_manifest
 from tests.release_project import (
     MEASURED,
@@ -34,7 +34,8 @@ from tests.release_project import (
     pull_latest,
     validate,
 )
-from tests.release_project import release_folder as release_folder
+
+pytestmark = pytest.mark.usefixtures("release_folder")
 
 
 def blobs():

@@ -19,9 +19,10 @@ from pipeline.release.pull import check
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.release import MAX_RELEASE, RELEASE, read_release, unsafe
-from tests.conftest import ROOT, edit, phi3, run
+from tests.helpers import ROOT, edit, phi3, run
 from tests.release_project import MODEL, NAME, VARIANT, build, exit_codes, publish_version, pull_latest, quiet
-from tests.release_project import release_folder as release_folder
+
+pytestmark = pytest.mark.usefixtures("release_folder")
 
 
 def test_two_pulls_at_once():

@@ -19,24 +19,14 @@ from pipeline.release.registry import open_registry
 from pipeline.release.registry.interface import Entry
 from pipeline.release.registry.oci import _config, _kind
 from pipeline.release.release import Release
-from tests.conftest import edit
+from tests.helpers import edit
 from tests.hub_registry_server import metadata_errors
 from tests.manifests import variant_manifest
-from tests.oci_registry_server import Registry
 from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet, validate
-from tests.release_project import release_folder as release_folder
 
-pytestmark = [pytest.mark.slow, pytest.mark.mutants]
+pytestmark = [pytest.mark.usefixtures("release_folder"), pytest.mark.slow, pytest.mark.mutants]
 BIG = bytes(range(256)) * 100
 REPO = "someone/tiny-openvino-int4"
-
-
-@pytest.fixture
-def oci(tmp_path):
-    """A real OCI registry without passwords."""
-    server = Registry(tmp_path / "oci")
-    yield server
-    server.stop()
 
 
 @pytest.fixture(params=["dir", "oci", "hf"])

@@ -10,9 +10,10 @@ from pipeline.common import paths
 from pipeline.common.errors import PipelineError
 from pipeline.release.pull import check, verify_any
 from pipeline.release.registry.directory import DirectoryRegistry
-from tests.conftest import run
+from tests.helpers import run
 from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, pull_latest
-from tests.release_project import release_folder as release_folder
+
+pytestmark = pytest.mark.usefixtures("release_folder")
 
 
 @pytest.fixture

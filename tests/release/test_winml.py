@@ -16,11 +16,12 @@ from pipeline.release import publish
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.winml import catalogue
-from tests.conftest import make_tokenizer, phi3
+from tests.checkpoints import make_tokenizer
+from tests.helpers import phi3
 from tests.manifests import blob_manifest, variant_manifest
-from tests.oci_registry_server import Registry
 from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet, validate
-from tests.release_project import release_folder as release_folder
+
+pytestmark = pytest.mark.usefixtures("release_folder")
 
 TEXT, URI = {"type": "string"}, {"type": "string", "pattern": r"^(https?|file)://\S+$"}
 TEXTS = ("id", "name", "version", "publisher", "license")
@@ -135,17 +136,13 @@ def test_the_hub(hub):
 
 
 @pytest.mark.slow
-def test_an_oci_registry(tmp_path):
+def test_an_oci_registry(oci):
     """For an OCI registry the command says in one sentence that a catalogue cannot point to it."""
-    server = Registry(tmp_path / "oci")
-    try:
-        publish_version(registry=open_registry(server.url))
-        refused = phi3("list", server.url, "--format", "winml", check=False)
-    finally:
-        server.stop()
+    publish_version(registry=open_registry(oci.url))
+    refused = phi3("list", oci.url, "--format", "winml", check=False)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr == (
-        f"Error: {server.url} gives its files only to clients of OCI registries, not to a program that has their "
+        f"Error: {oci.url} gives its files only to clients of OCI registries, not to a program that has their "
         "addresses: publish to hf: or dir: as well.\n"
     )
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.common.params import load_params
 from pipeline.run.prompts import load_prompts
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 
 def test_reference_prompts_are_varied():

@@ -19,7 +19,7 @@ from pipeline.run.onnx import OnnxGenai
 from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits, answer_together
 from pipeline.run.pieces import piece_size
 from pipeline.run.source_model import Torch
-from tests.conftest import LIMITS, ROOT, run
+from tests.helpers import LIMITS, ROOT, run
 
 pytestmark = pytest.mark.slow
 FP16 = OpenvinoFp16(stage="export_openvino", limits=LIMITS)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from pipeline.common.checkpoint import check, eos_token_ids
 from pipeline.common.errors import PipelineError
 from pipeline.source.gguf import convert_gguf
-from tests.conftest import make_tokenizer
+from tests.checkpoints import make_tokenizer
 
 HEADS, KEY_VALUE_HEADS = 4, 2
 
