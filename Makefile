@@ -52,7 +52,7 @@ bench: $(VENV)/.installed
 	dvc repro download
 	python -m bench.full_size
 
-# Run every stage with the default recipes at Phi-3-mini's full size: two hours, 65 GB of disk and 24 GB of memory.
+# Run every stage with the default recipes at Phi-3-mini's full size: two hours, 65 GB of disk and 12 GB of memory.
 bench-rehearsal: $(VENV)/.installed wine
 	dvc repro download
 	python -m bench.rehearsal

@@ -1,6 +1,6 @@
 """Compare builds on local clusters of one, two and four workers with `dvc repro`, and simulate larger clusters.
 
-`make bench-cluster` writes bench/cluster.json and .md. The two models built are the embedded one and one of
+`make bench-cluster` writes bench/cluster.json and .md. The two models built are `smol-phi3` and one of
 Phi-3-mini's shape with fewer layers; the recipes are the tutorials', without calibration.
 """
 
@@ -17,8 +17,8 @@ import click
 from ruamel.yaml import YAML
 
 from bench.full_size import ROOT, clone_project
-from bench.make_checkpoint import EMBEDDED, Widening, widen
-from bench.measure import made_by
+from bench.make_checkpoint import SMOL_PHI3, Widening, widen
+from bench.measure import WORK, made_by
 from pipeline.common.manifest import replace_file
 from pipeline.common.params import load_params
 from pipeline.costs import estimate
@@ -34,7 +34,7 @@ BANDWIDTHS = {"1 Gbit/s": 0.125e9, "10 Gbit/s": 1.25e9}
 def make_project(folder: Path) -> Path:
     """Return a git project below `folder` that builds both models, with a DVC remote beside it."""
     project = folder / "project"
-    widen(EMBEDDED, folder / "checkpoint", layers=LAYERS)
+    widen(SMOL_PHI3, folder / "checkpoint", layers=LAYERS)
     clone_project(project, folder / "checkpoint", build=["smol-phi3", SECOND])
     subprocess.run(["dvc", "remote", "add", "-q", "-d", "store", str(folder / "store")], cwd=project, check=True)
     git = ["git", "-c", "user.name=bench", "-c", "user.email=bench@example.org"]
@@ -74,7 +74,7 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
     what it built. The remote serves one worker at a time with its whole `bandwidth` (bytes per second). `overhead` is
     added to each cell, in seconds.
     """
-    params, config = load_params(ROOT / "params.yaml"), Widening(EMBEDDED, layers=32).config()
+    params, config = load_params(ROOT / "params.yaml"), Widening(SMOL_PHI3, layers=32).config()
     one = read_graph(params)
     costs = {name: estimate(node.cell, params=params, config=config) for name, node in one.items()}
     way: dict[str, float] = {}  # seconds to the end of the longest chain of cells
@@ -87,7 +87,7 @@ def simulate(models: int, workers: int, bandwidth: float, overhead: float) -> di
     while waiting:
         ready = {
             cell: max((done[cell[0], need] for need in one[cell[1]].needs), default=0.0)
-            for cell in waiting
+            for cell in sorted(waiting)  # so that every run gives the same figures
             if all((cell[0], need) in done for need in one[cell[1]].needs)
         }
         worker = min(range(workers), key=free.__getitem__)
@@ -150,15 +150,15 @@ def table(results: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--directory", type=click.Path(path_type=Path), default=Path("bench/work"), show_default=True)
-def main(directory: Path) -> None:
+def main() -> None:
     """Measure local clusters and simulate larger ones; write bench/cluster.md and .json.
 
     Example: make bench-cluster
     """
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    project = make_project(directory.absolute())
+    folder = WORK.absolute() / "cluster"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    project = make_project(folder)
     builds = [measure(project, workers) for workers in (0, 1, 2, 4)]
     serial = builds[0][1]
     measured = [
@@ -171,7 +171,7 @@ def main(directory: Path) -> None:
     click.echo(text)
     replace_file(RESULTS, json.dumps(results, indent=2))
     replace_file(RESULTS.with_suffix(".md"), text)
-    shutil.rmtree(directory)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

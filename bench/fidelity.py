@@ -1,4 +1,4 @@
-"""Measure what each quantization option costs and loses on the embedded model, and write bench/fidelity.md.
+"""Measure what each quantization option costs and loses on `smol-phi3`, and write bench/fidelity.md.
 
 Run `dvc repro validate` first, for the checkpoint, the FP16 IR, the reference and the calibration data.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import click
 import nncf
 
+from bench.measure import WORK
 from bench.twins import Change, leave_the_grid, untie, write_twin
 from pipeline.check.fidelity import compare, read_distributions
 from pipeline.check.measurement import load_runtime, load_scorer
@@ -33,7 +34,7 @@ from pipeline.run.source_model import Torch
 
 MODEL = "smol-phi3"
 RESULTS = Path(__file__).with_suffix(".json")
-WORK = Path("bench/work")
+FOLDER = WORK / "fidelity"
 QUESTIONS = 3  # for the speed test, after one more that warms up and is not counted
 # The former defaults as NNCF's options; only this benchmark still uses NNCF's calibration.
 NNCF: dict[str, dict[str, Any]] = {
@@ -80,18 +81,18 @@ class Source:
     calibration: Path
 
 
-EMBEDDED = Source(paths.source(MODEL), paths.variant(MODEL, "openvino-fp16"), paths.calibration(MODEL))
+SMOL_PHI3 = Source(paths.source(MODEL), paths.variant(MODEL, "openvino-fp16"), paths.calibration(MODEL))
 
 
 def make_twin(change: Change, folder: Path) -> Source:
-    """Apply `change` to the embedded model, build its IR, calibrate it on the same answers, all in `folder`."""
+    """Apply `change` to `smol-phi3`, build its IR, calibrate it on the same answers, all in `folder`."""
     found = Source(folder / "checkpoint", folder / "fp16", folder / "calibration")
     if not found.calibration.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        write_twin(EMBEDDED.checkpoint, found.checkpoint, change)
+        write_twin(SMOL_PHI3.checkpoint, found.checkpoint, change)
         found.fp16.mkdir()
         openvino.export_fp16(found.checkpoint, found.fp16)
-        answers = Calibration(EMBEDDED.calibration, EMBEDDED.checkpoint).summary.answers
+        answers = Calibration(SMOL_PHI3.calibration, SMOL_PHI3.checkpoint).summary.answers
         aside = folder / "statistics"
         write_calibration(aside, answers=answers, layers=hessians(Torch(found.checkpoint), answers))
         aside.rename(found.calibration)
@@ -203,7 +204,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 @click.command()
 def main() -> None:
-    """Measure every option on the embedded model and write bench/fidelity.json and bench/fidelity.md.
+    """Measure every option on `smol-phi3` and write bench/fidelity.json and bench/fidelity.md.
 
     A run continues where an interrupted one ended; delete bench/fidelity.json to measure all options anew.
     """
@@ -215,7 +216,7 @@ def main() -> None:
                 continue
             click.echo(f"{variant}: {name}")
             _, _, twin = variant.partition(": ")
-            source = make_twin(TWINS[twin][0], WORK / twin.replace(" ", "-")) if twin else EMBEDDED
+            source = make_twin(TWINS[twin][0], FOLDER / twin.replace(" ", "-")) if twin else SMOL_PHI3
             with tempfile.TemporaryDirectory(prefix="phi3-bench-") as directory:
                 rows[name] = measure(name, variant, recipe, Path(directory), source)
             click.echo(rows[name])
@@ -223,7 +224,7 @@ def main() -> None:
     versions = ", ".join(f"{k} {v}" for k, v in tool_versions("openvino", "nncf", "onnxruntime-genai").items())
     heading = f"# Quantization options on {MODEL}\n\nMade by `make bench-fidelity`; CPU, {versions}.\n"
     replace_file(RESULTS.with_suffix(".md"), heading + table(results))
-    shutil.rmtree(WORK, ignore_errors=True)
+    shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Build a model of Phi-3-mini's shape by hand, as tutorials do, and by this pipeline, on the same machine.
 
-Run it with `make bench`. The embedded model, widened to that shape, takes the place of the real weights, since the cost
+Run it with `make bench`. `smol-phi3`, widened to that shape, takes the place of the real weights, since the cost
 depends on the shapes only. Both ways use the tutorial's recipes, and both results are compared, matrix by matrix.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 
 import click
 
-from bench.make_checkpoint import EMBEDDED, widen
-from bench.measure import Cost, disk_used, made_by, measure, require_free
+from bench.make_checkpoint import SMOL_PHI3, widen
+from bench.measure import WORK, Cost, disk_used, made_by, measure, require_free
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import digest, replace_file
 from pipeline.common.params import load_params
@@ -199,25 +199,18 @@ def table(results: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option(
-    "--directory",
-    type=click.Path(path_type=Path),
-    default=Path("bench/work"),
-    show_default=True,
-    help="Where everything is built, and deleted afterwards; needs 60 GB.",
-)
 @click.option("--layers", default=32, show_default=True, help="Fewer make a quicker trial, which is not recorded.")
-def main(directory: Path, layers: int) -> None:
+def main(layers: int) -> None:
     """Build Phi-3-mini's shape by hand and by the pipeline, and write bench/full_size.md and .json.
 
     Example: make bench
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    require_free(directory, FREE * layers / 32)
-    folder = directory.absolute()
+    folder = WORK.absolute() / "full_size"
+    folder.mkdir(parents=True, exist_ok=True)
+    require_free(folder, FREE * layers / 32)
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
-        widen(EMBEDDED, checkpoint, layers=layers)
+        widen(SMOL_PHI3, checkpoint, layers=layers)
     for left in ("hand", "pipeline"):
         shutil.rmtree(folder / left, ignore_errors=True)
         (folder / left).mkdir()

@@ -1,6 +1,6 @@
-"""Make a checkpoint of Phi-3-mini's shape that answers real questions: widen the embedded model.
+"""Make a checkpoint of Phi-3-mini's shape that answers real questions: widen `smol-phi3`.
 
-The result computes the same function as the embedded model, up to the rounding to bfloat16. So its answers are real,
+The result computes the same function as `smol-phi3`, up to the rounding to bfloat16. So its answers are real,
 and every stage can be run at full size. Its matrices have the rank of the small model's, so what it loses by
 quantization says that the machinery works, and not what Phi-3-mini loses.
 
@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 HEAD = SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
-EMBEDDED = Path(__file__).parents[1] / paths.source("smol-phi3")
+SMOL_PHI3 = Path(__file__).parents[1] / paths.source("smol-phi3")
 SHARD = 1.5e9  # bytes of a file, at most
 NOISE = 1e-3  # standard deviation of weights that would be zero, as a part of the matrix's own
 ECHO = 1e-4  # factor of what the layers add that the small model does not have
@@ -157,9 +157,9 @@ def widen(checkpoint: Path, target: Path, *, layers: int) -> None:
 @click.option(
     "--source",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    default=EMBEDDED,
+    default=SMOL_PHI3,
     show_default="artifacts/smol-phi3/source",
-    help="The embedded model's checkpoint.",
+    help="The checkpoint of smol-phi3.",
 )
 @click.option("--layers", default=SHAPE["num_hidden_layers"], show_default=True, help="Fewer make a quicker trial.")
 def main(target: Path, source: Path, layers: int) -> None:

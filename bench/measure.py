@@ -16,6 +16,7 @@ import psutil
 
 from pipeline.common.manifest import tool_versions
 
+WORK = Path("bench/work")  # each bench builds in a folder of its own there
 INTERVAL = 0.5  # seconds between samples
 STAGE = re.compile(r"-m stages\.(.+)$")
 

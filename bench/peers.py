@@ -1,4 +1,4 @@
-"""Build the embedded model with this project and with other tools, and compare what it costs and what it loses.
+"""Build `smol-phi3` with this project and with other tools, and compare what it costs and what it loses.
 
 Run it with `make bench-peers`. Each tool converts the same checkpoint by the command of its own documentation. The Hub
 is switched off, so no recipe gets a data set from it. Every result is measured in the same way: by
@@ -19,9 +19,9 @@ from typing import Any
 import click
 from transformers import AutoTokenizer
 
-from bench.fidelity import EMBEDDED, MODEL, WORK
+from bench.fidelity import MODEL, SMOL_PHI3
 from bench.full_size import ROOT
-from bench.measure import Cost, made_by, measure
+from bench.measure import WORK, Cost, made_by, measure
 from pipeline.check.fidelity import compare, read_distributions
 from pipeline.check.measurement import load_runtime, load_scorer
 from pipeline.check.reference import read_reference
@@ -241,7 +241,7 @@ def own_stages(project: Path) -> dict[str, Cost]:
     """Build this project's INT4 variants in a clone of it from the checkpoint alone; return what each stage cost."""
     shutil.rmtree(project, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
-    shutil.copytree(EMBEDDED.checkpoint, project / EMBEDDED.checkpoint)
+    shutil.copytree(SMOL_PHI3.checkpoint, project / SMOL_PHI3.checkpoint)
     params, costs = load_params(), {}
     cells = [[variant.stage, MODEL, name] for name, variant in params.variants.items()]
     cells.insert(1, ["calibrate", MODEL])  # openvino-fp16 is the first variant, and answers for the calibration
@@ -272,7 +272,7 @@ def write_config(recipe: Recipe, target: Path) -> Path:
     data = {"name": "answers", "type": "HuggingfaceContainer"}
     system = {"type": "LocalSystem", "accelerators": [{"device": device, "execution_providers": [provider]}]}
     config = {
-        "input_model": {"type": "HfModel", "model_path": str(EMBEDDED.checkpoint.absolute())},
+        "input_model": {"type": "HfModel", "model_path": str(SMOL_PHI3.checkpoint.absolute())},
         "systems": {"local_system": system},
         "target": "local_system",
         "data_configs": [data | {"load_dataset_config": files, "pre_process_data_config": text}],
@@ -290,7 +290,7 @@ def write_config(recipe: Recipe, target: Path) -> Path:
 def run_peer(recipe: Recipe, target: Path) -> Cost | str:
     """Run `recipe` into `target`. Returns what it cost, or the tool's own message when it makes no model."""
     folder = environment(recipe.environment) if recipe.environment else Path(sys.prefix)
-    values = {"checkpoint": EMBEDDED.checkpoint.absolute(), "target": target}
+    values = {"checkpoint": SMOL_PHI3.checkpoint.absolute(), "target": target}
     if recipe.passes:
         values["config"] = write_config(recipe, target)
     command, log = shlex.split(recipe.command.format(**values)), target.with_suffix(".log")
@@ -372,13 +372,13 @@ def versions() -> str:
 
 @click.command()
 def main() -> None:
-    """Build the embedded model with every tool and write bench/peers.json, bench/peers.md and the tables of the page.
+    """Build `smol-phi3` with every tool and write bench/peers.json, bench/peers.md and the tables of the page.
 
     A run continues where an interrupted one ended.
     """
     FOLDER.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED.checkpoint)
-    answers = Calibration(EMBEDDED.calibration, EMBEDDED.checkpoint).summary.answers
+    tokenizer = AutoTokenizer.from_pretrained(SMOL_PHI3.checkpoint)
+    answers = Calibration(SMOL_PHI3.calibration, SMOL_PHI3.checkpoint).summary.answers
     ANSWERS.write_text("".join(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in answers), "utf-8")
     state, project = FOLDER / "state.json", FOLDER / "project"
     done: dict[str, Any] = json.loads(state.read_text("utf-8")) if state.exists() else {}

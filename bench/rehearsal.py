@@ -1,20 +1,21 @@
 """Run every stage with the default recipes at Phi-3-mini's full size, then publish and pull all variants.
 
-Run it with `make bench-rehearsal`. The checkpoint is the embedded model, widened to Phi-3-mini-4k's shape
+Run it with `make bench-rehearsal`. The checkpoint is `smol-phi3`, widened to Phi-3-mini-4k's shape
 (bench/make_checkpoint.py), so its answers are real. What its variants lose is not what those of Phi-3-mini lose.
 A run that was interrupted goes on after the last step that it finished.
 """
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bench.full_size import MODEL, clone_project, plans
-from bench.make_checkpoint import EMBEDDED, SHAPE, widen
-from bench.measure import Cost, disk_used, made_by, measure, require_free
+from bench.make_checkpoint import SHAPE, SMOL_PHI3, widen
+from bench.measure import WORK, Cost, disk_used, made_by, measure, require_free
 from pipeline.common.checkpoint import read_json
 from pipeline.common.manifest import replace_file
 from pipeline.common.params import load_params
@@ -71,25 +72,18 @@ def table(results: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option(
-    "--directory",
-    type=click.Path(path_type=Path),
-    default=Path("bench/work"),
-    show_default=True,
-    help="Where everything is built; needs 65 GB.",
-)
 @click.option("--layers", default=SHAPE["num_hidden_layers"], show_default=True, help="Fewer are not recorded.")
-def main(directory: Path, layers: int) -> None:
-    """Rehearse a build of Phi-3-mini and write bench/rehearsal.md and .json.
+def main(layers: int) -> None:
+    """Rehearse a build and a publication of Phi-3-mini and write bench/rehearsal.md and .json.
 
     Example: make bench-rehearsal
     """
-    folder = directory.absolute()
+    folder = WORK.absolute() / "rehearsal"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, project = folder / "checkpoint", folder / "project"
     if not checkpoint.exists():
         require_free(folder, FREE * layers / 32)
-        widen(EMBEDDED, checkpoint, layers=layers)
+        widen(SMOL_PHI3, checkpoint, layers=layers)
     if not project.exists():
         clone_project(project, checkpoint, build=[MODEL], plain=False)
     steps = Steps(folder, project)
@@ -98,6 +92,13 @@ def main(directory: Path, layers: int) -> None:
     cells = {" ".join(filter(None, vars(node.cell).values())): name for name, node in read_graph(params).items()}
     for step, name in cells.items():
         steps.run(step, "dvc", "repro", "--single-item", name)
+    registry, pulled = folder / "registry", folder / "pulled"
+    for variant in params.variants:
+        name = f"{MODEL}/{variant}"
+        steps.run(f"publish {variant}", "phi3", "publish", name, "--to", f"dir:{registry}", "--version", "1.0.0")
+        steps.run(f"pull {variant}", "phi3", "pull", f"dir:{registry}", name, "--to", str(pulled))
+        for left in (registry, pulled):  # together they would take as much disk as all artifacts
+            shutil.rmtree(left, ignore_errors=True)
     planned = plans(project, checkpoint, {step: steps.costs[step] for step in cells})
     artifacts = project / "artifacts" / MODEL
     needed = sum(disk_used(artifacts / name) for name in (*params.variants, "blobs", "source"))

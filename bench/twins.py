@@ -1,4 +1,4 @@
-"""Make twins of the embedded model: checkpoints that compute the same function with other weights.
+"""Make twins of `smol-phi3`: checkpoints that compute the same function with other weights.
 
 They show how far the model's figures depend on its particular weights.
 """
