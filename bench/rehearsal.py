@@ -22,6 +22,8 @@ from pipeline.common.params import load_params
 from pipeline.graph import read_graph
 
 RESULTS = Path(__file__).with_suffix(".json")
+WHOLE = SHAPE["num_hidden_layers"]
+ANSWERING = ("reference", "validate", "report")  # stages that need a model with answers
 FREE = 65e9  # bytes of disk that a run needs
 GOALS = {"minutes": 90.0, "anonymous_gb": 8.0, "disk_ratio": 1.2}
 NAMES = {
@@ -59,65 +61,85 @@ def table(results: dict[str, Any]) -> str:
     lines += ["The checkpoint is `smol-phi3`, widened to Phi-3-mini-4k's shape. DirectML in software did not run.", ""]
     lines += ["| | reached | goal |", "| --- | --- | --- |"]
     lines += [f"| {NAMES[name]} | {results['reached'][name]:g} | {goal:g} |" for name, goal in GOALS.items()]
-    lines += ["", "## Each step, beside what `phi3 plan` said", ""]
-    lines += ["| step | wall_s | planned_s | cpu_s | anonymous_gb | planned_gb | written_gb |", "| --- " * 7 + "|"]
+    lines += ["", "## Each step, beside what `phi3 plan` said", "", *steps_table(results)]
+    lines += ["", "## What the variants lost", "", f"| variant | {' | '.join(FIGURES)} |"]
+    lines += ["| --- " * (len(FIGURES) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(f'{row[f]}' for f in FIGURES)} |" for name, row in results["metrics"].items()]
+    for layers, smaller in results.get("smaller", {}).items():
+        lines += ["", f"## {layers} layers, on {smaller['date']}", "", *steps_table(smaller)]
+    return "\n".join(lines)
+
+
+def steps_table(results: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of what each step took and of what was planned."""
+    lines = ["| step | wall_s | planned_s | cpu_s | anonymous_gb | planned_gb | written_gb |", "| --- " * 7 + "|"]
     for step, row in results["steps"].items():
         said = results["planned"].get(step, {})
         cells = (row["wall_s"], said.get("seconds", ""), row["cpu_s"], row["anonymous_gb"], said.get("memory_gb", ""))
         lines += [f"| {step} | {' | '.join(str(cell) for cell in (*cells, row['written_gb']))} |"]
-    lines += ["", "## What the variants lost", "", f"| variant | {' | '.join(FIGURES)} |"]
-    lines += ["| --- " * (len(FIGURES) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(f'{row[f]}' for f in FIGURES)} |" for name, row in results["metrics"].items()]
-    return "\n".join(lines)
+    return lines
 
 
 @click.command()
-@click.option("--layers", default=SHAPE["num_hidden_layers"], show_default=True, help="Fewer are not recorded.")
+@click.option("--layers", default=WHOLE, show_default=True, help="Fewer give no answers: only the builds are measured.")
 def main(layers: int) -> None:
     """Rehearse a build and a publication of Phi-3-mini and write bench/rehearsal.md and .json.
 
-    Example: make bench-rehearsal
+    Examples: make bench-rehearsal; python -m bench.rehearsal --layers 6
     """
-    folder = WORK.absolute() / "rehearsal"
+    folder = WORK.absolute() / f"rehearsal-{layers}"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, project = folder / "checkpoint", folder / "project"
     if not checkpoint.exists():
-        require_free(folder, FREE * layers / 32)
+        require_free(folder, FREE * layers / WHOLE)
         widen(SMOL_PHI3, checkpoint, layers=layers)
     if not project.exists():
         clone_project(project, checkpoint, build=[MODEL], plain=False)
     steps = Steps(folder, project)
     os.chdir(project)
     params = load_params()
-    cells = {" ".join(filter(None, vars(node.cell).values())): name for name, node in read_graph(params).items()}
+    cells = {
+        " ".join(filter(None, vars(node.cell).values())): name
+        for name, node in read_graph(params).items()
+        if layers == WHOLE or node.cell.stage not in ANSWERING
+    }
     for step, name in cells.items():
         steps.run(step, "dvc", "repro", "--single-item", name)
-    registry, pulled = folder / "registry", folder / "pulled"
-    for variant in params.variants:
-        name = f"{MODEL}/{variant}"
-        steps.run(f"publish {variant}", "phi3", "publish", name, "--to", f"dir:{registry}", "--version", "1.0.0")
-        steps.run(f"pull {variant}", "phi3", "pull", f"dir:{registry}", name, "--to", str(pulled))
-        for left in (registry, pulled):  # together they would take as much disk as all artifacts
-            shutil.rmtree(left, ignore_errors=True)
     planned = plans(project, checkpoint, {step: steps.costs[step] for step in cells})
-    artifacts = project / "artifacts" / MODEL
-    needed = sum(disk_used(artifacts / name) for name in (*params.variants, "blobs", "source"))
-    results = made_by("openvino", "nncf", "onnxruntime-genai", "onnxruntime", "torch", "dvc") | {
-        "layers": layers,
+    if layers == WHOLE:
+        publish(steps, folder, [*params.variants])
+    found = {
+        "date": made_by()["date"],
         "steps": {step: cost.figures() for step, cost in steps.costs.items()},
         "planned": planned,
-        "metrics": {variant: read_json(artifacts / f"metrics/{variant}.json") for variant in params.variants},
-        "reached": {
+    }
+    results = read_json(RESULTS)
+    if layers == WHOLE:
+        artifacts = project / "artifacts" / MODEL
+        needed = sum(disk_used(artifacts / name) for name in (*params.variants, "blobs", "source"))
+        results |= made_by("openvino", "nncf", "onnxruntime-genai", "onnxruntime", "torch", "dvc") | found
+        results["metrics"] = {name: read_json(artifacts / f"metrics/{name}.json") for name in params.variants}
+        results["reached"] = {
             "minutes": round(sum(steps.costs[step].wall for step in cells) / 60, 1),
             "anonymous_gb": round(max(cost.anonymous for cost in steps.costs.values()) / 1e9, 2),
             "disk_ratio": round(disk_used(project) / needed, 3),
-        },
-    }
-    text = table(results)
-    click.echo(text)
-    if layers == SHAPE["num_hidden_layers"]:
-        replace_file(RESULTS, json.dumps(results, indent=2))
-        replace_file(RESULTS.with_suffix(".md"), text)
+        }
+    else:
+        results["smaller"] = results.get("smaller", {}) | {f"{layers}": found}
+    click.echo(table(results))
+    replace_file(RESULTS, json.dumps(results, indent=2))
+    replace_file(RESULTS.with_suffix(".md"), table(results))
+
+
+def publish(steps: Steps, folder: Path, variants: list[str]) -> None:
+    """Publish each of `variants` and pull it again, one after the other, since all would take twice as much disk."""
+    registry, pulled = folder / "registry", folder / "pulled"
+    for variant in variants:
+        name = f"{MODEL}/{variant}"
+        steps.run(f"publish {variant}", "phi3", "publish", name, "--to", f"dir:{registry}", "--version", "1.0.0")
+        steps.run(f"pull {variant}", "phi3", "pull", f"dir:{registry}", name, "--to", str(pulled))
+        for left in (registry, pulled):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 if __name__ == "__main__":
