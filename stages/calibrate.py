@@ -11,7 +11,7 @@ from pipeline.run.source_model import Torch
 
 @stage_command
 def main(model: str) -> None:
-    """Let the source checkpoint of MODEL answer the calibration prompts, and record H = X'X of its matrices.
+    """Record H = X'X of the source model's matrices of MODEL on calibration answers, which its FP16 IR writes.
 
     When no variant uses calibration, the model is not asked.
     """

@@ -1,7 +1,7 @@
 """A checkpoint on disk in Hugging Face's layout: its config, its tensors' shapes, its conversion to float16."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,23 +64,54 @@ def shards(checkpoint: Path) -> list[Path]:
     return [checkpoint / name for name in names]
 
 
-def tensor_shapes(checkpoint: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return dtype and shape of every tensor of `checkpoint` by name, from the shards' headers alone.
+def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
+    """Return the shape of every tensor in the files of `checkpoint` by name, from the shards' headers alone.
 
-    Raises PipelineError when a shard is truncated or damaged.
+    Raises PipelineError when a shard is missing, truncated or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
-    tensors: dict[str, tuple[str, list[int]]] = {}
+    shapes: dict[str, list[int]] = {}
     for shard in shards(checkpoint):
         try:
             with safe_open(shard, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118  it is no dictionary
-                    entry = file.get_slice(name)
-                    tensors[name] = (entry.get_dtype(), entry.get_shape())
+                shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  no dictionary
         except SafetensorError as error:
             raise PipelineError(f"{shard} is damaged ({error}): download it again.") from error
-    return tensors
+    return shapes
+
+
+def expected_shapes(config: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
+    """Yield name and shape of every tensor that a Phi-3 checkpoint with this config needs.
+
+    A checkpoint whose embedding is also its head needs no head of its own.
+    """
+    hidden, width, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads, key_value_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head = head_size(config)
+    yield "model.embed_tokens.weight", [vocabulary, hidden]
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}"
+        yield f"{block}.input_layernorm.weight", [hidden]
+        yield f"{block}.self_attn.qkv_proj.weight", [(heads + 2 * key_value_heads) * head, hidden]
+        yield f"{block}.self_attn.o_proj.weight", [hidden, heads * head]
+        yield f"{block}.post_attention_layernorm.weight", [hidden]
+        yield f"{block}.mlp.gate_up_proj.weight", [2 * width, hidden]
+        yield f"{block}.mlp.down_proj.weight", [hidden, width]
+    yield "model.norm.weight", [hidden]
+    if not config.get("tie_word_embeddings", False):
+        yield "lm_head.weight", [vocabulary, hidden]
+
+
+def head_size(config: dict[str, Any]) -> int:
+    """Return the width of an attention head of a model with `config`."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def weights_dtype(config: dict[str, Any]) -> str:
+    """Return the type in which a checkpoint with this config stores its weights, such as bfloat16."""
+    # Transformers 5 writes `dtype`, earlier versions write `torch_dtype`.
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
 def open_weights(checkpoint: Path) -> Callable[[str], Any]:
@@ -102,20 +133,47 @@ def open_weights(checkpoint: Path) -> Callable[[str], Any]:
 
 
 def check(checkpoint: Path) -> None:
-    """Raise PipelineError unless `checkpoint` is a complete checkpoint of the Phi-3 architecture with a tokenizer."""
+    """Raise PipelineError unless `checkpoint` is a complete checkpoint of the Phi-3 architecture with a tokenizer.
+
+    Tensors beyond those that the architecture needs are ignored, as transformers ignores them.
+    """
+    check_architecture(checkpoint)
+    _check_tensors(checkpoint)
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise PipelineError(f"{checkpoint / 'tokenizer.json'} is missing: the runtimes need the fast tokenizer's file.")
+
+
+def check_architecture(checkpoint: Path) -> None:
+    """Raise PipelineError unless the config of `checkpoint` says Phi3ForCausalLM."""
     config = read_json(checkpoint / "config.json")
     if config.get("architectures") != ["Phi3ForCausalLM"]:
         raise PipelineError(
             f"{checkpoint / 'config.json'} says architectures {config.get('architectures')}: this pipeline builds "
             "Phi3ForCausalLM only."
         )
-    tensor_shapes(checkpoint)
-    if not (checkpoint / "tokenizer.json").is_file():
-        raise PipelineError(f"{checkpoint / 'tokenizer.json'} is missing: the runtimes need the fast tokenizer's file.")
+
+
+def _check_tensors(checkpoint: Path) -> None:
+    # Transformers loads a checkpoint without a norm, too: it takes one of ones, which is another model.
+    config, found = checkpoint / "config.json", tensor_shapes(checkpoint)
+    try:
+        for name, shape in expected_shapes(read_json(config)):
+            if found.get(name) != shape:
+                weights = INDEX if (checkpoint / INDEX).exists() else "model.safetensors"
+                fault = f"has it with the shape {found[name]}" if name in found else "lacks it"
+                raise PipelineError(
+                    f"{config} asks for the tensor {name} of the shape {shape}, and {weights} {fault}: export or "
+                    "download the checkpoint again."
+                )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise PipelineError(f"{config} does not describe a Phi-3 model ({error!r}): download it again.") from error
 
 
 def eos_token_ids(checkpoint: Path) -> list[int]:
-    """Return all token ids that end generation: those of generation_config.json, else of config.json, sorted."""
+    """Return all token ids that end generation: those of generation_config.json, else of config.json, sorted.
+
+    Raises PipelineError when neither names any.
+    """
     generation = checkpoint / "generation_config.json"
     for content in (read_json(generation) if generation.exists() else {}, read_json(checkpoint / "config.json")):
         if (eos := content.get("eos_token_id")) is not None:

@@ -5,6 +5,8 @@ from typing import Any
 
 from pipeline.common.checkpoint import read_json
 
+NPU_PROMPT = 1024  # tokens of openvino-genai's longest prompt on an NPU, unless MAX_PROMPT_LEN says otherwise
+
 
 def limits(config: dict[str, Any], *, directml: bool) -> dict[str, int]:
     """Return the limits of a model from its checkpoint's `config`, in tokens of prompt and answer together.

@@ -2,12 +2,17 @@
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 FULL = 1 << 20  # bytes; a disk with less free space counts as full when a write fails
+# How torch, OpenVINO, ONNX Runtime, the system and its loader report a lack of memory.
+NO_MEMORY = re.compile(
+    "bad.alloc|(can.t|cannot|failed to) alloc|(out of|not enough) memory|failed to map segment", re.IGNORECASE
+)
 
 
 class PipelineError(Exception):
@@ -36,3 +41,15 @@ def writing_to(directory: Path) -> Iterator[None]:
         if shutil.disk_usage(directory).free < FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory)) from error
         raise
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Return whether a runtime's `error` means that memory ran out, which is no fault of the model."""
+    return isinstance(error, MemoryError) or bool(NO_MEMORY.search(str(error)))
+
+
+def refusal(error: Exception) -> str:
+    """Return the message of a runtime's `error` on one line; raise MemoryError when it means that memory ran out."""
+    if lacks_memory(error):
+        raise MemoryError(str(error)) from error
+    return " ".join(str(error).split())

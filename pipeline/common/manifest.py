@@ -182,8 +182,10 @@ M = TypeVar("M", bound=Manifest)
 
 
 @contextmanager
-def building(target: Path, *, resume: bool = False) -> Iterator[Path]:
-    """Yield a hidden sibling of `target` to build in; it becomes `target` when the block ends and `seal` was called.
+def building(target: Path, *, resume: bool = False, last: str = MANIFEST) -> Iterator[Path]:
+    """Yield a hidden sibling of `target` to build in; it becomes `target` when the block ends.
+
+    `last` is the file without which the directory counts as unfinished: the manifest, which `seal` writes.
 
     Files that an earlier, killed build left there are removed, unless `resume` is true. After an error the sibling is
     removed, unless `resume` is true.
@@ -194,10 +196,10 @@ def building(target: Path, *, resume: bool = False) -> Iterator[Path]:
     build.mkdir(parents=True, exist_ok=True)
     try:
         yield build
-        if not (build / MANIFEST).exists():
-            raise AssertionError(f"{target} was built without a manifest")
+        if not (build / last).exists():
+            raise AssertionError(f"{target} was built without {last}")
         if target.exists():
-            (target / MANIFEST).unlink(missing_ok=True)
+            (target / last).unlink(missing_ok=True)
             shutil.rmtree(target)
         build.rename(target)
         _fsync(target.parent)
@@ -234,7 +236,7 @@ def read_manifest(directory: Path, kind: type[M]) -> M: ...
 def read_manifest(directory: Path, kind: type[Manifest] = Manifest) -> Manifest:
     """Return the manifest of the artifact in `directory`.
 
-    Raises PipelineError when it is missing, not readable or of another kind.
+    Raises PipelineError when it is missing, not readable, of another kind or of another schema version.
     """
     path = directory / MANIFEST
     try:

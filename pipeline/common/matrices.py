@@ -47,15 +47,21 @@ class Matrix:
         return self.elements * self.bits / 8 + groups * scale_bytes + zero_points
 
 
-def matrices(tensors: dict[str, tuple[str, list[int]]]) -> list[Matrix]:
-    """Return the weight matrices of a Phi-3 checkpoint from `tensors` (dtype and shape by name).
+def role(name: str) -> Role:
+    """Return what a matrix does in the model, by its `name` in a checkpoint, an IR or an ONNX model."""
+    if "embed_tokens" in name:
+        return "embedding"
+    return "head" if "lm_head" in name else "layer"
+
+
+def matrices(shapes: dict[str, list[int]]) -> list[Matrix]:
+    """Return the weight matrices of a Phi-3 checkpoint, sorted by name, from the shapes of its tensors by name.
 
     In a checkpoint without a head of its own the embedding is the head, too; it is then listed once.
     """
-    roles: dict[str, Role] = {"model.embed_tokens.weight": "embedding", "lm_head.weight": "head"}
     return [
-        Matrix(name, roles.get(name, "layer"), rows=shape[0], columns=shape[1])
-        for name, (_, shape) in sorted(tensors.items())
+        Matrix(name, role(name), rows=shape[0], columns=shape[1])
+        for name, shape in sorted(shapes.items())
         if len(shape) == 2
     ]
 

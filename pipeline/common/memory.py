@@ -24,8 +24,8 @@ def peak_memory() -> int:
 
 
 @contextlib.contextmanager
-def anonymous_peak() -> Iterator[list[int]]:
-    """Yield a list, and twice a second add to it how many bytes of memory the kernel cannot drop.
+def anonymous_memory() -> Iterator[list[int]]:
+    """Yield a list of bytes of anonymous memory (which the kernel cannot drop), with a new sample twice a second.
 
     Mapped weights do not count: each figure is resident less shared memory, of this process or a child, whichever has
     more. The figures of processes are not added up, since a library's fork shares its parent's pages.

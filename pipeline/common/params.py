@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.paths import PARAMS_FILE, RESERVED_NAMES
+from pipeline.common.paths import FP16, PARAMS_FILE, RESERVED_NAMES
 
 T = TypeVar("T")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -248,6 +248,8 @@ class Params(Block):
             raise ValueError("build: every model once only")
         if taken := RESERVED_NAMES & (self.models.keys() | self.variants.keys()):
             raise ValueError(f"models, variants: the name '{min(taken)}' is taken by the pipeline: choose another")
+        if not isinstance(self.variants.get(FP16), OpenvinoFp16):
+            raise ValueError(f"variants: there must be {FP16} with stage: export_openvino, from which others are made")
         return self
 
     def get_model(self, name: str) -> Model:

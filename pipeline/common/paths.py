@@ -5,6 +5,7 @@ from pathlib import Path
 PARAMS_FILE = Path("params.yaml")
 ARTIFACTS = Path("artifacts")
 MANIFEST = "manifest.json"
+FP16 = "openvino-fp16"  # a variant that every build has
 RESERVED_NAMES = frozenset(
     {"source", "reference", "calibration", "validation", "metrics", "measured", "logs", "report", "blobs"}
 )
@@ -37,7 +38,7 @@ def variant(model: str, name: str) -> Path:
 
 def fp16(model: str) -> Path:
     """Return the directory of the FP16 IR, which answers for the source model and is made into the INT4 IRs."""
-    return variant(model, "openvino-fp16")
+    return variant(model, FP16)
 
 
 def blob(directory: Path, platform: str) -> Path:

@@ -1,10 +1,12 @@
 """Run other programs: yield their output line by line, report errors as sentences, and end them with this process."""
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import PipelineError
@@ -41,7 +43,19 @@ def stream_lines(arguments: list[str], **options: Any) -> Iterator[str]:
     if process.returncode == KILLED:
         raise MemoryError
     if process.returncode != 0:
-        raise PipelineError(f"{arguments[0]} failed: {' / '.join(filter(None, tail))}.")
+        program = arguments[2] if arguments[1:2] == ["-m"] else Path(arguments[0]).name
+        raise PipelineError(f"{program} failed: {' / '.join(filter(None, tail))}.")
+
+
+def run_dvc(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run this environment's DVC, which need not be on PATH, with `options` of subprocess.run; return how it ended."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, env=os.environ | {"PATH": search_path()}, text=True, check=False, **options)
+
+
+def search_path() -> str:
+    """Return PATH with this interpreter's folder first, so that `python` in dvc.yaml is this interpreter."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def end_with_parent() -> None:

@@ -7,7 +7,9 @@ from pipeline.common.programs import stream_lines
 
 
 def fetch_wheel(package: str, version: str, sha256: str, *, directory: Path, platform: str = "") -> Path:
-    """Return the path of the wheel, downloaded into `directory` from the index that pip is configured for.
+    """Return the path of the wheel, downloaded from the index that pip is configured for.
+
+    `directory`, to which it is downloaded, must hold no other wheel.
 
     `platform` is the wheel's platform tag, such as win_amd64, if it is not for this machine; its Python is then 3.11.
 
@@ -21,5 +23,5 @@ def fetch_wheel(package: str, version: str, sha256: str, *, directory: Path, pla
         command += ["--platform", platform, "--python-version", "311"]
     for _ in stream_lines(command):
         pass
-    (wheel,) = directory.glob(f"{package.replace('-', '_')}-*.whl")
+    (wheel,) = directory.glob("*.whl")  # its name may spell the package in another way
     return wheel

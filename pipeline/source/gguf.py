@@ -9,6 +9,13 @@ from typing import Any
 from pipeline.common.errors import PipelineError, full_disk
 
 CONTROL_TOKEN = 3  # a value of tokenizer.ggml.token_type
+# What can be rewritten. A file that lacks one of these keys is taken to have its value.
+SUPPORTED = {
+    "general.architecture": "llama",
+    "tokenizer.ggml.model": "gpt2",  # byte-level BPE
+    "tokenizer.ggml.pre": "smollm",  # digits are tokens of their own
+    "llama.rope.scaling.type": "none",
+}
 
 
 def convert_gguf(gguf_file: Path, target: Path) -> None:
@@ -17,20 +24,26 @@ def convert_gguf(gguf_file: Path, target: Path) -> None:
     The logits of the result equal the Llama original's: q, k, v become `qkv_proj` and gate, up become
     `gate_up_proj`, concatenated on the output dimension.
 
-    Raises PipelineError when the file is not a complete GGUF of a Llama with a byte-level BPE tokenizer.
+    Raises PipelineError when the file is not a complete GGUF, or holds what the result would not have: another
+    architecture or tokenizer than SmolLM's, a head of its own, biases, or scaled rotary embeddings.
     """
     import gguf
 
     try:
         reader = gguf.GGUFReader(gguf_file)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
-        kind = metadata["general.architecture"], metadata["tokenizer.ggml.model"]
-        if kind != ("llama", "gpt2"):
+        for key, supported in SUPPORTED.items():
+            if metadata.get(key, supported) != supported:
+                raise PipelineError(
+                    f"{gguf_file.name} has {metadata[key]!r} as {key}: only {supported!r} can be rewritten as Phi-3."
+                )
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        _write_weights(tensors, metadata, target)
+        if tensors:
             raise PipelineError(
-                f"{gguf_file.name} holds a {kind[0]} model with a {kind[1]} tokenizer: only a llama model with a gpt2 "
-                "(byte-level BPE) tokenizer can be rewritten as Phi-3."
+                f"{gguf_file.name} has the tensor {min(tensors)}, for which the Phi-3 form has no place: only a model "
+                "whose head is its embedding, without biases and rotary factors, can be rewritten."
             )
-        _write_weights(reader, metadata, target)
         _write_config(metadata, target)
         _write_tokenizer(metadata, target)
     except (PipelineError, MemoryError):
@@ -43,15 +56,15 @@ def convert_gguf(gguf_file: Path, target: Path) -> None:
         ) from error
 
 
-def _write_weights(reader: Any, metadata: dict[str, Any], target: Path) -> None:
+def _write_weights(tensors: dict[str, Any], metadata: dict[str, Any], target: Path) -> None:
+    # Takes what it writes out of `tensors`.
     import numpy as np
     from gguf.quants import dequantize
     from safetensors.numpy import save_file
 
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-
     def weight(*names: str) -> Any:
-        return np.concatenate([dequantize(tensors[name].data, tensors[name].tensor_type) for name in names])
+        taken = [tensors.pop(name) for name in names]
+        return np.concatenate([dequantize(tensor.data, tensor.tensor_type) for tensor in taken])
 
     def rotated(name: str, heads: int) -> Any:
         # GGUF interleaves the two halves that rotary embedding pairs; transformers keeps them apart.

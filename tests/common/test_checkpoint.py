@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 
 import pytest
@@ -11,15 +12,83 @@ from safetensors.torch import load_file, save_file
 from pipeline.common import checkpoint
 from pipeline.common.errors import PipelineError
 from pipeline.common.matrices import Matrix, matrices
+from tests.checkpoints import STYLES, make_checkpoint
+from tests.helpers import edit_json
 
 
 def test_shapes_of_a_real_checkpoint(tiny_checkpoint):
-    """The shards' headers give every tensor's dtype and shape, and from these the weight matrices and their roles."""
-    tensors = checkpoint.tensor_shapes(tiny_checkpoint)
-    assert tensors["model.layers.1.mlp.gate_up_proj.weight"] == ("BF16", [512, 128])
-    assert matrices(tensors)[0] == Matrix("lm_head.weight", "head", 320, 128)
-    assert [matrix.role for matrix in matrices(tensors)].count("layer") == 8
-    checkpoint.check(tiny_checkpoint)
+    """The shards' headers give every tensor's shape, and from these the weight matrices and their roles."""
+    shapes = checkpoint.tensor_shapes(tiny_checkpoint)
+    assert shapes["model.layers.1.mlp.gate_up_proj.weight"] == [512, 128]
+    assert matrices(shapes)[0] == Matrix("lm_head.weight", "head", 320, 128)
+    assert [matrix.role for matrix in matrices(shapes)].count("layer") == 8
+
+
+@pytest.mark.parametrize(("more", "size"), [({}, 96), ({"head_dim": None}, 96), ({"head_dim": 128}, 128)])
+def test_head_size(more, size):
+    """Heads share the hidden size, unless the config gives them a width of their own, as transformers reads it."""
+    assert checkpoint.head_size({"hidden_size": 3072, "num_attention_heads": 32} | more) == size
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_shapes_follow_from_the_config(tmp_path, style):
+    """The config of every Phi model gives exactly the tensors that are in its checkpoint, which is complete."""
+    folder = make_checkpoint(tmp_path / "checkpoint", style)
+    expected = checkpoint.expected_shapes(checkpoint.read_json(folder / "config.json"))
+    assert dict(expected) == checkpoint.tensor_shapes(folder)
+    checkpoint.check(folder)
+
+
+def changed_checkpoint(source, folder, *, config=None, **changes):
+    """Write to `folder` the checkpoint `source` with changes of its config, and of its tensors: None removes one."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    edit_json(folder / "config.json", **config or {})
+    weights = load_file(folder / "model.safetensors") | changes
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "fault"),
+    [
+        ({}, {"model.norm.weight": None}, "model.norm.weight of the shape [128], and model.safetensors lacks it"),
+        ({}, {"lm_head.weight": None}, "lm_head.weight of the shape [320, 128], and model.safetensors lacks it"),
+        (
+            {"num_hidden_layers": 10**9},
+            {},
+            "model.layers.2.input_layernorm.weight of the shape [128], and model.safetensors lacks it",
+        ),
+        (
+            {},
+            {"model.norm.weight": torch.ones(64)},
+            "model.norm.weight of the shape [128], and model.safetensors has it with the shape [64]",
+        ),
+    ],
+)
+def test_an_incomplete_checkpoint(tiny_checkpoint, tmp_path, config, changes, fault):
+    """A tensor that is missing or has another shape than the config's is named: transformers would make one up."""
+    changed_checkpoint(tiny_checkpoint, tmp_path, config=config, **changes)
+    with pytest.raises(PipelineError) as refused:
+        checkpoint.check(tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path / 'config.json'} asks for the tensor {fault}: export or download the checkpoint again."
+    )
+
+
+def test_more_tensors_than_needed(tiny_checkpoint, tmp_path):
+    """Tensors that the model does not load, such as the rotary frequencies of older checkpoints, are no fault."""
+    changed_checkpoint(tiny_checkpoint, tmp_path, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
+    checkpoint.check(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"num_hidden_layers": None}])
+def test_a_config_of_nothing(tiny_checkpoint, tmp_path, change):
+    """A config that describes no model is refused by its name."""
+    changed_checkpoint(tiny_checkpoint, tmp_path, config=change)
+    with pytest.raises(
+        PipelineError, match=r"config\.json does not describe a Phi-3 model \(.*\): download it again\."
+    ):
+        checkpoint.check(tmp_path)
 
 
 def test_to_float16_streams_every_tensor(tiny_checkpoint, tmp_path):

@@ -8,6 +8,11 @@ from tests.checkpoints import make_checkpoint
 
 WINDOW = {"max_position_embeddings": 4096, "sliding_window": 2047}
 LONGROPE = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096}
+ENDED = "The answer ends here, at the {} tokens that this model takes: start a new conversation."
+CROSSING = (
+    "The answer ends here, at 4,096 tokens: from here on this model reads the whole conversation with other rotary "
+    "factors. Ask it to go on."
+)
 
 
 @pytest.mark.parametrize(
@@ -39,19 +44,18 @@ def test_describe():
 
 
 @pytest.mark.parametrize(
-    ("context", "prompt", "tokens", "words"),
+    ("context", "prompt", "tokens", "ended"),
     [
-        (WINDOW, 3000, 1096, "at the 4,096 tokens"),
-        (WINDOW, 5000, 0, "at the 4,096 tokens"),
-        (LONGROPE, 4000, 97, "at 4,096 tokens"),
-        (LONGROPE, 4096, 1, "at 4,096 tokens"),
-        (LONGROPE, 4097, 126975, "at the 131,072 tokens"),
+        (WINDOW, 3000, 1096, ENDED.format("4,096")),
+        (WINDOW, 5000, 0, ENDED.format("4,096")),
+        (LONGROPE, 4000, 97, CROSSING),
+        (LONGROPE, 4096, 1, CROSSING),
+        (LONGROPE, 4097, 126975, ENDED.format("131,072")),
     ],
 )
-def test_room(context, prompt, tokens, words):
-    """An answer ends with the context, and before it crosses LongRoPE's original limit."""
-    limit, ended = room(context, prompt)
-    assert (limit, ended.split(",", 1)[1].startswith(f" {words}")) == (tokens, True)
+def test_room(context, prompt, tokens, ended):
+    """An answer ends with the context, and before it crosses LongRoPE's original limit; the sentence says which."""
+    assert room(context, prompt) == (tokens, ended)
 
 
 def test_pipeline_options(tmp_path):

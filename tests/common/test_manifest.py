@@ -1,7 +1,5 @@
 """An artifact exists if and only if its manifest does, and every byte is accounted for."""
 
-import json
-
 import pytest
 
 from pipeline.common.errors import PipelineError
@@ -16,6 +14,7 @@ from pipeline.common.manifest import (
     seal,
     verify,
 )
+from tests.helpers import edit_json
 
 MANIFEST = Manifest(
     name="m/v",
@@ -123,7 +122,6 @@ def test_a_damaged_manifest(sealed, content):
 
 def test_a_newer_manifest(sealed):
     """A manifest of another schema version is refused by its number."""
-    content = json.loads((sealed / "manifest.json").read_text())
-    (sealed / "manifest.json").write_text(json.dumps(content | {"schema_version": 2}))
+    edit_json(sealed / "manifest.json", schema_version=2)
     with pytest.raises(PipelineError, match="has schema version 2, this phi3-pipeline reads 1: install the version"):
         read_manifest(sealed)

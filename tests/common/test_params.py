@@ -22,7 +22,7 @@ def refusal(tmp_path, old, new):
 
 
 def test_the_project_s_file():
-    """The committed file is accepted, builds the embedded model, pins every Hub model, and has the six variants."""
+    """The committed file is accepted, builds smol-phi3, pins every Hub model, and has the six variants."""
     params = load_params(ROOT / "params.yaml")
     assert params.build == ["smol-phi3"]
     assert {name for name, model in params.models.items() if model.source.hub} == {
@@ -128,6 +128,12 @@ def test_the_project_s_file():
         ("build: [smol-phi3]", "build: [phi-2]", "params.yaml: build: 'phi-2' is not in models; there are smol-phi3, "),
         ("build: [smol-phi3]", "build: [smol-phi3, smol-phi3]", "params.yaml: build: every model once only."),
         ("  openvino-fp16:", "  source:", "params.yaml: models, variants: the name 'source' is taken by the pipeline"),
+        (
+            "  openvino-fp16:",
+            "  fp16:",
+            "params.yaml: variants: there must be openvino-fp16 with stage: export_openvino, from which others are "
+            "made.",
+        ),
         (
             "  smol-phi3:",
             "  Smol.phi3:",

@@ -1,4 +1,6 @@
-"""A Llama in GGUF becomes a Phi-3 checkpoint with the same mathematics and the same tokenizer."""
+"""A Llama in GGUF becomes a Phi-3 checkpoint with the same mathematics and the same tokenizer, or is refused."""
+
+import json
 
 import gguf
 import numpy as np
@@ -41,8 +43,8 @@ def llama(tmp_path_factory):
     return model, path
 
 
-def write_gguf(path, model, tokenizer):
-    """Write `model` with `tokenizer` the way llama.cpp's converter does."""
+def write_gguf(path, model, tokenizer, *, more=()):
+    """Write `model` with `tokenizer` the way llama.cpp's converter does, and the tensors `more`."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(256)
@@ -53,14 +55,12 @@ def write_gguf(path, model, tokenizer):
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(100000.0)
     writer.add_vocab_size(300)
-    state = tokenizer.backend_tokenizer.to_str()
-    import json
-
-    vocabulary = json.loads(state)["model"]
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
     tokens += [f"<unused{i}>" for i in range(300 - len(tokens))]
     special = set(tokenizer.all_special_tokens) | {"<|user|>", "<|assistant|>", "<|system|>"}
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token in special else 1 for token in tokens])
     writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
@@ -88,6 +88,8 @@ def write_gguf(path, model, tokenizer):
         if theirs.endswith(("attn_q", "attn_k")):
             weight = interleave(weight, HEADS if theirs.endswith("q") else KEY_VALUE_HEADS)
         writer.add_tensor(f"{theirs}.weight", np.ascontiguousarray(weight))
+    for name in more:
+        writer.add_tensor(name, np.ones(64, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -102,8 +104,15 @@ def test_same_logits(llama, tmp_path):
     ids = torch.arange(5, 45)[None]
     with torch.inference_mode():
         assert torch.equal(converted(ids).logits, model(ids).logits)
+
+
+def test_a_complete_checkpoint(llama, tmp_path):
+    """The Phi-3 form is a complete checkpoint with the special tokens that the file names."""
+    convert_gguf(llama[1], tmp_path)
     check(tmp_path)
     assert eos_token_ids(tmp_path) == [1]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 1)
 
 
 def test_tokenizer(llama, tmp_path):
@@ -114,7 +123,6 @@ def test_tokenizer(llama, tmp_path):
     assert tokenizer.convert_ids_to_tokens(ids)[0] == "<|user|>"
     assert {"4", "2"} <= set(tokenizer.convert_ids_to_tokens(ids))
     assert tokenizer.decode(ids) == "<|user|>Paris 42é<|end|>"
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 1)
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
     )
@@ -130,13 +138,36 @@ def test_a_truncated_file(llama, tmp_path, size):
         convert_gguf(cut, tmp_path)
 
 
-def test_another_architecture(tmp_path):
-    """A GGUF of another architecture is refused by its name."""
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mamba")
-    writer.add_tokenizer_model("gpt2")
+@pytest.mark.parametrize(
+    ("key", "value", "supported"),
+    [
+        ("general.architecture", "mamba", "llama"),
+        ("tokenizer.ggml.model", "llama", "gpt2"),
+        ("tokenizer.ggml.pre", "llama-bpe", "smollm"),
+        ("llama.rope.scaling.type", "linear", "none"),
+    ],
+)
+def test_another_kind_of_model(tmp_path, key, value, supported):
+    """A GGUF whose architecture, tokenizer, way to split text or rotary embedding differs is refused by its name."""
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", value if key == "general.architecture" else "llama")
+    if key != "general.architecture":
+        writer.add_string(key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(PipelineError, match=r"x\.gguf holds a mamba model with a gpt2 tokenizer: only a llama model"):
+    with pytest.raises(PipelineError) as refused:
         convert_gguf(tmp_path / "x.gguf", tmp_path)
+    assert str(refused.value) == f"x.gguf has {value!r} as {key}: only {supported!r} can be rewritten as Phi-3."
+
+
+@pytest.mark.parametrize("name", ["output.weight", "rope_freqs.weight", "blk.1.attn_q.bias"])
+def test_a_tensor_without_a_place(llama, tmp_path, name):
+    """A Llama with a head of its own, rotary factors or biases is refused: without them it would be another model."""
+    write_gguf(tmp_path / "x.gguf", llama[0], make_tokenizer(), more=[name])
+    with pytest.raises(PipelineError) as refused:
+        convert_gguf(tmp_path / "x.gguf", tmp_path)
+    assert str(refused.value) == (
+        f"x.gguf has the tensor {name}, for which the Phi-3 form has no place: only a model whose head is its "
+        "embedding, without biases and rotary factors, can be rewritten."
+    )

