@@ -12,14 +12,14 @@ from typing import Any
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from pipeline.check.report import FIGURES, figure
-from pipeline.common.errors import PipelineError, lines
+from pipeline.common.context import NPU_PROMPT
+from pipeline.common.errors import PipelineError, lacks_memory, lines
 from pipeline.common.manifest import Manifest, VariantManifest, read_manifest
 from pipeline.release.device import openvino_devices
 from pipeline.release.pull import verify_any
 from pipeline.run.interface import Runtime, Scorer
 
 NPU_ON_CPU = "NPU-ON-CPU"
-NPU_PROMPT = 1024  # openvino-genai's longest prompt on an NPU, in tokens, unless MAX_PROMPT_LEN says otherwise
 # What default precision and the excerpt's choice of prompts may add to the figures of validation, in nats and shares:
 # docs/device-check.md has what they add here.
 KL_FACTOR, KL_MARGIN, TOP1_MARGIN, RECALL_SHARE = 1.5, 0.05, 0.1, 0.6
@@ -85,10 +85,11 @@ def check_device(directory: Path, *, device: str | None = None) -> Result:
     """Return how the release in `directory` compares with its source model on `device`, with its runtime's defaults.
 
     `device` is OpenVINO's name of one, such as NPU or GPU, or NPU_ON_CPU for the NPU's static pipeline compiled for the
-    CPU. For an ONNX model it is GPU, which stands for DirectML, or CPU. Without it, it is where `load_chat` loads it.
+    CPU. For an ONNX model it is GPU, which stands for DirectML, or CPU. By default it is the device on which
+    `load_chat` loads the artifact.
 
-    Raises PipelineError when a file has changed, when the directory was not pulled from a registry, or when the runtime
-    or the device is not there.
+    Raises PipelineError when a file has changed, when the directory was not pulled from a registry, when the runtime or
+    the device is not there, or when memory runs out.
     """
     release = verify_any(directory)
     if isinstance(release, Manifest):
@@ -126,7 +127,9 @@ def check_device(directory: Path, *, device: str | None = None) -> Result:
         if not comparison.non_finite:
             found = comparison.metrics()
             figures |= {"kl_mean_default": found["kl_mean"], "top1_agreement": found["top1_agreement"]}
-    except (RuntimeError, PipelineError) as error:
+    except (RuntimeError, PipelineError, MemoryError) as error:
+        if lacks_memory(error):
+            raise PipelineError("memory ran out: close other programs, or pull a smaller variant.") from error
         failures.append(checks.Failure("load", "a runtime that loads and runs it", lines(error)[-1]))
     return Result(f"{release.name} {release.version}", figures, judged.limits(), list(map(str, failures)))
 

@@ -1,6 +1,7 @@
 """A released artifact passes on a device that computes what the source model says, and fails on one that does not."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -12,16 +13,17 @@ import pytest
 from pipeline import device_check
 from pipeline.check.excerpt import EXCERPT, read_excerpt
 from pipeline.check.fidelity import Distributions, compare
-from pipeline.cli import main
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import VariantManifest, read_manifest
 from pipeline.common.params import Npu
-from pipeline.convert import npu
+from pipeline.convert.npu import compiler
+from pipeline.convert.npu.blob import MAGIC
 from pipeline.device_check import NPU_ON_CPU, check_device
 from pipeline.release.documents import card
 from pipeline.run.blobs import Choice, compile_chosen, static_on_cpu
 from pipeline.run.openvino import F32, STATIC_ON_CPU, OpenvinoLogits, StaticLogits
-from tests.helpers import run
+from tests.convert.test_npu import properties_for_the_cpu
+from tests.helpers import edit, edit_json, phi3, run
 
 pytestmark = pytest.mark.slow
 FIGURES = {"kl_mean_default", "top1_agreement", "load_time_s", "time_to_first_token_s", "tokens_per_second"}
@@ -96,15 +98,16 @@ def test_the_static_pipeline_in_float32(released):
 
 
 @pytest.mark.parametrize(("whole", "longest"), [(True, 256), (False, 128)], ids=["blob", "damaged-blob"])
-def test_the_logits_of_a_blob(embedded, tmp_path, whole, longest):
+def test_the_logits_of_a_blob(embedded, tmp_path, monkeypatch, whole, longest):
     """With a blob, here one for the CPU, the logits are the blob's; when it is refused, the IR is compiled, for the
     lengths that the choice has for this case."""
     directory, blob = embedded / "npu-int4-channelwise", tmp_path / "cpu.blob"
-    params = Npu(max_prompt_len=256, min_response_len=64)
-    properties = npu.properties(params, platform="", device="CPU", bank="check") | F32
-    npu.compile_blob(directory / "openvino_model.xml", blob, properties=properties)
-    if not whole:
-        blob.write_bytes(blob.read_bytes()[:1000])
+    if whole:
+        monkeypatch.setattr(compiler, "has_native_compiler", lambda: True)
+        properties = properties_for_the_cpu(Npu(max_prompt_len=256, min_response_len=64)) | F32
+        compiler.compile_blob(directory / "openvino_model.xml", blob, properties=properties)
+    else:
+        blob.write_bytes(MAGIC + bytes(1000))
     weights = {"BLOB_PATH": str(blob), "WEIGHTS_PATH": str(directory / "openvino_model.bin")}
     lengths = {"MAX_PROMPT_LEN": 128, "MIN_RESPONSE_LEN": 64, **STATIC_ON_CPU, **F32}
     scorer = StaticLogits(compile_chosen(directory, Choice("NPU", weights, "it fits", lengths)))
@@ -188,32 +191,46 @@ def test_a_device_that_computes_wrongly(released, shorter, tmp_path, monkeypatch
     assert result.failures[-2:] == reasons
 
 
-def test_a_failure_is_told(released, tmp_path, monkeypatch, capsys):
-    """A device that gives no numbers, and one that cannot load the model, fail; the command and its file say why."""
+def test_a_failure_is_told(released, tmp_path, monkeypatch):
+    """A device that gives no numbers fails; the command and its file say why."""
 
     class Nothing:
         def logits(self, ids, *, last):
             return np.full((last, 49152), np.nan, dtype=np.float32)
 
-    directory, file = released("openvino-int4"), tmp_path / "x.json"
+    file = tmp_path / "x.json"
     monkeypatch.setattr("pipeline.run.openvino.OpenvinoLogits", lambda *_, **__: Nothing())
-    with pytest.raises(SystemExit) as ended:
-        main(["check", str(directory), "--json", str(file)])
+    result = phi3("check", released("openvino-int4"), "--json", file, check=False)
     reason = 'check \'finite\' failed: expected "finite logits", got "21725184 logits that are not"'
-    shown = capsys.readouterr()
-    assert (ended.value.code, shown.out.splitlines()[-1]) == (1, reason)
-    assert shown.err == "Error: failed: this device does not compute what the source model says\n"
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, reason)
+    assert result.stderr == "Error: failed: this device does not compute what the source model says\n"
     found = json.loads(file.read_text())
     assert (found["passed"], found["failures"], "kl_mean_default" in found) == (False, [reason], False)
 
-    def refuse(*_):
-        raise RuntimeError("a long story\nthe device is lost")
 
-    monkeypatch.setattr("pipeline.run.blobs.load_chosen", refuse)
-    result = check_device(directory)
+def refuse(message, monkeypatch):
+    """Let openvino-genai fail with `message` when it loads an artifact."""
+
+    def fail(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("pipeline.run.blobs.load_chosen", fail)
+
+
+def test_a_device_that_does_not_load_it(released, monkeypatch):
+    """A device that cannot load the model fails with the runtime's last line; the table has the rest."""
+    refuse("a long story\nthe device is lost", monkeypatch)
+    result = check_device(released("openvino-int4"))
     expected = 'check \'load\' failed: expected "a runtime that loads and runs it", got "the device is lost"'
     assert result.failures == [expected]
     assert re.fullmatch(COMPARED, result.table().splitlines()[-1])
+
+
+def test_lack_of_memory(released, monkeypatch):
+    """When memory runs out, nothing is said of the device; the error says what to do."""
+    refuse("Check 'ptr' failed at cpu_memory.cpp:257:\nFailed to allocate 4608000 bytes of memory\n", monkeypatch)
+    with pytest.raises(PipelineError, match=r"^memory ran out: close other programs, or pull a smaller variant\.$"):
+        check_device(released("openvino-int4"))
 
 
 @pytest.mark.parametrize(
@@ -245,24 +262,45 @@ def test_a_device_that_is_not_here(released, variant, device, reason):
         check_device(released(variant), device=device)
 
 
-def test_what_cannot_be_checked(embedded, released, tmp_path, monkeypatch):
-    """A built directory, changed files, releases without reference or metrics, and a runtime that is not installed are
-    one sentence each."""
+def copy(release, target):
+    """Return `target`, a copy of a release of which a test may change all but the weights."""
+
+    def place(source, to):
+        return os.link(source, to) if source.endswith(".bin") else shutil.copyfile(source, to)
+
+    return shutil.copytree(release, target, copy_function=place)
+
+
+def test_a_directory_that_was_built_here(embedded):
+    """What was not published does not carry what the source model says, and is refused with what to do."""
     with pytest.raises(PipelineError, match="was built here, and only a release carries what the source model says"):
         check_device(embedded / "openvino-int4")
-    directory = shutil.copytree(released("openvino-int4"), tmp_path / "model", copy_function=shutil.copyfile)
-    changed = (directory / EXCERPT).read_text().replace("Tokyo", "Kyoto", 1)
-    (directory / EXCERPT).write_text(changed)
+
+
+def test_a_changed_file(released, tmp_path):
+    """A release of which a file has changed is refused before it is loaded."""
+    directory = copy(released("openvino-int4"), tmp_path / "model")
+    edit(directory / EXCERPT, "Tokyo", "Kyoto")
     with pytest.raises(PipelineError, match=rf"model: {EXCERPT} has changed\. Remove it and pull it again"):
         check_device(directory)
-    for name, reason in ((EXCERPT, "was published without it"), ("metrics.json", "does not have the figures")):
-        older = shutil.copytree(released("openvino-int4"), tmp_path / name, copy_function=shutil.copyfile)
-        (older / name).unlink()
-        release = json.loads((older / "release.json").read_text())
-        del release["files"][name]
-        (older / "release.json").write_text(json.dumps(release))
-        with pytest.raises(PipelineError, match=rf"{name} .*{reason}"):
-            check_device(older)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [(EXCERPT, "was published without it"), ("metrics.json", "does not have the figures")]
+)
+def test_an_older_release(released, tmp_path, name, reason):
+    """A release without the reference, or without metrics, is refused."""
+    older = copy(released("openvino-int4"), tmp_path / "model")
+    (older / name).unlink()
+    files = json.loads((older / "release.json").read_text())["files"]
+    del files[name]
+    edit_json(older / "release.json", files=files)
+    with pytest.raises(PipelineError, match=rf"{name} .*{reason}"):
+        check_device(older)
+
+
+def test_a_runtime_that_is_not_installed(released, monkeypatch):
+    """Without the runtime that a release needs, the error says how to install it."""
     monkeypatch.setitem(sys.modules, "openvino_genai", None)
     with pytest.raises(PipelineError, match=r"openvino-int4\S* needs openvino-genai==2026\.4\.1\.0: pip install it"):
         check_device(released("openvino-int4"))

@@ -1,4 +1,4 @@
-"""Checks that catch silent errors of a conversion; each has a name and reports what was expected and found."""
+"""Checks that catch silent errors of a conversion. Each `check_…` generator yields a Failure for what it finds."""
 
 import json
 import re
@@ -117,7 +117,7 @@ def check_chat_template(runtime: Runtime, reference: Expected) -> Iterator[Failu
 
 
 def check_eos(runtime: Runtime, reference: Expected) -> Iterator[Failure]:
-    """Compare the ids that end generation with the source's: Phi-3 chats stop at any of three."""
+    """Compare the ids that end generation with the source's; a Phi-3 chat may end with any of three ids."""
     if (eos := runtime.eos_token_ids()) != reference.eos_token_ids:
         yield Failure("eos", reference.eos_token_ids, eos)
 

@@ -98,8 +98,10 @@ def concatenate(parts: Sequence[Distributions]) -> Distributions:
     )
 
 
-def compare(variant: Scorer, answers: Sequence[Answer], source: Distributions) -> Comparison:
-    """Return how `variant` compares with the source, whose distributions are `source`, at each token of `answers`.
+def compare(scorer: Scorer, answers: Sequence[Answer], source: Distributions) -> Comparison:
+    """Return how a variant compares with the source, whose distributions are `source`, at each token of `answers`.
+
+    `scorer` returns the variant's logits.
 
     Greedy decoding takes the most probable token, so the variant's own greedy answer is the same as the source's up to
     the first position at which, under teacher forcing, the variant finds another token most probable.
@@ -108,7 +110,7 @@ def compare(variant: Scorer, answers: Sequence[Answer], source: Distributions) -
     prefixes: list[int] = []
     preferred: list[int | None] = []
     non_finite = start = 0
-    for answer, logits in zip(answers, _teacher_forced(variant, answers), strict=True):
+    for answer, logits in zip(answers, _teacher_forced(scorer, answers), strict=True):
         rows = slice(start, start + len(answer.ids))
         ids, p = source.ids[rows], source.log_probs[rows]
         start = rows.stop

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.check.fidelity import Distributions, divergence
 from pipeline.check.reference import LongContext
+from pipeline.common.errors import refusal
 from pipeline.common.params import Variant
 from pipeline.common.progress import Bar
 from pipeline.run.interface import Runtime, Scorer
@@ -87,6 +88,8 @@ def answer(runtime: Runtime, prompts: LongContext, chosen: Sequence[int]) -> Sai
     """Return what `runtime` answers to each prompt of the `chosen` lengths, ascending, or its error.
 
     The shortest one's first half is answered before it, so that every prompt is a later turn of a chat.
+
+    Raises MemoryError when memory ran out.
     """
     said: Said = {}
     for length in Bar(chosen, desc="answering long prompts"):
@@ -95,7 +98,7 @@ def answer(runtime: Runtime, prompts: LongContext, chosen: Sequence[int]) -> Sai
                 runtime.generate(prompts.ids[: length // 2], max_new_tokens=ANSWER)
             said[length] = runtime.generate(prompts.ids[:length], max_new_tokens=ANSWER).ids
         except RuntimeError as error:
-            said[length] = str(error)
+            said[length] = refusal(error)
     return said
 
 
@@ -103,15 +106,18 @@ def compare(scorer: Scorer, prompts: LongContext, said: Said, source: Distributi
     """Return, for each prompt, how far the logits of `scorer`, the variant, are from `source` and from what was `said`.
 
     The last rows of `source` are ROWS for the end of each prompt.
+
+    Raises MemoryError when memory ran out.
     """
     found = []
     for length, ids in Bar(said.items(), desc="comparing long prompts"):
+        if isinstance(ids, str):
+            found.append(Found(length, error=ids))
+            continue
         try:
-            if isinstance(ids, str):
-                raise RuntimeError(ids)
             logits = scorer.logits(prompts.ids[:length] + ids[:-1], last=ROWS + len(ids) - 1)
         except RuntimeError as error:
-            found.append(Found(length, error=" ".join(str(error).split())))
+            found.append(Found(length, error=refusal(error)))
             continue
         start = len(source.ids) - ROWS * (len(prompts.lengths) - prompts.lengths.index(length))
         rows = Distributions(source.ids[start : start + ROWS], source.log_probs[start : start + ROWS])

@@ -1,6 +1,6 @@
 """Measure what an application will see of an artifact on this machine, with its runtime's defaults.
 
-The measured figures do not decide whether the artifact passes validation.
+What is measured does not decide whether the artifact passes validation.
 """
 
 import os
@@ -81,14 +81,16 @@ def measure_default_precision(
 ) -> dict[str, float]:
     """Return the mean KL divergence from the source when the artifact runs in the precision of this machine's defaults.
 
-    It is that of the first SAMPLED answers, since nothing depends on this figure.
+    It is that of the first SAMPLED answers, since nothing depends on this figure. When logits are not finite there is
+    none.
 
     onnxruntime-genai always computes in the model's own precision, so there is nothing to measure for its variants.
     """
     if isinstance(variant, OnnxInt4):
         return {}
     scorer = load_scorer(directory, variant=variant, context=context, device=device, precision="default")
-    return {"kl_mean_default": compare(scorer, reference.continuations[:SAMPLED], distributions).metrics()["kl_mean"]}
+    comparison = compare(scorer, reference.continuations[:SAMPLED], distributions)
+    return {} if comparison.non_finite else {"kl_mean_default": comparison.metrics()["kl_mean"]}
 
 
 def machine() -> str:

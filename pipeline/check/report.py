@@ -61,7 +61,7 @@ def collect(params: Params, *, model: str) -> dict[str, Any]:
         "variants": variants,
         "figures": FIGURES,
         "scatter": scatter([variant for variant in variants if "kl_mean" in variant["metrics"]]),
-        "blobs": [read_manifest(path.parent) for path in sorted(paths.blobs(model).glob("*/manifest.json"))],
+        "blobs": [read_manifest(path.parent) for path in sorted(paths.blobs(model).glob(f"*/{paths.MANIFEST}"))],
     }
 
 

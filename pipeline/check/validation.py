@@ -3,7 +3,8 @@
 It is also measured with this machine's defaults. No two of the runtimes are loaded at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline.check.fidelity import Distributions, compare
 from pipeline.check.measurement import load_runtime, load_scorer, measure, measure_default_precision
 from pipeline.check.reference import Reference, ask
 from pipeline.common.checkpoint import read_json, tensor_shapes
-from pipeline.common.errors import PipelineError
+from pipeline.common.errors import PipelineError, refusal
 from pipeline.common.manifest import VariantManifest, digest, read_manifest, verify
 from pipeline.common.matrices import matrices, summary
 from pipeline.common.params import Model, OnnxInt4, Validate, Variant
@@ -79,6 +80,28 @@ def check_range(directory: Path, *, variant: Variant, source: Path, reference: R
     )
 
 
+@dataclass(frozen=True)
+class Case:
+    """A variant whose files are right, and what it is compared with."""
+
+    directory: Path
+    variant: Variant
+    context: dict[str, int]
+    reference: Reference
+    distributions: Distributions
+    params: Validate
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of the validation found."""
+
+    failures: Sequence[Failure] = ()
+    metrics: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
 def validate(
     directory: Path,
     *,
@@ -94,104 +117,117 @@ def validate(
     Metrics are the same on every machine: sizes in bytes and those of `Comparison.metrics`. When a failure makes
     further checks pointless, the remaining metrics are missing. Measurements are of this machine; see
     pipeline/check/measurement.py.
+
+    Raises MemoryError when memory ran out.
     """
-    metrics: dict[str, Any] = {"passed": False}
+    if failures := (
+        check_files(directory, variant=variant, model=model, source=source, params=params)
+        or check_range(directory, variant=variant, source=source, reference=reference)
+    ):
+        return _result(Part(failures))
+    manifest = read_manifest(directory, VariantManifest)
+    case = Case(directory, variant, manifest.context, reference, distributions, params)
+    # The manifest's hash proves, when the artifact is published, that these very files were validated.
+    stated = {"manifest_sha256": digest(directory / MANIFEST).sha256, "recipe": manifest.recipe.model_dump()}
+    stated |= {"runs_on": manifest.runtime.model_dump(), "tools": manifest.tools}
+    size = sum(path.stat().st_size for path in directory.iterdir())
+    parts = [Part(metrics={"size_bytes": size}, evidence=stated, measured=_measure(case))]
+    answered, said = _answer(case)
+    parts.append(answered)
+    if said is not None:
+        parts.append(_compare(case, said))
+        if not isinstance(variant, OnnxInt4) and "NPU" not in manifest.runtime.devices:
+            parts.append(_follow_tutorial(case))
+    return _result(*parts)
+
+
+def _result(*parts: Part) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    failures = [failure for part in parts for failure in part.failures]
+    metrics: dict[str, Any] = {"passed": not failures}
     evidence: dict[str, Any] = {"checks": list(checks.CHECKS)}
     measured: dict[str, Any] = {}
+    for part in parts:
+        metrics |= part.metrics
+        evidence |= part.evidence
+        measured |= part.measured
+    return metrics, evidence | {"failures": list(map(str, failures))}, measured
 
-    def result(failures: list[Failure]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        metrics["passed"] = not failures
-        return metrics, evidence | {"failures": list(map(str, failures))}, measured
 
-    if failures := check_files(directory, variant=variant, model=model, source=source, params=params):
-        return result(failures)
-    if failures := check_range(directory, variant=variant, source=source, reference=reference):
-        return result(failures)
-    manifest = read_manifest(directory, VariantManifest)
-    # The manifest's hash proves, when the artifact is published, that these very files were validated.
-    evidence |= {"manifest_sha256": digest(directory / MANIFEST).sha256, "recipe": manifest.recipe.model_dump()}
-    evidence |= {"runs_on": manifest.runtime.model_dump(), "tools": manifest.tools}
-    metrics["size_bytes"] = sum(path.stat().st_size for path in directory.iterdir())
+def _measure(case: Case) -> dict[str, Any]:
+    # Nothing depends on what is measured, so a device that is not here, or fails, is only told.
+    options: dict[str, Any] = {"variant": case.variant, "device": case.params.openvino_device}
     try:
-        measured |= measure(
-            lambda: load_runtime(directory, variant=variant, device=params.openvino_device, precision="default"),
-            reference.answers,
-        )[1]
+        measured = measure(
+            lambda: load_runtime(case.directory, precision="default", **options), case.reference.answers
+        )[1]  # the runtime is not kept, so that it is no longer loaded when the next one is
         say(f"loaded by {measured['runtime']} on {measured['device']} in {measured['load_time_s']:.1f} s")
-        failures, said = _judge_answers(
-            directory, metrics, evidence, variant=variant, context=manifest.context, reference=reference, params=params
+        return measured | measure_default_precision(
+            case.directory,
+            context=case.context,
+            reference=case.reference,
+            distributions=case.distributions,
+            **options,
         )
     except RuntimeError as error:
-        return result([Failure("load", "a runtime that loads it", str(error))])
-    if "answers" not in evidence:
-        return result(failures)
-    scorer = load_scorer(directory, variant=variant, context=manifest.context)
-    comparison = compare(scorer, reference.continuations, distributions)
-    long_prompts = long_context.compare(scorer, reference.long_context, said, distributions)
+        say(f"not measured: {refusal(error)}")
+        return {}
+
+
+def _answer(case: Case) -> tuple[Part, long_context.Said | None]:
+    # Return what the answers to the questions show, and the answers to the long prompts. They are None when the variant
+    # does not load or reads texts wrongly, since it is then asked nothing.
+    reference, params = case.reference, case.params
+    try:
+        runtime = load_runtime(case.directory, variant=case.variant)
+        failures, answers = checks.check_runtime(runtime, reference, max_new_tokens=params.max_new_tokens)
+    except RuntimeError as error:
+        return Part([Failure("load", "a runtime that loads it", refusal(error))]), None
+    metrics: dict[str, Any] = {"runtime": runtime.name, "device": runtime.device}
+    if failures:
+        return Part(failures, metrics), None
+    metrics["answer_recall"] = round(sum(map(checks.recall, answers, reference.answers)) / len(answers), 4)
+    evidence = [
+        {"question": answer.question} | departure(answer.ids, source.ids, runtime.decode)
+        for answer, source in zip(answers, reference.answers, strict=True)
+    ]
+    judged = Part(list(checks.check_answers(answers, reference, params=params)), metrics, {"answers": evidence})
+    chosen = long_context.choose(case.context, most=long_context.longest_prompt(case.context, case.variant))
+    return judged, long_context.answer(runtime, reference.long_context, chosen)
+
+
+def _compare(case: Case, said: long_context.Said) -> Part:
+    # Compare the variant's logits with the source's, and on DirectML with its own on the CPU.
+    directory, variant, reference = case.directory, case.variant, case.reference
+    scorer = load_scorer(directory, variant=variant, context=case.context)
+    comparison = compare(scorer, reference.continuations, case.distributions)
+    long_prompts = long_context.compare(scorer, reference.long_context, said, case.distributions)
+    failures = [
+        *checks.check_fidelity(comparison, limits=variant.limits),
+        *checks.check_long_context(long_prompts, limits=variant.limits),
+    ]
+    measured = {}
     if variant.directml:
         found, measured["directml"] = check_directml(
-            directory, cpu=scorer, reference=reference, limits=variant.limits, params=params
+            directory, cpu=scorer, reference=reference, limits=variant.limits, params=case.params
         )
         failures += found
-    del scorer
     decode = Tokenizer.from_file(str(directory / "tokenizer.json")).decode
-    evidence["continuations"] = [
+    continuations = [
         departure(answer.ids[:prefix] + ([] if token is None else [token]), answer.ids, decode)
         for answer, prefix, token in zip(
             reference.continuations, comparison.prefixes, comparison.preferred, strict=True
         )
     ]
-    evidence["long_context"] = [vars(prompt) for prompt in long_prompts]
-    failures += checks.check_fidelity(comparison, limits=variant.limits)
-    failures += checks.check_long_context(long_prompts, limits=variant.limits)
-    if not comparison.non_finite:
-        metrics |= comparison.metrics()
-        measured |= measure_default_precision(
-            directory,
-            variant=variant,
-            context=manifest.context,
-            device=params.openvino_device,
-            reference=reference,
-            distributions=distributions,
-        )
-    if not isinstance(variant, OnnxInt4) and "NPU" not in manifest.runtime.devices:
-        failures += _judge_tutorial(directory, evidence, reference=reference, params=params)
-    return result(failures)
+    evidence = {"continuations": continuations, "long_context": [vars(prompt) for prompt in long_prompts]}
+    return Part(failures, {} if comparison.non_finite else comparison.metrics(), evidence, measured)
 
 
-def _judge_answers(
-    directory: Path,
-    metrics: dict[str, Any],
-    evidence: dict[str, Any],
-    *,
-    variant: Variant,
-    context: dict[str, int],
-    reference: Reference,
-    params: Validate,
-) -> tuple[list[Failure], long_context.Said]:
-    runtime = load_runtime(directory, variant=variant)
-    metrics |= {"runtime": runtime.name, "device": runtime.device}
-    failures, answers = checks.check_runtime(runtime, reference, max_new_tokens=params.max_new_tokens)
-    if answers:
-        failures += checks.check_answers(answers, reference, params=params)
-        evidence["answers"] = [
-            {"question": answer.question} | departure(answer.ids, source.ids, runtime.decode)
-            for answer, source in zip(answers, reference.answers, strict=True)
-        ]
-        metrics["answer_recall"] = round(sum(map(checks.recall, answers, reference.answers)) / len(answers), 4)
-        chosen = long_context.choose(context, most=long_context.longest_prompt(context, variant))
-        return failures, long_context.answer(runtime, reference.long_context, chosen)
-    return failures, {}
-
-
-def _judge_tutorial(
-    directory: Path, evidence: dict[str, Any], *, reference: Reference, params: Validate
-) -> Iterator[Failure]:
-    tutorial = OptimumIntel(directory, device="CPU")
-    first = ask(tutorial, reference.answers[0].question, max_new_tokens=params.max_new_tokens)
+def _follow_tutorial(case: Case) -> Part:
+    tutorial = OptimumIntel(case.directory, device="CPU")
+    first = ask(tutorial, case.reference.answers[0].question, max_new_tokens=case.params.max_new_tokens)
     say(f"{tutorial.name}: {first.text.strip()}")
-    evidence[tutorial.name] = {"device": tutorial.device, "text": first.text}
-    return checks.check_first_answer(first, reference, params=params)
+    failures = list(checks.check_first_answer(first, case.reference, params=case.params))
+    return Part(failures, evidence={tutorial.name: {"device": tutorial.device, "text": first.text}})
 
 
 def departure(ids: list[int], source: list[int], decode: Callable[[list[int]], str]) -> dict[str, Any]:

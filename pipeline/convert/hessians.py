@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.manifest import replace_file
+from pipeline.common.manifest import building, replace_file
 from pipeline.common.progress import say
 from pipeline.convert.statistics import HEAD, SUMMARY, Summary, fold
 from pipeline.run.openvino import answer_together
@@ -37,21 +37,20 @@ def write_calibration(target: Path, *, answers: list[list[int]], layers: Iterabl
     """Write the directory `target`: a file for each of `layers`, which come from `hessians`, and a summary."""
     from safetensors.torch import save_file
 
-    target.mkdir(parents=True, exist_ok=True)
-    (target / SUMMARY).unlink(missing_ok=True)  # written last: without it there is no calibration
     largest: dict[str, float] = {}
     widest = 0
-    for name, found in layers:
-        save_file({matrix: fold(hessian) for matrix, hessian in found.items()}, target / f"{name}.safetensors")
-        largest |= {matrix: float(hessian.diagonal().max()) for matrix, hessian in found.items()}
-        widest = max(widest, *map(len, found.values()))
+    with building(target, last=SUMMARY) as build:
+        for name, found in layers:
+            save_file({matrix: fold(hessian) for matrix, hessian in found.items()}, build / f"{name}.safetensors")
+            largest |= {matrix: float(hessian.diagonal().max()) for matrix, hessian in found.items()}
+            widest = max(widest, *map(len, found.values()))
+        replace_file(build / SUMMARY, Summary(answers=answers, largest=largest).model_dump_json())
     tokens = sum(map(len, answers))
     if tokens < ENOUGH * widest:
         say(
             f"calibrated on {tokens} tokens, and the widest matrix has {widest} columns: {ENOUGH * widest} tokens "
             "would be better; raise calibrate.max_new_tokens."
         )
-    replace_file(target / SUMMARY, Summary(answers=answers, largest=largest).model_dump_json())
 
 
 def hessians(source: Torch, answers: list[list[int]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.matrices import Matrix, Role
+from pipeline.common.checkpoint import head_size
+from pipeline.common.matrices import Matrix, role
 from pipeline.common.params import OnnxInt4
 
 MODEL = ("model.onnx", "model.onnx.data")
@@ -34,14 +35,14 @@ def read_matrices(directory: Path) -> list[Matrix]:
     }
     built: dict[str, Matrix] = {}
     for node in model.graph.node:
-        attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+        attributes = node_attributes(node)
         if node.op_type == "MatMulNBits":
             matrix = Matrix(
                 matrix_name(node.name),
-                _role(node.name),
+                role(node.name),
                 rows=attributes["N"],
                 columns=attributes["K"],
-                bits=attributes.get("bits", INT4),
+                bits=attributes["bits"],
                 group_size=attributes["block_size"],
                 symmetric=len([name for name in node.input if name]) == 3,
             )
@@ -54,7 +55,7 @@ def read_matrices(directory: Path) -> list[Matrix]:
                 "embedding",
                 rows,
                 blocks * attributes["block_size"],
-                attributes.get("bits", INT4),
+                attributes["bits"],
                 attributes["block_size"],
                 symmetric=len(node.input) == 3,
             )
@@ -64,8 +65,16 @@ def read_matrices(directory: Path) -> list[Matrix]:
             if weight is not None:
                 transposed = node.op_type == "MatMul" or weight not in node.input
                 rows, columns = reversed(shapes[weight]) if transposed else shapes[weight]
-                built.setdefault(weight, Matrix(matrix_name(node.name), _role(node.name), rows, columns, bits[weight]))
+                built.setdefault(weight, Matrix(matrix_name(node.name), role(node.name), rows, columns, bits[weight]))
     return list(built.values())
+
+
+def node_attributes(node: Any) -> dict[str, Any]:
+    """Return the attributes of the graph's `node` by their names; `bits` is 4, the operators' default, if not given."""
+    import onnx
+
+    given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return {"bits": INT4} | given
 
 
 def residual_scale(directory: Path, *, config: dict[str, Any]) -> float:
@@ -101,8 +110,8 @@ def expected_size(source: list[Matrix], *, recipe: OnnxInt4, config: dict[str, A
 def shares_float16(config: dict[str, Any], recipe: OnnxInt4) -> bool:
     """Return whether embedding and head are one float16 table."""
     # DirectML has no GatherBlockQuantized, the operator that lets embedding and head share a quantized table. One table
-    # in float16 for both is smaller than one for the embedding and another in INT8 for the head: the model has 126 MB
-    # against 157 for smol-phi3.
+    # in float16 for both is smaller than one for the embedding and another in INT8 for the head: it saves 31 MB for
+    # smol-phi3.
     return recipe.directml and bool(config.get("tie_word_embeddings", False))
 
 
@@ -128,7 +137,7 @@ def _split_qkv(matrix: Matrix, config: dict[str, Any]) -> list[Matrix]:
 
 def qkv_rows(config: dict[str, Any]) -> dict[str, int]:
     """Return how many rows of the fused matrix belong to queries, keys and values, in the matrix's order."""
-    head = _head_size(config)
+    head = head_size(config)
     rows = {"q": config["num_attention_heads"] * head}
     return rows | dict.fromkeys("kv", config["num_key_value_heads"] * head)
 
@@ -140,19 +149,9 @@ def _rotary_caches(config: dict[str, Any], *, directml: bool) -> float:
     factor = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     short, long = config["original_max_position_embeddings"], config["max_position_embeddings"]
     positions = long if short == long else (short + long) * directml
-    return float(positions * _head_size(config) * factor)
-
-
-def _head_size(config: dict[str, Any]) -> int:
-    return int(config["hidden_size"]) // int(config["num_attention_heads"])
+    return float(positions * head_size(config) * factor)
 
 
 def matrix_name(node: str) -> str:
     """Return the name of the matrix of the graph's node `node`, such as `model.layers.0.mlp.down_proj`."""
     return re.sub(r"/(MatMul|Gather)(BlockQuantized)?(_Q\d)?$", "", node).strip("/").replace("/", ".")
-
-
-def _role(node: str) -> Role:
-    if "embed_tokens" in node:
-        return "embedding"
-    return "head" if "lm_head" in node else "layer"

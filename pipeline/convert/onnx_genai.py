@@ -15,7 +15,7 @@ from pipeline.common.progress import Bar
 from pipeline.convert import onnx_builder
 from pipeline.convert.calibration import Calibration
 from pipeline.convert.onnx_builder import RESIDUAL_SCALE, WRITERS
-from pipeline.convert.onnx_format import INT4, MODEL, REQUIRED, matrix_name, qkv_rows, shares_float16
+from pipeline.convert.onnx_format import INT4, MODEL, REQUIRED, matrix_name, node_attributes, qkv_rows, shares_float16
 from pipeline.convert.solver import Grid, pack
 
 BUILDER = onnx_builder.__name__
@@ -111,12 +111,8 @@ def solve(target: Path, calibration: Calibration, config: dict[str, Any], *, dir
 
     model = onnx.load(target / MODEL[0], load_external_data=False)
     places = {t.name: {entry.key: entry.value for entry in t.external_data} for t in model.graph.initializer}
-    attributes = {
-        node.name: {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-        for node in model.graph.node
-        if node.op_type == "MatMulNBits"
-    }
-    int4 = [node for node in model.graph.node if attributes.get(node.name, {}).get("bits") == INT4]
+    quantized = [(node, node_attributes(node)) for node in model.graph.node if node.op_type == "MatMulNBits"]
+    int4 = [(node, attributes) for node, attributes in quantized if attributes["bits"] == INT4]
 
     with (target / MODEL[1]).open("r+b") as data:
 
@@ -126,12 +122,12 @@ def solve(target: Path, calibration: Calibration, config: dict[str, Any], *, dir
             data.seek(int(places[tensor]["offset"]))
             data.write(values.tobytes())
 
-        for node in Bar(int4, desc="solving matrices"):
+        for node, attributes in Bar(int4, desc="solving matrices"):
             _, codes, scales, *zero_points = node.input
             matrix, rows = _origin(matrix_name(node.name), config)
             grid = Grid(
                 bits=INT4,
-                group_size=attributes[node.name]["block_size"],
+                group_size=attributes["block_size"],
                 symmetric=not any(zero_points),
                 scale_dtype=torch.float16 if directml else torch.float32,
                 scale_divisor=RESIDUAL_SCALE if directml and matrix.endswith(WRITERS) else 1,

@@ -12,11 +12,12 @@ from typing import Any
 
 from pipeline.common.checkpoint import to_float16
 from pipeline.common.errors import PipelineError, writing_to
-from pipeline.common.matrices import CHANNEL_WISE
+from pipeline.common.matrices import CHANNEL_WISE, role
 from pipeline.common.params import OpenvinoInt4
+from pipeline.common.paths import MANIFEST
 from pipeline.common.progress import Bar, say
 from pipeline.convert.calibration import Calibration
-from pipeline.convert.openvino_format import MODEL, TOKENIZER, role, weights
+from pipeline.convert.openvino_format import MODEL, TOKENIZER, weights
 from pipeline.convert.solver import Grid, pack
 
 OTHERS = ("/scale", "/zero_point")  # how NNCF names what belongs to a weight
@@ -135,7 +136,7 @@ def quantize_int4(
     with writing_to(target):
         openvino.save_model(model, target / MODEL[0], compress_to_fp16=False)
     for path in fp16.iterdir():
-        if path.name not in (*MODEL, "manifest.json"):
+        if path.name not in (*MODEL, MANIFEST):
             shutil.copyfile(path, target / path.name)
 
 

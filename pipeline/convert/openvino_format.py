@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.matrices import CHANNEL_WISE, Matrix, Role
+from pipeline.common.matrices import CHANNEL_WISE, Matrix, role
 from pipeline.common.params import OpenvinoFp16, OpenvinoInt4
 
 MODEL = ("openvino_model.xml", "openvino_model.bin")
@@ -90,13 +90,6 @@ def expected_size(
 
     ratio = recipe.ratio if isinstance(recipe, OpenvinoInt4) else 0
     return ratio * size(4) + (1 - ratio) * size(8)
-
-
-def role(name: str) -> Role:
-    """Return what the matrix `name` does in the model."""
-    if "embed_tokens" in name:
-        return "embedding"
-    return "head" if "lm_head" in name else "layer"
 
 
 def _has_zero_point(constant: Any) -> bool:

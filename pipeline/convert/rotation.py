@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.checkpoint import open_weights, read_json
+from pipeline.common.checkpoint import head_size, open_weights, read_json
 from pipeline.common.errors import PipelineError
 
 SEED = 0
@@ -28,17 +28,19 @@ def can_rotate(config: dict[str, Any]) -> bool:
 
 
 class Rotation:
-    """A rotation of the model in the directory `checkpoint`; `can_rotate` has to be true of it."""
+    """A rotation of the model in the directory `checkpoint`; `can_rotate` has to be true of it.
+
+    Raises PipelineError when no Hadamard matrix of the model's width is known.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         import torch
 
         config = read_json(checkpoint / "config.json")
-        heads = config["num_attention_heads"]
         generator = torch.Generator().manual_seed(SEED)
         self._stream = Hadamard(config["hidden_size"], generator)
-        self._value = Hadamard(config["hidden_size"] // heads, generator)
-        self._value_rows = config["hidden_size"] // heads * config["num_key_value_heads"]
+        self._value = Hadamard(head_size(config), generator)
+        self._value_rows = head_size(config) * config["num_key_value_heads"]
         self._read = open_weights(checkpoint)
 
     def weight(self, name: str) -> Any:

@@ -1,5 +1,6 @@
 """For applications: choose between the blob and the IR of an NPU variant, on the machine at hand."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
         return Choice("CPU", {}, "this machine has no NPU, or no driver for it: the IR runs on the CPU")
     places = (directory / RELEASED_BLOBS / architecture, paths.blob(directory, architecture))
     blob_directory = next((place for place in places if place.is_dir()), None)
-    lengths = asked_lengths(directory, ir)
+    lengths = asked_lengths(_compiled_from(directory, ir))
     if blob_directory is None:
         return Choice("NPU", {**lengths}, f"there is no blob for NPU {architecture}: the IR is compiled on loading")
     blob = verify(blob_directory, BlobManifest)
@@ -66,21 +67,26 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
 
 def static_on_cpu(directory: Path) -> Choice:
     """Return how to load the NPU variant in `directory` in the NPU's static pipeline, compiled for the CPU."""
-    lengths = asked_lengths(directory, read_manifest(directory, VariantManifest))
+    lengths = asked_lengths(_compiled_from(directory, read_manifest(directory, VariantManifest)))
     return Choice("NPU", {**lengths, **STATIC_ON_CPU}, "the NPU's static pipeline, compiled for it")
 
 
-def asked_lengths(directory: Path, ir: VariantManifest) -> dict[str, int]:
-    """Return the static lengths in tokens that params.yaml asks for, which the manifests of all blobs of `ir` state.
+def asked_lengths(blobs: Iterable[BlobManifest]) -> dict[str, int]:
+    """Return the static lengths in tokens that params.yaml asks for, which each of the `blobs` of one IR states.
 
     They are the options MAX_PROMPT_LEN and MIN_RESPONSE_LEN. Without any blob the dictionary is empty.
     """
-    for path in (*directory.glob(f"{RELEASED_BLOBS}/*"), *directory.parent.glob(f"blobs/{directory.name}-*")):
-        blob = read_manifest(path, BlobManifest)
-        if f"{blob.model}/{blob.variant}" == ir.name:
-            asked = blob.recipe.asked
-            return {"MAX_PROMPT_LEN": asked.max_prompt_len, "MIN_RESPONSE_LEN": asked.min_response_len}
+    for blob in blobs:
+        asked = blob.recipe.asked
+        return {"MAX_PROMPT_LEN": asked.max_prompt_len, "MIN_RESPONSE_LEN": asked.min_response_len}
     return {}
+
+
+def _compiled_from(directory: Path, ir: VariantManifest) -> Iterator[BlobManifest]:
+    # Yield the manifests of the blobs that were compiled from `ir` in `directory`; others may be there from earlier.
+    for path in (*directory.glob(f"{RELEASED_BLOBS}/*"), *directory.parent.glob(f"blobs/{directory.name}-*")):
+        if belongs(blob := read_manifest(path, BlobManifest), ir):
+            yield blob
 
 
 def _mismatch(blob: BlobManifest, ir: VariantManifest, openvino: str) -> str | None:
@@ -102,12 +108,14 @@ def load_pipeline(directory: Path, **options: str | int) -> tuple[object, str]:
 
     When the driver refuses the blob the IR is loaded instead, compiled for the lengths that the blob was asked for.
     `options` go to the pipeline in either case, such as MAX_PROMPT_LEN for the IR.
+
+    Raises PipelineError when `choose` does, or when the IR cannot be loaded.
     """
     return load_chosen(directory, choose(directory), **options)
 
 
 def load_chosen(directory: Path, choice: Choice, **options: str | int) -> tuple[object, str]:
-    """Return what `load_pipeline` does, when `choose` has been called already."""
+    """Return what `load_pipeline` does, when `choose` has been called already; raise PipelineError like it."""
     import openvino_genai
 
     given = choice.options | ({} if choice.device == "NPU" else pipeline_options(directory))
@@ -116,8 +124,8 @@ def load_chosen(directory: Path, choice: Choice, **options: str | int) -> tuple[
     except RuntimeError as error:
         if "BLOB_PATH" not in choice.options:
             raise PipelineError(f"{directory} cannot be loaded on {choice.device}: {error}") from error
-        pipeline = openvino_genai.LLMPipeline(directory, choice.device, **choice.lengths | options)
-        return pipeline, f"the driver refused the blob ({str(error).splitlines()[-1]}): the IR was compiled on loading"
+        why = f"the driver refused the blob ({str(error).splitlines()[-1]}): the IR was compiled on loading"
+        return load_chosen(directory, Choice(choice.device, {**choice.lengths}, why), **options)
 
 
 def compile_chosen(directory: Path, choice: Choice) -> Any:

@@ -40,7 +40,7 @@ class Runtime(Protocol):
         """Return the ids that end generation, sorted."""
 
     def generate(self, ids: list[int], *, max_new_tokens: int) -> Generation:
-        """Continue `ids` greedily."""
+        """Return the greedy continuation of `ids`, of at most `max_new_tokens` tokens."""
 
 
 class Scorer(Protocol):

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.checkpoint import read_json
+from pipeline.common.errors import writing_to
 from pipeline.run.interface import Generation, Message, Precision
 from pipeline.run.pieces import pieces
 
@@ -16,12 +17,15 @@ ERRORS = 3  # ONNX Runtime's level of messages that says errors only
 
 
 class OnnxGenai:
-    """onnxruntime-genai on the CPU provider, whatever provider the model was built for, or `directml` on DirectML.
+    """onnxruntime-genai on the CPU provider, whatever provider the model was built for; with `directml`, on DirectML.
 
-    It computes in float32 with either `precision`. With "f32", which is for judging, it uses all processors and takes
-    less memory: it has no arena, and a model for CPUs maps weights that ONNX Runtime packed for this processor from a
-    file. The results are the same.
+    `precision` does not change how it computes: in the model's own types, with accuracy_level 4. With "f32", which is
+    for judging, it uses all processors and takes less memory: it has no arena, and a model for CPUs maps weights that
+    ONNX Runtime packed for this processor from a file. The results are the same.
     `at_once` says how `logits` reads a text: at once, which LongRoPE needs, or in pieces, which needs less memory.
+
+    Raises RuntimeError when the runtime cannot load the model, and OSError when the disk has no room for the packed
+    weights.
     """
 
     name = "onnxruntime-genai"
@@ -45,10 +49,15 @@ class OnnxGenai:
         decoder = read_json(directory / "genai_config.json")["model"]["decoder"]
         # ONNX Runtime 1.31.1 packs float16 models wrongly. Windows cannot delete a file that is mapped.
         if precision == "f32" and not decoder["session_options"]["provider_options"] and sys.platform != "win32":
-            with tempfile.TemporaryDirectory(prefix=".packed-", dir=directory.parent) as packed:
-                model = _pack(directory / "model.onnx", Path(packed))
+            packed = directory.with_name(f".packed-{directory.name}")
+            shutil.rmtree(packed, ignore_errors=True)  # a killed validation may have left it
+            packed.mkdir()
+            try:
+                model = _pack(directory / "model.onnx", packed)
                 _overlay(config, {"filename": os.path.relpath(model, directory)})  # onnxruntime-genai joins the two
                 self._model = onnxruntime_genai.Model(config)
+            finally:
+                shutil.rmtree(packed)
         else:
             self._model = onnxruntime_genai.Model(config)
         self._tokenizer = onnxruntime_genai.Tokenizer(self._model)
@@ -113,5 +122,9 @@ def _pack(model: Path, target: Path) -> Path:
     options.optimized_model_filepath = str(target / model.name)
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{model.name}.data")
-    onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    with writing_to(target):
+        try:
+            onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's errors have no other type in common
+            raise RuntimeError(str(error)) from error
     return target / model.name

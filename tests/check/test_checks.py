@@ -8,7 +8,6 @@ import pytest
 from pipeline.check import checks
 from pipeline.check.checks import Failure
 from pipeline.check.fidelity import Comparison
-from pipeline.check.long_context import Found
 from pipeline.check.reference import Answer, Chat, LongContext, Reference, Text
 from pipeline.common.matrices import Matrix
 from pipeline.common.params import Limits, OpenvinoInt4, Validate
@@ -124,7 +123,7 @@ def test_is_loop(ids, loop):
 
 
 def test_a_failure_shows_expected_and_actual():
-    """The message names the check and both values."""
+    """The message names the check and both values, each cut at 300 characters of JSON."""
     assert str(Failure("eos", [1], [2])) == "check 'eos' failed: expected [1], got [2]"
     long = str(Failure("empty", "é" * 400, ""))
     assert long == f'check \'empty\' failed: expected "{"é" * 299}, got ""'
@@ -188,8 +187,8 @@ def test_float16_range(devices, directml, scale, peak, failure):
 
 
 def test_size():
-    """A size within the tolerance passes; any other fails, with both sizes in megabytes."""
-    assert list(checks.check_size(102_000_000, 100e6, tolerance=0.03)) == []
+    """A size up to the tolerance passes; any other fails, with both sizes in megabytes."""
+    assert list(checks.check_size(125, 100.0, tolerance=0.25)) == []
     assert list(checks.check_size(104_000_000, 100e6, tolerance=0.03)) == [Failure("size", "100.0 MB ±3%", "104.0 MB")]
 
 
@@ -245,17 +244,6 @@ def test_the_share_is_told_in_four_digits():
     assert list(checks.check_recipe(built, built, source=source, recipe=recipe)) == expected
 
 
-def test_a_value_at_its_limit():
-    """What is exactly at a limit passes: the recall of answers, a size, and what is found after long prompts."""
-    source = REFERENCE.answers[0]
-    reference = REFERENCE.model_copy(update={"answers": [source] * 2})
-    half = [source, source.model_copy(update={"text": "no idea"})]
-    assert list(checks.check_answers(half, reference, params=PARAMS)) == []
-    assert list(checks.check_size(125, 100.0, tolerance=0.25)) == []
-    found = [Found(256, kl_mean=LIMITS.kl_p99, departure=checks.NEAR_TIE)]
-    assert list(checks.check_long_context(found, limits=LIMITS)) == []
-
-
 def test_lists_of_different_lengths():
     """A missing answer or matrix is never passed over."""
     with pytest.raises(ValueError, match="argument 2 is"):
@@ -282,11 +270,14 @@ def test_recall(text, share):
 
 
 def test_one_slip_among_several_answers():
-    """One wrong answer of four passes, since fidelity judges it; two are a failure, which shows the worst answer."""
+    """One wrong answer of four passes, since fidelity judges it; two are a failure, which shows the worst answer, when
+    together the answers have less than `min_recall` of the words."""
     source = REFERENCE.answers[0]
     reference = REFERENCE.model_copy(update={"answers": [source] * 4})
     wrong = source.model_copy(update={"text": "no idea"})
     params = PARAMS.model_copy(update={"min_recall": 0.6})
     assert list(checks.check_answers([wrong, source, source, source], reference, params=params)) == []
-    failures = list(checks.check_answers([source, wrong, wrong, source], reference, params=params))
+    half = [source, wrong, wrong, source]
+    assert list(checks.check_answers(half, reference, params=PARAMS)) == []
+    failures = list(checks.check_answers(half, reference, params=params))
     assert [(failure.check, failure.actual) for failure in failures] == [("answer", "no idea")]

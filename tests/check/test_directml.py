@@ -1,11 +1,13 @@
 """The DirectML variant runs on DirectML in software; tests of it are skipped unless `make directml` has set it up."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from pipeline.check.checks import Failure
 from pipeline.check.directml import wine
 from pipeline.check.directml.operators import find_faults
 from pipeline.check.directml.runtime import DEVICE, Recorded, Request, check_directml, run
@@ -15,7 +17,8 @@ from pipeline.common.params import load_params
 from pipeline.convert.onnx_format import MODEL
 from pipeline.run.onnx import OnnxGenai
 from tests.convert.test_conversion import undivided
-from tests.helpers import ROOT
+from tests.helpers import LIMITS, ROOT
+from tests.release_project import REFERENCE
 
 PARAMS = load_params(ROOT / "params.yaml")
 VARIANT = "onnx-directml-int4"
@@ -43,6 +46,24 @@ def test_unavailable(monkeypatch, system, user, reason):
     assert wine.unavailable() == reason
     with pytest.raises(PipelineError, match=reason):
         wine.install()
+
+
+@pytest.mark.parametrize(("message", "memory"), [("CreateModel failed: no such operator", False), ("bad_alloc", True)])
+def test_a_model_that_does_not_run(monkeypatch, message, memory):
+    """A model that DirectML refuses is a failure with the reason; lack of memory is no fault of the model."""
+
+    def refuse(directory, requests):
+        raise PipelineError(message)
+
+    monkeypatch.setattr(wine, "unavailable", lambda: None)
+    monkeypatch.setattr("pipeline.check.directml.runtime.run", refuse)
+    case = {"cpu": None, "reference": REFERENCE, "limits": LIMITS, "params": PARAMS.validate_}
+    if memory:
+        with pytest.raises(MemoryError, match="bad_alloc"):
+            check_directml(Path("x"), **case)
+    else:
+        failure = Failure("directml", "a model that onnxruntime-genai runs on DirectML as a whole", message)
+        assert check_directml(Path("x"), **case) == ([failure], {"device": DEVICE})
 
 
 def copy(embedded, tmp_path):

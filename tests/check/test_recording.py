@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.check import recording, reference
-from pipeline.check.fidelity import distributions
+from pipeline.check.fidelity import concatenate, distributions
 from pipeline.check.long_context import ROWS
 from pipeline.check.recording import near_tie, record
 from pipeline.check.reference import Answer
@@ -19,7 +19,7 @@ from pipeline.common.params import load_params
 from pipeline.convert.openvino import export_fp16
 from pipeline.run.source_model import Torch
 from tests.checkpoints import LONGROPE, make_checkpoint
-from tests.helpers import ROOT
+from tests.helpers import ROOT, built_once
 
 QUESTION = "Who are you?"
 LONG = {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 8192}}
@@ -40,60 +40,106 @@ def params():
 
 @pytest.fixture(scope="module", params=STYLES)
 def model(request, tmp_path_factory):
-    """A random model with clear preferences: its source in torch, its checkpoint and its FP16 IR."""
-    root = tmp_path_factory.mktemp(request.param)
-    checkpoint = make_checkpoint(root / "checkpoint", request.param, on_grid=True, **STYLES[request.param])
-    (root / "fp16").mkdir()
-    export_fp16(checkpoint, root / "fp16")
-    return Torch(checkpoint), checkpoint, root / "fp16"
+    """The model of each of STYLES."""
+    return load_model(request.param, tmp_path_factory)
+
+
+def load_model(style, factory):
+    """Return a random model with clear preferences: its source in torch, its checkpoint and its FP16 IR."""
+
+    def build(root):
+        checkpoint = make_checkpoint(root / "checkpoint", style, on_grid=True, **STYLES[style])
+        (root / "fp16").mkdir()
+        export_fp16(checkpoint, root / "fp16")
+
+    root = built_once(factory, f"recording-{style}", build)
+    return Torch(root / "checkpoint"), root / "checkpoint", root / "fp16"
+
+
+@pytest.fixture(scope="module")
+def recorded(model, params):
+    """What is recorded of a model, without looking for near ties, and transformers' own model in float32."""
+    source, checkpoint, fp16 = model
+    bounds = limits(read_json(checkpoint / "config.json"), directml=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "MIN_MARGIN", 0.0)
+        found, rows = record(source, fp16, params=params, limits=bounds, eos_token_ids=[0, 1])
+    return found, rows, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def read(recorded):
+    """What transformers finds when it reads the texts one at a time: distributions, and each text's largest state."""
+    found, _, wide = recorded
+    texts = [(answer.prompt_ids + answer.ids[:-1], len(answer.ids)) for answer in found.continuations]
+    texts += [(found.long_context.ids[:length], ROWS) for length in found.long_context.lengths]
+    peaks, rows = [], []
+    hook = wide.model.norm.register_forward_pre_hook(lambda norm, inputs: peaks.append(float(inputs[0].abs().max())))
+    with torch.inference_mode():
+        for ids, last in texts:
+            output = wide(torch.tensor([ids]), output_hidden_states=True)
+            rows.append(distributions(output.logits[0, -last:].numpy()))
+            peaks += [float(state.abs().max()) for state in output.hidden_states[:-1]]
+    hook.remove()
+    return concatenate(rows), peaks
 
 
 @pytest.mark.slow
-def test_record(model, params, monkeypatch):
-    """Answers, distributions, long prompts and peak are those of transformers, which reads one text at a time."""
-    monkeypatch.setattr(recording, "MIN_MARGIN", 0.0)
-    source, checkpoint, fp16 = model
-    bounds = limits(read_json(checkpoint / "config.json"), directml=False)
-    found, rows = record(source, fp16, params=params, limits=bounds, eos_token_ids=[0, 1])
-    wide = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    expected, peaks, same = [], [], []
-    wide.model.norm.register_forward_pre_hook(lambda norm, inputs: peaks.append(float(inputs[0].abs().max())))
+def test_the_answers_are_those_of_transformers(recorded):
+    """Question and prompts are answered greedily, up to the length of params.yaml."""
+    found, _, wide = recorded
+    same = []
     for answer, most in ((found.answers[0], 8), *((answer, 6) for answer in found.continuations)):
         output = wide.generate(torch.tensor([answer.prompt_ids]), max_new_tokens=most, do_sample=False)
         same.append(answer.ids == output[0, len(answer.prompt_ids) :].tolist())
-        assert answer.stopped == (answer.ids[-1] in (0, 1))
-    assert sum(same) >= 68 - 3  # the model nearly ties between two tokens in a few
-    texts = [(answer.prompt_ids + answer.ids[:-1], len(answer.ids)) for answer in found.continuations]
-    texts += [(found.long_context.ids[:length], ROWS) for length in found.long_context.lengths]
-    with torch.inference_mode():
-        for ids, last in texts:
-            read = wide(torch.tensor([ids]), output_hidden_states=True)
-            expected.append(distributions(read.logits[0, -last:].numpy()))
-            peaks += [float(state.abs().max()) for state in read.hidden_states[:-1]]
-    log_probs = np.concatenate([part.log_probs for part in expected])
-    np.testing.assert_allclose(rows.log_probs, log_probs, atol=2e-3)
-    assert (rows.ids[:, 0] == np.concatenate([part.ids for part in expected])[:, 0]).mean() > 0.99
-    assert found.residual_peak == pytest.approx(max(peaks), rel=0.05)
-    assert [answer.question for answer in found.answers] == [QUESTION]
-    assert found.near_ties == []
+    assert sum(same) >= len(same) - 3  # the model nearly ties between two tokens in a few
 
 
 @pytest.mark.slow
-def test_another_models_ir(model, params, tmp_path):
+def test_an_answer_that_stops(recorded):
+    """An answer is recorded as stopped if it ends with an eos id."""
+    said = [*recorded[0].answers, *recorded[0].continuations]
+    assert [answer.stopped for answer in said] == [answer.ids[-1] in (0, 1) for answer in said]
+
+
+@pytest.mark.slow
+def test_record(recorded, read):
+    """At each token of the answers and at the ends of the long prompts the distributions are those of transformers."""
+    rows, expected = recorded[1], read[0]
+    np.testing.assert_allclose(rows.log_probs, expected.log_probs, atol=2e-3)
+    assert (rows.ids[:, 0] == expected.ids[:, 0]).mean() > 0.99
+
+
+@pytest.mark.slow
+def test_the_residual_peak(recorded, read):
+    """The largest magnitude of the residual stream on all texts is recorded."""
+    assert recorded[0].residual_peak == pytest.approx(max(read[1]), rel=0.05)
+
+
+@pytest.mark.slow
+def test_all_questions_are_kept(recorded):
+    """A question on which the source does not nearly tie is kept."""
+    found = recorded[0]
+    assert ([answer.question for answer in found.answers], found.near_ties) == ([QUESTION], [])
+
+
+@pytest.fixture
+def short(tmp_path_factory, monkeypatch):
+    """The window's model, to record two prompts only."""
+    prompts = recording.load_prompts("reference")[:2]
+    monkeypatch.setattr(recording, "load_prompts", lambda name: prompts)
+    return load_model("phi-3-4k", tmp_path_factory)
+
+
+@pytest.mark.slow
+def test_another_models_ir(short, params):
     """If the FP16 IR says other than the source model, the stage fails and says where."""
-    source, checkpoint, _ = model
+    source, checkpoint, fp16 = short
     with torch.no_grad():
-        saved = source.model.lm_head.weight.clone()
-        source.model.lm_head.weight.copy_(saved.roll(1, dims=0))
+        source.model.lm_head.weight.copy_(source.model.lm_head.weight.roll(1, dims=0))
     bounds = limits(read_json(checkpoint / "config.json"), directml=False)
-    try:
-        with pytest.raises(
-            PipelineError, match=r"'Who are you\?': after '.*' the FP16 IR says '.*' and the source mod"
-        ):
-            record(source, model[2], params=params, limits=bounds, eos_token_ids=[0, 1])
-    finally:
-        with torch.no_grad():
-            source.model.lm_head.weight.copy_(saved)
+    with pytest.raises(PipelineError, match=r"'Who are you\?': after '.*' the FP16 IR says '.*' and the source mod"):
+        record(source, fp16, params=params, limits=bounds, eos_token_ids=[0, 1])
 
 
 def test_a_near_tie_is_told(tiny_checkpoint, monkeypatch):
@@ -114,10 +160,10 @@ def test_a_near_tie_is_told(tiny_checkpoint, monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_question_is_left(model, params, capsys, monkeypatch):
+def test_no_question_is_left(short, params, capsys, monkeypatch):
     """If the source nearly ties on every question, the stage fails and names them."""
     monkeypatch.setattr(recording, "MIN_MARGIN", 100.0)
-    source, checkpoint, fp16 = model
+    source, checkpoint, fp16 = short
     bounds = limits(read_json(checkpoint / "config.json"), directml=False)
     with pytest.raises(PipelineError, match="give a question that the model answers without doubt"):
         record(source, fp16, params=params, limits=bounds, eos_token_ids=[0, 1])

@@ -16,7 +16,7 @@ from pipeline.common.manifest import read_manifest, seal
 from pipeline.common.params import load_params
 from pipeline.convert.openvino_format import REQUIRED
 from tests.checkpoints import make_tokenizer
-from tests.helpers import ROOT
+from tests.helpers import ROOT, edit
 
 pytestmark = pytest.mark.slow
 PARAMS = load_params(ROOT / "params.yaml")
@@ -143,8 +143,7 @@ def test_eos_removed(artifact, embedded):
         content = json.loads((artifact / name).read_text())
         del content["eos_token_id"]
         (artifact / name).write_text(json.dumps(content))
-    tokenizer = artifact / "openvino_tokenizer.xml"
-    tokenizer.write_text(tokenizer.read_text().replace('<eos_token_id value="2" />', ""))
+    edit(artifact / "openvino_tokenizer.xml", '<eos_token_id value="2" />', "")
     reseal(artifact)
     failures = runtime_failures(artifact, embedded)
     assert {name: (failure.expected, failure.actual) for name, failure in failures.items()} == {"eos": ([2], [-1])}
@@ -152,8 +151,7 @@ def test_eos_removed(artifact, embedded):
 
 def test_a_model_that_does_not_load(artifact, embedded):
     """An IR that the runtime cannot read is a failed check with the runtime's reason, not a traceback."""
-    path = artifact / "openvino_detokenizer.xml"
-    path.write_text(path.read_text().replace("</net>", ""))
+    edit(artifact / "openvino_detokenizer.xml", "</net>", "")
     reseal(artifact)
     metrics, evidence, _ = validate_artifact(artifact, embedded)
     assert metrics.keys() == {"passed", "size_bytes"}
@@ -163,10 +161,7 @@ def test_a_model_that_does_not_load(artifact, embedded):
 
 def test_chat_template_changed(artifact, embedded):
     """A chat template with another default system turn is found, since it renders differently."""
-    tokenizer = artifact / "openvino_tokenizer.xml"
-    text = tokenizer.read_text()
-    assert "You are a helpful AI assistant" in text
-    tokenizer.write_text(text.replace("You are a helpful AI assistant", "You are a pirate"))
+    edit(artifact / "openvino_tokenizer.xml", "You are a helpful AI assistant", "You are a pirate")
     reseal(artifact)
     failure = runtime_failures(artifact, embedded)["chat-template"]
     assert failure.actual == failure.expected.replace("You are a helpful AI assistant", "You are a pirate")

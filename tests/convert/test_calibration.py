@@ -18,7 +18,7 @@ from pipeline.convert import onnx_format, onnx_genai
 from pipeline.convert.calibration import Calibration
 from pipeline.convert.hessians import hessians, make_calibration, write_calibration
 from pipeline.convert.onnx_builder import RESIDUAL_SCALE
-from pipeline.convert.openvino import export_fp16, quantize_int4
+from pipeline.convert.openvino import quantize_int4
 from pipeline.convert.solver import Grid
 from pipeline.convert.statistics import fold, unfold
 from pipeline.run.prompts import load_prompts
@@ -38,12 +38,11 @@ def calibrated(tiny_checkpoint, tmp_path_factory):
     return target
 
 
-def test_chat_and_answer(tiny_checkpoint, tmp_path):
+def test_chat_and_answer(tiny_checkpoint, tiny_ir):
     """Each sequence is a rendered chat with the model's greedy answer to it."""
-    export_fp16(tiny_checkpoint, tmp_path)
     source, prompts = Torch(tiny_checkpoint), load_prompts("calibration")[:3]
     wide = copy.deepcopy(source.model).float()
-    sequences = make_calibration(source, tmp_path, prompts, max_new_tokens=8)
+    sequences = make_calibration(source, tiny_ir, prompts, max_new_tokens=8)
     for prompt, sequence in zip(prompts, sequences, strict=True):
         rendered = torch.tensor([source.encode(source.render_chat(prompt.messages))])
         assert sequence == wide.generate(rendered, max_new_tokens=8, do_sample=False)[0].tolist()
@@ -92,19 +91,30 @@ def test_half_of_a_symmetric_matrix(size):
 
 
 def test_without_calibration(tmp_path):
-    """Without calibration data the error names the stage that makes them; an interrupted calibration leaves none."""
+    """Without calibration data the error names the stage that makes them."""
     with pytest.raises(PipelineError, match=r"summary\.json is missing: run the stage calibrate first"):
         Calibration(tmp_path, tmp_path)
-    write_calibration(tmp_path, answers=[], layers=())
-    with pytest.raises(RuntimeError, match="killed"):
-        write_calibration(tmp_path, answers=[], layers=killed())
-    assert not (tmp_path / "summary.json").exists()
 
 
-def killed():
-    """Layers that end in an error."""
-    yield "model.layers.0", {"model.layers.0.mlp.down_proj": torch.eye(4)}
-    raise RuntimeError("killed")
+def test_an_interrupted_calibration(tmp_path):
+    """A calibration that fails after its first layer leaves nothing behind, and the earlier one as it was."""
+
+    def layers(size, *, fail=False):
+        yield "model.layers.0", {"model.layers.0.mlp.down_proj": torch.eye(size)}
+        if fail:
+            raise RuntimeError("killed")
+
+    def content():
+        return {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    for earlier in (False, True):
+        if earlier:
+            write_calibration(tmp_path / "calibration", answers=[[1]], layers=layers(4))
+        before = content()
+        with pytest.raises(RuntimeError, match="killed"):
+            write_calibration(tmp_path / "calibration", answers=[[2]], layers=layers(8, fail=True))
+        assert content() == before
+    assert {path.name for path in before} == {"model.layers.0.safetensors", "summary.json"}
 
 
 def constants(directory):
@@ -126,17 +136,15 @@ def unpacked(data, *, signed=False):
 @pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [-1, 32])
-def test_openvino_stores_what_was_solved(tiny_checkpoint, calibrated, tmp_path, symmetric, group_size):
+def test_openvino_stores_what_was_solved(tiny_checkpoint, tiny_ir, calibrated, tmp_path, symmetric, group_size):
     """In an IR the layers' codes, scales and zero points are the solver's, and everything else is NNCF's."""
-    (tmp_path / "fp16").mkdir()
-    export_fp16(tiny_checkpoint, tmp_path / "fp16")
     calibration = Calibration(calibrated, tiny_checkpoint)
     recipe = OpenvinoInt4(
         stage="quantize_openvino", limits=LIMITS, symmetric=symmetric, group_size=group_size, ratio=1.0
     )
     for name, known in {"plain": None, "solved": calibration}.items():
         (tmp_path / name).mkdir()
-        quantize_int4(tmp_path / "fp16", tmp_path / name, recipe=recipe, adjust_group_size=False, calibration=known)
+        quantize_int4(tiny_ir, tmp_path / name, recipe=recipe, adjust_group_size=False, calibration=known)
     texts = [(tmp_path / name / "openvino_model.xml").read_text() for name in ("plain", "solved")]
     assert texts[0].count("<layer ") == texts[1].count("<layer ")
     plain, solved = constants(tmp_path / "plain"), constants(tmp_path / "solved")
@@ -161,24 +169,48 @@ def test_openvino_stores_what_was_solved(tiny_checkpoint, calibrated, tmp_path, 
 
 
 @pytest.mark.slow
-def test_the_layers_with_the_largest_inputs_stay_int8(tiny_checkpoint, calibrated, tmp_path):
+def test_the_layers_with_the_largest_inputs_stay_int8(tiny_checkpoint, tiny_ir, calibrated, tmp_path):
     """With a ratio below 1 the matrices with the largest inputs are INT8, as many as the ratio requires."""
-    (tmp_path / "fp16").mkdir()
-    export_fp16(tiny_checkpoint, tmp_path / "fp16")
     calibration = Calibration(calibrated, tiny_checkpoint)
     calibration.summary.largest["model.layers.1.mlp.down_proj"] = 1e9
     recipe = OpenvinoInt4(stage="quantize_openvino", limits=LIMITS, symmetric=True, group_size=32, ratio=0.95)
-    (tmp_path / "int4").mkdir()
-    quantize_int4(tmp_path / "fp16", tmp_path / "int4", recipe=recipe, adjust_group_size=False, calibration=calibration)
+    quantize_int4(tiny_ir, tmp_path, recipe=recipe, adjust_group_size=False, calibration=calibration)
     bits = {
         name: kind
-        for name, (kind, _, _) in constants(tmp_path / "int4").items()
+        for name, (kind, _, _) in constants(tmp_path).items()
         if name.startswith("self.model.layers") and "/" not in name
     }
     assert [name.split(".weight")[0].split("._openvino")[0] for name, kind in bits.items() if "uint8" in kind] == [
         "self.model.layers.1.mlp.down_proj"
     ]
     assert len(bits) == 8
+
+
+def test_bits_that_are_not_given(tiny_checkpoint, calibrated, tmp_path):
+    """A node of an ONNX model that leaves out `bits`, whose default is 4, is read as INT4 and calibrated."""
+    names, shapes = ("codes", "scales"), ((128, 8, 16), (128, 8))
+    tensors = [
+        onnx.numpy_helper.from_array(np.zeros(shape, dtype), name)
+        for name, shape, dtype in zip(names, shapes, (np.uint8, np.float32), strict=True)
+    ]
+    name, form = "/model/layers.0/mlp/down_proj/MatMul_Q4", {"K": 256, "N": 128, "block_size": 32}
+    node = onnx.helper.make_node("MatMulNBits", ["x", *names], ["y"], name=name, domain="com.microsoft", **form)
+    graph = onnx.helper.make_graph([node], "graph", [], [], tensors)
+    onnx.save(
+        onnx.helper.make_model(graph),
+        tmp_path / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=0,
+    )
+    assert [matrix.format for matrix in onnx_format.read_matrices(tmp_path)] == ["int4-sym-g32"]
+    calibration = Calibration(calibrated, tiny_checkpoint)
+    onnx_genai.solve(tmp_path, calibration, read_json(tiny_checkpoint / "config.json"), directml=False)
+    codes, scales = map(onnx.numpy_helper.to_array, onnx.load(tmp_path / "model.onnx").graph.initializer)
+    grid = Grid(bits=4, group_size=32, symmetric=True, scale_dtype=torch.float32)
+    expected = calibration.quantize("model.layers.0.mlp.down_proj", grid)
+    np.testing.assert_array_equal(unpacked(codes.tobytes()).reshape(128, 256), expected.codes)
+    np.testing.assert_array_equal(scales, expected.scales)
 
 
 @pytest.mark.slow

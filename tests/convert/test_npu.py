@@ -9,18 +9,17 @@ from scipy.special import log_softmax
 
 from pipeline.check.reference import read_reference
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import BlobManifest, building, read_manifest, seal, verify
+from pipeline.common.manifest import building, read_manifest, seal, verify
 from pipeline.common.params import OWN_PROPERTIES, Npu
-from pipeline.convert import npu
+from pipeline.convert.npu import compiler
 from pipeline.convert.npu.blob import read_blob
 from pipeline.convert.npu.build import build_blob
-from pipeline.run.blobs import Choice, choose, load_pipeline
+from pipeline.run.blobs import choose
 from pipeline.run.openvino import F32, OpenvinoLogits, model_inputs
 from tests.helpers import ROOT, run
-from tests.manifests import blob_manifest, recipe, variant_manifest
+from tests.manifests import recipe, variant_manifest
 
 NPU = Npu(max_prompt_len=256, min_response_len=64)
-LENGTHS = {"MAX_PROMPT_LEN": 256, "MIN_RESPONSE_LEN": 64}
 VARIANT = "npu-int4-channelwise"
 REFUSAL = r"""openvino 2026.4.1-22982-e213a147257-releases/2026/4
 [ERROR] 12:45:02.815 [vpux-compiler] UnrollPermuteDMA Pass failed : The size of sub output shape [256, 64] is not 3
@@ -56,7 +55,7 @@ def manifest(**fields):
 
 def test_lint_takes_what_the_npu_takes():
     """A symmetric, channel-wise IR that is INT4 throughout passes."""
-    npu.lint(manifest(), NPU)
+    compiler.lint(manifest(), NPU)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_lint_takes_what_the_npu_takes():
 def test_lint_refuses(asked, achieved, context, reason):
     """Each rule of the NPU that an IR breaks is named before any compilation."""
     with pytest.raises(PipelineError) as error:
-        npu.lint(manifest(recipe=recipe(asked, achieved), context={"max_position_embeddings": context}), NPU)
+        compiler.lint(manifest(recipe=recipe(asked, achieved), context={"max_position_embeddings": context}), NPU)
     assert str(error.value) == (
         f"m/{VARIANT} cannot be compiled for the NPU: {reason}: correct its block in params.yaml."
     )
@@ -84,17 +83,19 @@ def test_lint_refuses(asked, achieved, context, reason):
 
 def test_params_refuse_as_hints_what_the_pipeline_sets():
     """The hints that params refuse are the NPUW properties that a compilation sets itself."""
-    assert {key for key in npu.properties(NPU, platform="4000", bank="x") if key.startswith("NPUW_")} == OWN_PROPERTIES
+    assert {
+        key for key in compiler.properties(NPU, platform="4000", bank="x") if key.startswith("NPUW_")
+    } == OWN_PROPERTIES
 
 
 def test_reason_of_a_refusal():
     """A compiler's output is shortened to the lines that matter, without time stamps and C++ files."""
-    assert npu.reason_of(REFUSAL) == (
+    assert compiler.reason_of(REFUSAL) == (
         "[vpux-compiler] UnrollPermuteDMA Pass failed : The size of sub output shape [256, 64] is not 3 / "
         '[vpux-compiler] Failed Pass UnrollPermuteDMA on Operation loc(fused<{name = "main"}>["main"]) / '
         "Compilation failed. vclAllocatedExecutableCreate4 result: 0x78000004 - [NPU_VCL] Compiler returned msg:"
     )
-    assert npu.reason_of("") == "it gave no reason"
+    assert compiler.reason_of("") == "it gave no reason"
 
 
 def test_a_file_that_is_no_blob(tmp_path):
@@ -108,76 +109,49 @@ def test_a_file_that_is_no_blob(tmp_path):
         read_blob(path)
 
 
+def properties_for_the_cpu(params):
+    """Return the properties of a compilation with the subgraphs for the CPU, which needs no NPU compiler."""
+    own = compiler.properties(params, platform="", bank="test") | {"NPUW_DEVICES": "CPU"}
+    return {name: value for name, value in own.items() if name not in ("NPU_PLATFORM", "NPU_COMPILER_TYPE")}
+
+
 @pytest.fixture
-def variant(tmp_path):
-    """An NPU variant's directory with a blob for platform 4000 beside it; the files have no real content."""
-    with building(tmp_path / VARIANT) as build:
-        (build / "openvino_model.bin").write_text("weights")
+def ir(tmp_path, monkeypatch):
+    """The directory of an NPU variant in the current folder; its files have no real content."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compiler, "has_native_compiler", lambda: False)
+    with building(tmp_path / "artifacts/m" / VARIANT) as build:
+        for suffix in ("xml", "bin"):
+            (build / f"openvino_model.{suffix}").write_text("no IR")
         seal(build, manifest())
-    sha256 = read_manifest(tmp_path / VARIANT).files["openvino_model.bin"].sha256
-    with building(tmp_path / "blobs" / f"{VARIANT}-4000") as build:
-        (build / "x.blob").write_text("blob")
-        seal(build, blob_manifest(manifest(), "4000", hashes={"openvino_model.bin": sha256}))
-    return tmp_path / VARIANT
+    return tmp_path / "artifacts/m" / VARIANT
 
 
-def test_choose_the_blob_that_fits(variant):
-    """A blob is chosen on its platform and OpenVINO version, with the weights of its IR."""
-    choice = choose(variant, architecture="4000", openvino="2026.4.1-22982-x")
-    blob = variant.parent / "blobs" / f"{VARIANT}-4000/x.blob"
-    assert choice.device == "NPU"
-    assert choice.options == {"BLOB_PATH": str(blob), "WEIGHTS_PATH": str(variant / "openvino_model.bin")}
-    assert choice.reason == "the blob is for NPU 4000 and OpenVINO 2026.4.1"
-    assert choice.lengths == LENGTHS
+def test_a_compiler_that_cannot_be_fetched(ir, monkeypatch):
+    """Without a network the stage fails and leaves no directory, so that the next `dvc repro` tries again."""
+
+    def install():
+        raise PipelineError("pip failed: no network.")
+
+    monkeypatch.setattr(compiler.wine, "unavailable", lambda: None)
+    monkeypatch.setattr(compiler.wine, "install", install)
+    with pytest.raises(PipelineError, match=r"^pip failed: no network\.$"):
+        build_blob("m", VARIANT, "4000", params=NPU)
+    assert list((ir.parent / "blobs").iterdir()) == []
 
 
-def test_choose_a_blob_with_weights(variant):
-    """A blob that has its weights inside is loaded without those of the IR, and one that was not compiled is not."""
-    directory = variant.parent / "blobs" / f"{VARIANT}-4000"
-    made = read_manifest(directory, BlobManifest)
-    recipe = made.recipe.model_copy(update={"asked": made.recipe.asked.model_copy(update={"weightless": False})})
-    (directory / "manifest.json").write_text(made.model_copy(update={"recipe": recipe}).model_dump_json())
-    choice = choose(variant, architecture="4000", openvino="2026.4.1")
-    assert choice.options == {"BLOB_PATH": str(directory / "x.blob")}
-    hashes = {"openvino_model.bin": read_manifest(variant).files["openvino_model.bin"].sha256}
-    with building(directory) as build:
-        seal(build, blob_manifest(manifest(), "4000", hashes=hashes, not_compiled="it ran out of patience"))
-    choice = choose(variant, architecture="4000", openvino="2026.4.1")
-    assert (choice.device, choice.options) == ("NPU", LENGTHS)
-    assert "does not fit, it was not compiled (it ran out of patience): the IR is compiled" in choice.reason
-
-
-@pytest.mark.parametrize(
-    ("architecture", "openvino", "device", "reason"),
-    [
-        ("", "2026.4.1", "CPU", "this machine has no NPU, or no driver for it: the IR runs on the CPU"),
-        ("5010", "2026.4.1", "NPU", "there is no blob for NPU 5010: the IR is compiled on loading"),
-        (
-            "4000",
-            "2026.5.0-1-x",
-            "NPU",
-            "the blob for NPU 4000 does not fit, it was made by OpenVINO 2026.4.1 and this is 2026.5.0-1-x: the IR is "
-            "compiled on loading",
-        ),
-    ],
-)
-def test_choose_the_ir_and_say_why(variant, architecture, openvino, device, reason):
-    """Without an NPU, for another platform or another OpenVINO, the IR is chosen, with the reason. An NPU compiles it
-    for the lengths of params.yaml."""
-    choice = choose(variant, architecture=architecture, openvino=openvino)
-    options = {} if device == "CPU" else LENGTHS
-    assert (choice.device, choice.options, choice.reason) == (device, options, reason)
-
-
-def test_choose_refuses_a_changed_blob_and_another_ir(variant):
-    """A blob of another IR is not used, and one whose bytes have changed is an error."""
-    with building(variant) as build:
-        (build / "openvino_model.bin").write_text("others")
-        seal(build, manifest())
-    assert "it belongs to another IR" in choose(variant, architecture="4000", openvino="2026.4.1").reason
-    (variant.parent / "blobs" / f"{VARIANT}-4000/x.blob").write_text("BLOB")
-    with pytest.raises(PipelineError, match=r"x\.blob has changed"):
-        choose(variant, architecture="4000", openvino="2026.4.1")
+def test_no_compiler(ir, monkeypatch, capsys):
+    """Where there is no compiler, the directory has a manifest with the reason, which is shown with what to do."""
+    monkeypatch.setattr(compiler.wine, "unavailable", lambda: "there is no Wine: install it")
+    reason = (
+        "no NPU compiler here: there is no Wine: install it, and run this cell again with `dvc repro --force "
+        "--single-item`"
+    )
+    assert build_blob("m", VARIANT, "4000", params=NPU).not_compiled == reason
+    assert capsys.readouterr().out == f"not compiled: {reason}\n"
+    directory = ir.parent / "blobs" / f"{VARIANT}-4000"
+    assert [path.name for path in directory.iterdir()] == ["manifest.json"]
+    assert verify(directory).not_compiled == reason
 
 
 @pytest.mark.slow
@@ -202,7 +176,7 @@ def test_the_blobs_of_the_embedded_model(embedded, name):
 def test_a_refused_model_is_not_compiled(embedded, project, monkeypatch, capfd):
     """When the compiler refuses the embedded model on 3720, its reason is shown and kept and no blob is left; with
     `required` the refusal is an error."""
-    if (reason := npu.wine.unavailable()) and not npu.has_native_compiler():
+    if (reason := compiler.wine.unavailable()) and not compiler.has_native_compiler():
         pytest.skip(reason)
     monkeypatch.chdir(project)
     (project / "artifacts").mkdir(exist_ok=True)
@@ -222,14 +196,13 @@ def test_a_refused_model_is_not_compiled(embedded, project, monkeypatch, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weightless", [True, False])
-def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, weightless):
+def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, monkeypatch, weightless):
     """A blob with subgraphs compiled for the CPU, imported in a new process, gives its IR's answer; it takes prompts up
     to max_prompt_len and refuses longer ones."""
     params = NPU.model_copy(update={"weightless": weightless})
     directory, blob = embedded / VARIANT, tmp_path / "cpu.blob"
-    properties = npu.properties(params, platform="", device="CPU", bank="test")
-    backend = npu.compile_blob(directory / "openvino_model.xml", blob, properties=properties)
-    assert backend == "native"
+    monkeypatch.setattr(compiler, "has_native_compiler", lambda: True)
+    compiler.compile_blob(directory / "openvino_model.xml", blob, properties=properties_for_the_cpu(params))
     with pytest.raises(PipelineError, match="it has none: it is no NPU blob"):
         read_blob(blob)
     options = {"BLOB_PATH": str(blob)} | ({"WEIGHTS_PATH": str(directory / "openvino_model.bin")} if weightless else {})
@@ -253,9 +226,7 @@ def test_the_static_pipeline_computes_what_the_ir_does(embedded):
     import openvino
 
     directory = embedded / VARIANT
-    static = openvino.Core().compile_model(
-        directory / "openvino_model.xml", "NPU", npu.properties(NPU, platform="", device="CPU", bank="test") | F32
-    )
+    static = openvino.Core().compile_model(directory / "openvino_model.xml", "NPU", properties_for_the_cpu(NPU) | F32)
     request, plain = static.create_infer_request(), OpenvinoLogits(directory, device="CPU")
     short = [
         answer for answer in read_reference(embedded / "reference.json").continuations if len(answer.prompt_ids) < 250
@@ -266,19 +237,3 @@ def test_the_static_pipeline_computes_what_the_ir_does(embedded):
         logits = np.array(request.infer(inputs)["logits"][0, -1:], dtype=np.float64)
         p, q = (log_softmax(x, axis=1) for x in (plain.logits(answer.prompt_ids, last=1).astype(float), logits))
         assert (np.exp(p) * (p - q)).sum() < 1e-4
-
-
-@pytest.mark.slow
-def test_a_blob_that_the_driver_refuses_gives_way_to_the_ir(embedded, tmp_path, monkeypatch):
-    """When a blob cannot be imported, `load_pipeline` compiles the IR instead and says why."""
-    blob = tmp_path / "damaged.blob"
-    blob.write_bytes(b"\x13\x37npuwLLMCMO" + bytes(1000))
-    choice = Choice("NPU", {"BLOB_PATH": str(blob)}, "it fits", LENGTHS)
-    monkeypatch.setattr("pipeline.run.blobs.choose", lambda _: choice)
-    options = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU"}
-    pipeline, how = load_pipeline(embedded / VARIANT, **options)
-    assert how.startswith("the driver refused the blob (")
-    assert how.endswith("): the IR was compiled on loading")
-    assert "Tokyo" in pipeline.generate("What is the capital of Japan?", max_new_tokens=40)
-    with pytest.raises(RuntimeError, match="256"):
-        pipeline.generate("water " * 300, max_new_tokens=1)

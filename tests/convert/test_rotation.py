@@ -114,41 +114,61 @@ def test_a_model_whose_head_is_its_embedding(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_ir(checkpoint, statistics, tmp_path):
-    """The rotated FP16 IR gives the checkpoint's logits; the INT4 IR holds what was solved for the rotated weights."""
-    fp16 = tmp_path / "fp16"
-    fp16.mkdir()
-    export_fp16(checkpoint, fp16, weight=Rotation(checkpoint).weight)
+def test_fp16(checkpoint, tmp_path):
+    """The rotated FP16 IR gives the checkpoint's logits, to within rounding."""
+    export_fp16(checkpoint, tmp_path, weight=Rotation(checkpoint).weight)
     expected = Torch(checkpoint).logits(IDS, last=40)
-    np.testing.assert_allclose(OpenvinoLogits(fp16, device="CPU").logits(IDS, last=40), expected, atol=5e-3)
-    target = tmp_path / "int4"
+    np.testing.assert_allclose(OpenvinoLogits(tmp_path, device="CPU").logits(IDS, last=40), expected, atol=5e-3)
+
+
+@pytest.fixture(scope="module")
+def calibration(checkpoint, statistics):
+    """The calibration of the rotated model."""
+    return Calibration(statistics, checkpoint, rotated=True)
+
+
+@pytest.fixture(scope="module")
+def int4(checkpoint, calibration, tmp_path_factory):
+    """The rotated INT4 IR."""
+    target = tmp_path_factory.mktemp("rotation") / "int4"
     target.mkdir()
-    calibration = Calibration(statistics, checkpoint, rotated=True)
     build_int4(
         checkpoint,
-        tmp_path / "not-read",
+        target.parent / "not-read",
         target,
         recipe=INT4,
         adjust_group_size=False,
         trust_remote_code=False,
         calibration=calibration,
     )
-    assert not [path for path in target.iterdir() if path.is_dir()]
+    return target
+
+
+@pytest.mark.slow
+def test_what_an_ir_stores(calibration, int4):
+    """The INT4 IR holds the scales that were solved for the rotated weights, and the FP16 IR is not left beside it."""
+    assert not [path for path in int4.iterdir() if path.is_dir()]
     scales = {
         node.get_friendly_name(): node.data
-        for node in openvino.Core().read_model(target / "openvino_model.xml").get_ops()
+        for node in openvino.Core().read_model(int4 / "openvino_model.xml").get_ops()
         if node.get_friendly_name().endswith("/scale")
     }
     grid = Grid(bits=4, group_size=32, symmetric=True, scale_dtype=torch.float16)
     for matrix in calibration.summary.largest.keys() - {"lm_head"}:
         (stored,) = (data for name, data in scales.items() if name.startswith(f"self.{matrix}."))
         np.testing.assert_array_equal(stored[..., 0], calibration.quantize(matrix, grid).scales.half().numpy())
-    assert difference(OpenvinoLogits(target, device="CPU").logits(IDS, last=40), expected) < 0.08
+
+
+@pytest.mark.slow
+def test_int4(checkpoint, int4):
+    """The rotated INT4 IR gives the checkpoint's logits, to within the error of INT4."""
+    expected = Torch(checkpoint).logits(IDS, last=40)
+    assert difference(OpenvinoLogits(int4, device="CPU").logits(IDS, last=40), expected) < 0.08
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("provider", ["dml", "cpu"])
-def test_onnx(checkpoint, statistics, tmp_path, provider):
+def test_onnx(checkpoint, calibration, tmp_path, provider):
     """A rotated ONNX model gives the checkpoint's logits, to within the error of INT4."""
     recipe = OnnxInt4(
         stage="build_onnx",
@@ -161,7 +181,6 @@ def test_onnx(checkpoint, statistics, tmp_path, provider):
         rotated=True,
         int8=["last_matmul"],
     )
-    calibration = Calibration(statistics, checkpoint, rotated=True)
     onnx_genai.build_int4(checkpoint, tmp_path, recipe=recipe, trust_remote_code=False, calibration=calibration)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     expected = Torch(checkpoint).logits(IDS, last=40)

@@ -17,7 +17,7 @@ from pipeline.check.checks import Failure, check_first_answer
 from pipeline.check.directml import wine
 from pipeline.check.fidelity import compare, concatenate, distributions
 from pipeline.check.reference import Answer, Reference
-from pipeline.common.errors import PipelineError
+from pipeline.common.errors import PipelineError, refusal
 from pipeline.common.params import Limits, Validate
 from pipeline.common.progress import say
 from pipeline.run.interface import Scorer
@@ -82,6 +82,8 @@ def check_directml(
 
     The logits of the shortest reference prompts may differ from those of `cpu`, the same model on the CPU provider, by
     a share of the variant's limit, and the answer to the first question must say the same as the source's.
+
+    Raises MemoryError when memory ran out.
     """
     if reason := wine.unavailable():
         say(f"{reason}. The model ran on the CPU provider alone.")
@@ -93,7 +95,8 @@ def check_directml(
     try:
         logits, tokens = run(directory, [*requests, question])
     except PipelineError as error:
-        return [Failure("directml", f"a model that {NAME} runs on DirectML as a whole", str(error))], {"device": DEVICE}
+        failure = Failure("directml", f"a model that {NAME} runs on DirectML as a whole", refusal(error))
+        return [failure], {"device": DEVICE}
     on_cpu = concatenate([distributions(cpu.logits(r.ids, last=r.last)) for r in requests])
     comparison = compare(Recorded(requests, logits[: len(requests)]), answers, on_cpu)
     metrics = {"device": DEVICE, "runtime": NAME, "prompts": len(answers), "tokens": len(on_cpu.ids)}

@@ -21,7 +21,7 @@ from pipeline.common.manifest import (
 )
 from pipeline.common.params import Npu
 from pipeline.common.progress import say
-from pipeline.convert import npu
+from pipeline.convert.npu import compiler
 from pipeline.convert.npu.blob import read_blob
 from pipeline.convert.openvino_format import MODEL
 
@@ -32,33 +32,34 @@ def build_blob(model: str, variant: str, platform: str, *, params: Npu) -> BlobM
     Without a compiler, or when it refuses the model, the directory has only a manifest, with the reason in
     `not_compiled`; with `params.required` that is a PipelineError instead.
 
-    Raises PipelineError when the IR breaks a rule of the NPU, or the blob is not what was asked for.
+    Raises PipelineError when the IR breaks a rule of the NPU, when the compiler cannot be set up, or when the blob is
+    not what was asked for.
     """
     directory = paths.variant(model, variant)
     ir = read_manifest(directory, VariantManifest)
-    npu.lint(ir, params)
+    compiler.lint(ir, params)
     hashes = {name: ir.files[name].sha256 for name in MODEL}
     tools = tool_versions("openvino")
-    name = npu.blob_name(params, platform, tools["openvino"])
+    name = compiler.blob_name(params, platform, tools["openvino"])
     achieved: Compiled | Nothing = Nothing()
     reason = None
     with building(paths.blob(directory, platform)) as build:
         try:
             verify(directory)
-            backend = npu.compile_blob(
+            used = compiler.compile_blob(
                 directory / MODEL[0],
                 build / name,
-                properties=npu.properties(params, platform=platform, bank=hashes[MODEL[1]][:32]),
+                properties=compiler.properties(params, platform=platform, bank=hashes[MODEL[1]][:32]),
             )
             blob = read_blob(build / name)
             _check(build / name, platform, blob.platform, tools["openvino"], blob.openvino)
             if not params.weightless and (build / name).stat().st_size < ir.files[MODEL[1]].size:
-                raise npu.NotCompiledError(
+                raise compiler.NotCompiledError(
                     "without an NPU the compiler leaves weights out of a weight-bearing blob: set weightless: true"
                 )
             achieved = blob
-            say(f"{name}: {(build / name).stat().st_size / 1e6:.1f} MB, {blob.compatibility}, backend {backend}")
-        except npu.NotCompiledError as error:
+            say(f"{name}: {(build / name).stat().st_size / 1e6:.1f} MB, {blob.compatibility}, compiler {used}")
+        except compiler.NotCompiledError as error:
             if params.required:
                 raise
             (build / name).unlink(missing_ok=True)

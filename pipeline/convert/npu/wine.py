@@ -43,7 +43,7 @@ def find_wine() -> Path | None:
 
 
 def unavailable() -> str | None:
-    """Return why this backend cannot work here and what to do, or None when it can."""
+    """Return why this compiler cannot work here and what to do, or None when it can."""
     import openvino
 
     machine = f"{platform.system()} {platform.machine()}"
