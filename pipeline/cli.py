@@ -17,6 +17,7 @@ from pipeline.release.device import TARGETS, Target
 from pipeline.release.foundry import INFERENCE_MODEL, registration
 from pipeline.release.pull import pull, suggest, verify_any
 from pipeline.release.registry import open_registry
+from pipeline.release.release import split_name
 
 KEY = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -31,10 +32,11 @@ class _Sentences(click.Group):
             raise click.ClickException(
                 f"{error.name} is not installed: this command needs the build environment, which `make repro` sets up."
             ) from error
+        except BrokenPipeError:
+            raise  # whoever reads the output has enough, and click ends without a word
         except OSError as error:
-            if (sentence := full_disk(error)) is None:
-                raise
-            raise click.ClickException(sentence) from error
+            sentence = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            raise click.ClickException(full_disk(error) or sentence) from error
 
 
 @click.group(cls=_Sentences)
@@ -71,7 +73,7 @@ def publish_command(artifact: str, url: str, version: str, aliases: tuple[str, .
     """
     from pipeline.release.publish import full_url, publish
 
-    model, _, variant = artifact.partition("/")
+    model, variant = split_name(artifact)
     registry = open_registry(full_url(url, model=model, variant=variant))
     release = publish(model, variant, registry=registry, version=version, aliases=aliases, key=key, progress=click.echo)
     size, names = f"{release.size / 1e6:.1f} MB", ", ".join(aliases)
@@ -86,7 +88,7 @@ def list_command(url: str, form: str) -> None:
 
     \b
     Examples: phi3 list dir:/srv/models
-              phi3 list hf:someone/phi-3-mini --format winml > catalogue.json
+              phi3 list hf:someone/Phi-3-mini-4k-instruct-int4-ov --format winml > catalogue.json
     """
     registry = open_registry(url)
     if form == "winml":
@@ -113,7 +115,7 @@ def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: 
 
     \b
     Examples: phi3 pull dir:/srv/models smol-phi3/openvino-int4@1.0.0
-              phi3 pull hf:someone/phi-3-mini --for npu
+              phi3 pull dir:/srv/models phi-3-mini-4k-instruct --for npu
     """
     registry = open_registry(url)
     name, _, version = artifact.partition("@")
@@ -226,7 +228,9 @@ def build_command(scheduler: str, targets: tuple[str, ...]) -> None:
     try:
         from pipeline.cluster.coordinator import build
     except ImportError as error:
-        raise PipelineError(f"cluster builds need `{error.name}`: install phi3-pipeline[cluster].") from error
+        raise PipelineError(
+            f"cluster builds need `{error.name}`: run `pip install '.[cluster]'` in the project's folder."
+        ) from error
     build(scheduler, targets, say=click.echo)
 
 

@@ -21,12 +21,13 @@ class HubRegistryServer:
     """Repositories by name, each a list of commits (sha, files by path) and tags; `lfs` holds contents by SHA-256.
 
     `private` has the names of private repositories. `log` has method and path of every request; `fail` maps a part of a
-    path to a status to answer with instead. With the variables `environment` a program takes this server for the Hub.
+    path to a status to answer with instead. Without `ranges` files are always sent whole. With the variables
+    `environment` a program takes this server for the Hub.
     """
 
     def __init__(self):
         self.repositories, self.lfs, self.log, self.fail = {}, {}, [], {}
-        self.private = set()
+        self.private, self.ranges = set(), True
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self
@@ -239,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing("EntryNotFound")
         content = files[path]
         headers = {"X_Repo_Commit": sha, "ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept_Ranges": "bytes"}
-        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        if hub.ranges and (span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
             start, end = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
             headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
             return self._answer(206, content[start : end + 1], **headers)

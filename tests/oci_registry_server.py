@@ -3,9 +3,9 @@
 import base64
 import datetime
 import json
+import re
 import secrets
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -15,7 +15,6 @@ from urllib.parse import parse_qs, urlparse
 
 import jwt
 import pytest
-import requests
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -24,9 +23,9 @@ from tests.helpers import ROOT, phi3, run
 
 CONFIG = """
 version: 0.1
-log: {{level: error, accesslog: {{disabled: true}}}}
+log: {{level: info, accesslog: {{disabled: true}}}}
 storage: {{filesystem: {{rootdirectory: {root}}}}}
-http: {{addr: "127.0.0.1:{port}"}}
+http: {{addr: "127.0.0.1:0"}}
 {auth}
 """
 
@@ -92,10 +91,7 @@ class OciRegistryServer:
     def __init__(self, folder, *, password=False, tokens=False):
         if not shutil.which("docker-registry"):
             pytest.fail("docker-registry is missing: run `make test`, or install it")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.host = f"127.0.0.1:{free.getsockname()[1]}"
-        self.url, self.root = f"oci:{self.host}/models/tiny", folder / "data"
+        self.root = folder / "data"
         folder.mkdir()
         auth = ""
         if password:
@@ -108,17 +104,22 @@ class OciRegistryServer:
         if self.issuer:
             options = f"realm: {self.issuer.url}, service: registry, issuer: issuer"
             auth = f"auth: {{token: {{{options}, rootcertbundle: {self.issuer.certificate}}}}}"
-        port = self.host.split(":")[1]
-        (folder / "config.yml").write_text(CONFIG.format(root=self.root, port=port, auth=auth))
         self.home = folder / "home"
         self.home.mkdir()
-        self.process = subprocess.Popen(["docker-registry", "serve", str(folder / "config.yml")])
-        for _ in range(100):
-            try:
-                requests.get(f"http://{self.host}/v2/", timeout=1)
-                break
-            except requests.ConnectionError:
-                time.sleep(0.1)
+        (folder / "config.yml").write_text(CONFIG.format(root=self.root, auth=auth))
+        self._log = folder / "log"
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(["docker-registry", "serve", str(folder / "config.yml")], stderr=log)
+        self.host = self._address()
+        self.url = f"oci:{self.host}/models/tiny"
+
+    def _address(self):
+        # Wait until the registry says on which free port it listens.
+        while self.process.poll() is None:
+            if said := re.search(r"listening on (127\.0\.0\.1:\d+)", self._log.read_text()):
+                return said[1]
+            time.sleep(0.02)
+        pytest.fail(f"docker-registry did not start: {self._log.read_text()}")
 
     def login(self, secret):
         """Write the credentials that `docker login` would write."""
@@ -134,12 +135,16 @@ class OciRegistryServer:
         """Run `phi3`, or a program with its arguments, as a process of its own with this home."""
         return run(*program, *arguments, cwd=Path.cwd(), check=False, PYTHONPATH=str(ROOT), HOME=str(self.home))
 
+    def stop(self):
+        """End the registry."""
+        self.process.terminate()
+        self.process.wait()
+
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait()
+        self.stop()
         if self.issuer:
             self.issuer.server.shutdown()
             self.issuer.server.server_close()

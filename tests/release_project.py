@@ -3,7 +3,8 @@
 import hashlib
 import json
 import multiprocessing
-import sys
+import os
+import shutil
 
 import numpy as np
 
@@ -11,11 +12,13 @@ from pipeline.check.fidelity import Distributions, write_distributions
 from pipeline.check.reference import Answer, Continuation, LongContext, Reference
 from pipeline.check.report import FIGURES
 from pipeline.common import paths
-from pipeline.common.manifest import HubOrigin, building, seal
+from pipeline.common.manifest import HubOrigin, building, read_manifest, seal
 from pipeline.release import publish, pull
 from pipeline.release.registry import open_registry
-from tests.manifests import variant_manifest
+from tests.helpers import ROOT
+from tests.manifests import blob_manifest, variant_manifest
 
+KILLED = 9  # exit code
 MODEL, VARIANT = "tiny", "openvino-int4"
 NAME = f"{MODEL}/{VARIANT}"
 LOCAL = ("kl_mean_default", "time_to_first_token_s", "tokens_per_second", "load_time_s", "peak_memory_bytes")
@@ -53,6 +56,7 @@ def quiet(*arguments):
 
 def build(weights=b"weights"):
     """Build and validate an artifact with the given weights in the current directory."""
+    shutil.copy(ROOT / "params.yaml", ".")  # it names the platforms whose blobs are published
     directory = paths.variant(MODEL, VARIANT)
     with building(directory) as target:
         write_ir(target)
@@ -63,6 +67,19 @@ def build(weights=b"weights"):
         source = HubOrigin(hub="microsoft/Phi-3-mini-4k-instruct", revision="f" * 40)
         seal(target, variant_manifest(NAME, source=source))
     validate()
+
+
+def make_blob(platform, *, compiled=True, ir="weights"):
+    """Build a blob's directory for `platform`; by its manifest it was compiled from an IR with the weights `ir`."""
+    directory = paths.blob(paths.variant(MODEL, VARIANT), platform)
+    manifest = read_manifest(paths.variant(MODEL, VARIANT))
+    with building(directory) as target:
+        if compiled:
+            (target / "x.blob").write_text(f"blob for {platform}")
+        hashes = {"openvino_model.bin": hashlib.sha256(ir.encode()).hexdigest()}
+        reason = None if compiled else "the NPU compiler refused"
+        seal(target, blob_manifest(manifest, platform, hashes=hashes, not_compiled=reason))
+    return directory
 
 
 def write_ir(directory):
@@ -123,27 +140,16 @@ def exit_codes(function, *arguments, processes):
     return [process.exitcode for process in started]
 
 
-def run_and_kill(function, *, calls=1, after=False):
-    """Return the start of a command line that runs `phi3` and is killed at the n-th call of `function`, or after it.
+def dies(registry, method, *, calls, after):
+    """Let the process be killed when it calls `method` of `registry` for the n-th time, or after that call."""
+    original, left = getattr(registry, method), [calls]
 
-    `function` is spelled `module:Class.method`.
-    """
-    module, _, attribute = function.partition(":")
-    owner, _, method = attribute.partition(".")
-    program = f"""
-import os
-from {module} import {owner}
-from pipeline.cli import main
-original, left = {owner}.{method}, [{calls}]
-def call(*arguments, **options):
-    left[0] -= 1
-    if left[0] == 0 and not {after}:
-        os._exit(9)
-    result = original(*arguments, **options)
-    if left[0] == 0:
-        os._exit(9)
-    return result
-{owner}.{method} = call
-main()
-"""
-    return sys.executable, "-c", program
+    def call(*arguments):
+        left[0] -= 1
+        if left[0] == 0 and not after:
+            os._exit(KILLED)
+        original(*arguments)
+        if left[0] == 0:
+            os._exit(KILLED)
+
+    setattr(registry, method, call)

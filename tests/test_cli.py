@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pipeline
 from pipeline.common.params import json_schema
 from tests.common.test_manifest import sealed  # noqa: F401
 from tests.helpers import ROOT, phi3
@@ -19,6 +20,14 @@ def test_verify(sealed):  # noqa: F811
         "",
         f"Error: {sealed}: a.bin has changed. Build or pull it again.\n",
     )
+
+
+def test_what_applications_import():
+    """Every name that docs/registries.md gives to applications can be imported from `pipeline`."""
+    assert {getattr(pipeline, name).__name__ for name in pipeline.__all__} == set(pipeline.__all__)
+    page = (ROOT / "docs/registries.md").read_text("utf-8").split("## In an application")[1].split("\n## ")[0]
+    assert [name for name in pipeline.__all__ if name not in page] == []
+    assert not hasattr(pipeline, "pull_all")
 
 
 def test_params():

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.common.errors import PipelineError
 from pipeline.release.release import Release
 
 Target = Literal["auto", "cpu", "gpu", "npu", "directml", "foundry"]
-TARGETS: tuple[Target, ...] = ("auto", "cpu", "gpu", "npu", "directml", "foundry")
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 def choose_release(releases: Iterable[Release], target: Target) -> tuple[Release, str]:
@@ -26,7 +26,7 @@ def choose_release(releases: Iterable[Release], target: Target) -> tuple[Release
     Raises PipelineError when none suits.
     """
     offered = list(releases)
-    wanted, reason = machine() if target == "auto" else (target, "asked for")
+    wanted, reason = best_device() if target == "auto" else (target, "asked for")
     for device in (wanted, "cpu") if target == "auto" else (wanted,):
         fitting = [release for release in offered if suits(release, device)]
         if fitting:
@@ -64,7 +64,7 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def machine() -> tuple[str, str]:
+def best_device() -> tuple[str, str]:
     """Return the best device of this machine, and how it was recognised."""
     if openvino := openvino_devices():
         for device in ("NPU", "GPU"):
@@ -79,6 +79,7 @@ def machine() -> tuple[str, str]:
 
 
 def openvino_devices() -> list[str]:
+    """Return the kinds of the devices that OpenVINO sees, such as CPU, GPU and NPU; none where it is not installed."""
     if importlib.util.find_spec("openvino") is None:
         return []
     import openvino

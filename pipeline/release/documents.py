@@ -34,6 +34,8 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
     """Write the documents of a release into `directory`.
 
     The same artifact, commit and measurements give the same bytes. Measurements of other machines are not included.
+
+    Raises PipelineError when no git commit has dvc.lock.
     """
     artifact = paths.variant(model, variant)
     manifest = read_manifest(artifact, VariantManifest)
@@ -83,6 +85,7 @@ def card(manifest: VariantManifest, metrics: dict[str, Any], measured: dict[str,
     formats = ", ".join(f"{share:.1%} {name}" for name, share in manifest.recipe.achieved.formats.items())
     requires = " ".join(manifest.runtime.pins)
     source = ", ".join(f"{key} `{value}`" for key, value in manifest.source)
+    types = "float32" if manifest.runtime.openvino else "its own types"  # see pipeline/run/onnx.py
     return f"""---
 {data.to_yaml()}
 ---
@@ -91,7 +94,7 @@ def card(manifest: VariantManifest, metrics: dict[str, Any], measured: dict[str,
 Made from {source}. Weights: {formats}. For {", ".join(manifest.runtime.devices)}, with `{requires}`.
 {describe(manifest.context)}
 
-{_table(f"judged in float32 on {metrics['device']} by {metrics['runtime']}", metrics)}
+{_table(f"judged in {types} on {metrics['device']} by {metrics['runtime']}", metrics)}
 
 KL divergence, agreement, perplexity and prefix compare it with the source model, token by token.
 {_machine(measured)}
@@ -115,6 +118,8 @@ def _machine(measured: dict[str, Any]) -> str:
 
 def provenance(manifest: VariantManifest, *, version: str) -> dict[str, Any]:
     """Return a statement of how the artifact was made, without time or machine.
+
+    Raises PipelineError when no git commit has dvc.lock.
 
     Formats: https://in-toto.io/Statement/v1 and https://slsa.dev/spec/v1.0/provenance
     """
@@ -185,7 +190,7 @@ def bill_of_materials(manifest: VariantManifest, *, version: str) -> dict[str, A
 def commit() -> str:
     """Return the git commit that recorded the build: the last one that changed dvc.lock.
 
-    Raises PipelineError when there is none.
+    Raises PipelineError when no git commit has dvc.lock.
     """
     if found := _git("log", "-1", "--format=%H", "--", "dvc.lock"):
         return found

@@ -9,6 +9,7 @@ from pipeline.common import paths
 from pipeline.common.checkpoint import LICENCE_FILES, read_json
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import BlobManifest, HubOrigin, VariantManifest, digest, read_manifest, verify
+from pipeline.common.params import load_params
 from pipeline.common.paths import MANIFEST
 from pipeline.release.documents import write_documents
 from pipeline.release.openvino_ep import write_openvino_ep
@@ -46,14 +47,19 @@ def publish(
     progress(f"hashing {directory}")
     manifest = verify(directory, VariantManifest)
     _require_validation(model, variant)
-    blobs = _blobs(manifest, progress=progress)
+    blobs = _blobs(directory, manifest, progress=progress)
     with tempfile.TemporaryDirectory(prefix="phi3-release-") as folder:
         added = Path(folder)
         write_documents(added, model=model, variant=variant, version=version)
         if manifest.runtime.openvino:
-            write_openvino_ep(added, directory, manifest, npu_lengths=asked_lengths(directory, manifest))
+            write_openvino_ep(added, directory, manifest, npu_lengths=asked_lengths(blobs.values()))
         files = [*_of_source(model), *directory.iterdir(), *added.iterdir()]
-        contents = {path.name: path for path in files} | blobs
+        contents = {path.name: path for path in files} | {
+            f"{RELEASED_BLOBS}/{platform}/{path.name}": path
+            for platform, blob in blobs.items()
+            if not blob.not_compiled
+            for path in paths.blob(directory, platform).iterdir()
+        }
         release = Release(
             model=model,
             variant=variant,
@@ -63,10 +69,10 @@ def publish(
             files={name: digest(path) for name, path in sorted(contents.items())},
         )
         signature = sign(release.content(), key) if key else None
+        registry.prepare(release.name)
         if _is_published(release, registry, signed=key is not None):
             progress(f"{release.name} {version} is there already, with the same bytes")
         else:
-            registry.prepare(release.name)
             for name, file in release.files.items():
                 if not registry.has(release.name, file):
                     progress(f"uploading {name}, {file.size / 1e6:.1f} MB")
@@ -139,20 +145,20 @@ def _require_validation(model: str, variant: str) -> None:
         raise PipelineError(f"{model}/{variant} was built anew since it was validated: {remedy}.")
 
 
-def _blobs(ir: VariantManifest, *, progress: Callable[[str], None]) -> dict[str, Path]:
-    # Return the files of the compiled blobs by their paths in the release, and report blobs that were not compiled.
-    contents: dict[str, Path] = {}
-    for directory in sorted(paths.blobs(ir.model).glob(f"{ir.variant}-[0-9]*")):
-        if read_manifest(directory, BlobManifest).variant != ir.variant:  # one name may begin with another
+def _blobs(directory: Path, ir: VariantManifest, *, progress: Callable[[str], None]) -> dict[str, BlobManifest]:
+    # Return the manifests of the blobs by their platforms, and report blobs that were not compiled. The platforms are
+    # those of params.yaml, because blobs of platforms that it no longer names may still be there.
+    blobs: dict[str, BlobManifest] = {}
+    for platform in map(str, load_params().npu_platforms):
+        path = paths.blob(directory, platform)
+        if not path.exists():  # no NPU variant
             continue
-        blob, platform = verify(directory, BlobManifest), directory.name.rsplit("-", 1)[1]
+        blob = blobs[platform] = verify(path, BlobManifest)
         if blob.not_compiled:
             progress(f"without a blob for NPU {platform}: {blob.not_compiled}")
         elif not belongs(blob, ir):
-            raise PipelineError(f"{directory} was compiled from another IR: run `dvc repro compile_npu` first.")
-        else:
-            contents |= {f"{RELEASED_BLOBS}/{platform}/{path.name}": path for path in directory.iterdir()}
-    return contents
+            raise PipelineError(f"{path} was compiled from another IR: run `dvc repro compile_npu` first.")
+    return blobs
 
 
 def _of_source(model: str) -> list[Path]:

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,10 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import Manifest, compare_files, digest, is_regular, replace_file, verify
+from pipeline.common.manifest import Manifest, building, compare_files, digest, is_regular, replace_file, verify
 from pipeline.release.device import Target, choose_release
 from pipeline.release.registry.interface import Registry
-from pipeline.release.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
+from pipeline.release.release import RELEASE, SIGNATURE, VERSION, Release, read_release, split_name
 from pipeline.release.signing import require_signature
 
 logger = logging.getLogger(__name__)
@@ -41,39 +40,41 @@ def pull(
 ) -> Path:
     """Return the directory of the release `version` (or an alias of one) of `name`, complete and verified.
 
-    Without `to` the directory is in the cache. The cache stores contents by their hash, so none is fetched twice, and
-    files with the same content share disk space where the file system has hard links. When the registry cannot be
-    reached to resolve an alias, the version that the alias last stood for is taken.
+    Without `to` the directory is in the cache, and is installed again when its files have changed. The cache stores
+    contents by their hash, so none is fetched twice, and files with the same content share disk space where the file
+    system has hard links. When the registry cannot be reached to resolve an alias, it stands for the same version as
+    last time.
 
     If `key`, a file with a public key, is given, only a release that the owner of the key signed is accepted.
 
     Raises PipelineError, and installs nothing, when anything is missing or differs from release.json.
     """
-    model, _, variant = name.partition("/")
-    if not (re.fullmatch(NAME, model) and re.fullmatch(NAME, variant)):
-        raise PipelineError(f"'{name}' is no name: give MODEL/VARIANT.")
+    split_name(name)
     asked = version
     if not re.fullmatch(VERSION, version):
         version = _resolve(registry, name, version)
     target = to or _home(registry, name) / version
-    if (target / RELEASE).exists():  # a version never changes, so no registry is needed
-        _require(check(target, key=key), name, version, origin=str(target))
+    if _is_installed(target, name, version, key=key, cached=not to):  # a version never changes: no registry is needed
         return target
+    if not target.name:
+        raise PipelineError(f"'{target}' cannot be replaced: give the path of a directory to make.")
     content = registry.read(name, version)
     if content is None:
         raise _unknown(registry, name, asked)
     release = read_release(content[0], origin=registry.url)
-    _require(release, name, version, origin=registry.url)
+    if (release.name, release.version) != (name, version):
+        raise PipelineError(
+            f"{registry.url} has {release.name} {release.version}, not {name} {version}: it is refused."
+        )
     if key:
         require_signature(content[0], content[1], key, origin=f"{registry.url}: {name} {version}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(f".{target.name}.lock")):
-        if (target / RELEASE).exists():  # another process was faster
-            _require(check(target, key=key), name, version, origin=str(target))
-        elif target.exists() and any(target.iterdir()):
+        if _is_installed(target, name, version, key=key, cached=not to):  # another process was faster
+            return target
+        if to and to.exists() and any(to.iterdir()):
             raise PipelineError(f"{target} is not empty: give another directory.")
-        else:
-            _install(registry, release, content, target, progress=progress)
+        _install(registry, release, content, target, progress=progress)
     return target
 
 
@@ -114,13 +115,15 @@ def read_file(registry: Registry, release: Release, path: str) -> bytes:
 def verify_any(directory: Path, *, key: Path | None = None) -> Release | Manifest:
     """Return the release of the pulled, or the manifest of the built artifact in `directory`, after hashing every file.
 
-    A pulled artifact is verified by `check`, a built one by `pipeline.common.manifest.verify`. With `key` it is always
-    `check`, since only pulled artifacts can be signed.
+    `verify_release` verifies a pulled artifact, `pipeline.common.manifest.verify` a built one. With `key` it is always
+    `verify_release`, since only pulled artifacts can be signed.
+
+    Raises PipelineError when either does.
     """
-    return check(directory, key=key) if key or (directory / RELEASE).exists() else verify(directory)
+    return verify_release(directory, key=key) if key or (directory / RELEASE).exists() else verify(directory)
 
 
-def check(directory: Path, *, key: Path | None = None) -> Release:
+def verify_release(directory: Path, *, key: Path | None = None) -> Release:
     """Return the release in `directory` after hashing every file and, given a public key, verifying the signature.
 
     Raises PipelineError that lists all files which are missing, changed or not listed in the release.
@@ -142,8 +145,7 @@ def _install(
     registry: Registry, release: Release, content: tuple[bytes, bytes | None], target: Path, *, progress: Progress
 ) -> None:
     done = 0
-    with tempfile.TemporaryDirectory(prefix=".pull-", dir=target.parent) as folder:
-        build = Path(folder) / target.name
+    with building(target, last=RELEASE) as build:
         for path, file in release.files.items():
             cached = _fetch(registry, release, path, progress=partial(_report, progress, done, release.size, path))
             (build / path).parent.mkdir(parents=True, exist_ok=True)
@@ -152,9 +154,6 @@ def _install(
         (build / RELEASE).write_bytes(content[0])
         if content[1] is not None:
             (build / SIGNATURE).write_bytes(content[1])
-        if target.exists():
-            target.rmdir()
-        build.rename(target)
 
 
 def _report(progress: Progress, before: int, total: int, path: str, size: int) -> None:
@@ -177,7 +176,8 @@ def _fetch(registry: Registry, release: Release, path: str, *, progress: Callabl
             have = 0
         _require_space(part.parent, file.size - have)
         with part.open("ab") as stream:
-            for chunk in registry.download(release, path, offset=have):
+            # A pull that was killed while it hashed has left all bytes, and registries refuse to send none.
+            for chunk in registry.download(release, path, offset=have) if have < file.size else ():
                 have += len(chunk)
                 if have > file.size:
                     break
@@ -220,9 +220,21 @@ def _home(registry: Registry, name: str) -> Path:
     return cache() / "releases" / hashlib.sha256(registry.url.encode()).hexdigest()[:16] / name
 
 
-def _require(release: Release, name: str, version: str, *, origin: str) -> None:
-    if (release.name, release.version) != (name, version):
-        raise PipelineError(f"{origin} has {release.name} {release.version}, not {name} {version}: it is refused.")
+def _is_installed(target: Path, name: str, version: str, *, key: Path | None, cached: bool) -> bool:
+    # Return whether `target` has the release. In the cache a damaged copy counts as none; anywhere else it is an error.
+    if not (target / RELEASE).exists():
+        return False
+    try:
+        found = verify_release(target, key=key)
+    except PipelineError:
+        if cached:
+            return False
+        raise
+    if (found.name, found.version) != (name, version):
+        raise PipelineError(
+            f"{target} has {found.name} {found.version}, not {name} {version}: remove it or give another directory."
+        )
+    return True
 
 
 def _link(cached: Path, target: Path) -> None:

@@ -19,6 +19,14 @@ MAX_FILES, MAX_BYTES, MAX_RELEASE = 1000, 10**12, 10**6
 DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[\d¹²³]|lpt[\d¹²³])(\..*)?", re.IGNORECASE)
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """Return the model and the variant of `name`; raise PipelineError when it is not MODEL/VARIANT."""
+    model, _, variant = name.partition("/")
+    if not (re.fullmatch(NAME, model) and re.fullmatch(NAME, variant)):
+        raise PipelineError(f"'{name}' is no name: give MODEL/VARIANT.")
+    return model, variant
+
+
 class Release(BaseModel):
     """The content of release.json, checked as something that may come from a hostile registry."""
 

@@ -6,7 +6,7 @@ import pytest
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import File
 from pipeline.release import device
-from pipeline.release.device import choose_release, machine, suits
+from pipeline.release.device import best_device, choose_release, suits
 from pipeline.release.release import Release
 
 
@@ -74,7 +74,7 @@ def test_an_npu_that_linux_shows(monkeypatch):
     """Without OpenVINO, Linux' device file shows that there is an NPU."""
     monkeypatch.setattr(device, "openvino_devices", list)
     monkeypatch.setattr(device.Path, "exists", lambda path: str(path) == "/dev/accel/accel0")
-    assert machine() == ("npu", "/dev/accel/accel0 is an NPU")
+    assert best_device() == ("npu", "/dev/accel/accel0 is an NPU")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_auto_looks_at_the_machine(devices, platform, chosen, monkeypatch):
     """The best device that OpenVINO sees is chosen; without OpenVINO the operating system decides."""
     monkeypatch.setattr(device, "openvino_devices", lambda: [name.split(".")[0] for name in devices])
     monkeypatch.setattr(device.sys, "platform", platform)
-    assert machine() == chosen
+    assert best_device() == chosen
 
 
 def test_the_devices_of_openvino(monkeypatch):
@@ -106,5 +106,5 @@ def test_the_devices_of_openvino(monkeypatch):
 
 def test_auto_falls_back_to_the_cpu(monkeypatch):
     """When nothing is published for the best device, the CPU's release is chosen."""
-    monkeypatch.setattr(device, "machine", lambda: ("npu", "there is one"))
+    monkeypatch.setattr(device, "best_device", lambda: ("npu", "there is one"))
     assert choose_release([FP16, INT4], "auto") == (INT4, "there is one; the smallest of 2 for cpu")

@@ -17,7 +17,7 @@ from pipeline.release.foundry import inference_model
 from pipeline.release.release import read_release
 from tests.checkpoints import TEMPLATE, make_tokenizer
 from tests.environments import python_of
-from tests.helpers import ANSWER, ROOT, run
+from tests.helpers import ANSWER, ROOT, phi3, run
 
 PAGE = (ROOT / "docs/programs.md").read_text("utf-8").split("## Foundry Local\n")[1].split("\n## ")[0]
 COMMANDS, CHAT, SERVE = re.findall(r"```\w+\n(.*?)```", PAGE, re.DOTALL)
@@ -134,7 +134,7 @@ def test_chat_and_serve(folder, tmp_path):
     """
     for _ in range(2):
         assert execute(VERSION, here(CHAT + SERVE, folder), tmp_path).splitlines() == [ANSWER, ANSWER]
-    assert "all as in the manifest" in run("phi3", "verify", folder / "model", cwd=ROOT).stdout
+    assert "all as in the manifest" in phi3("verify", folder / "model").stdout
     plain = subprocess.run(
         [Path(sys.executable).with_name("phi3"), "chat", folder / "model"],
         input="What is the capital of Japan?",
@@ -150,7 +150,7 @@ def test_chat_and_serve(folder, tmp_path):
 def test_directml_is_refused(released, tmp_path):
     """Foundry Local refuses the DirectML model with the words that the page quotes."""
     with pytest.raises(subprocess.CalledProcessError) as error:
-        execute(VERSION, CHAT.replace("/tmp/model", str(released("onnx-directml-int4"))), tmp_path)
+        execute(VERSION, here(CHAT, released("onnx-directml-int4").parent), tmp_path)
     words = re.search(r'onnx-directml-int4`: "(.*?)"', " ".join(PAGE.split()))[1]
     assert words in error.value.stderr
 

@@ -1,63 +1,159 @@
 """A real OCI client publishes to Debian's docker-registry and pulls from it, on loopback."""
 
-import contextlib
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+import socket
 from pathlib import Path
 
-import psutil
 import pytest
-from requests import Session
+import requests
 from urllib3.util import Retry
 
-from pipeline.release import pull
-from pipeline.release.pull import check
+from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import File, Recipe, Runtime, Stored
 from pipeline.release.registry import open_registry
-from pipeline.release.registry.oci import OciRegistry
+from pipeline.release.registry.oci import FILEPATH, MANIFEST_TYPE, OciRegistry, _config, _kind
+from pipeline.release.release import Release
 from tests.helpers import phi3
-from tests.oci_registry_server import OciRegistryServer
-from tests.release_project import NAME, build, publish_version, run_and_kill
+from tests.manifests import variant_manifest
+from tests.release_project import NAME, build, publish_version
 
-pytestmark = [pytest.mark.usefixtures("release_folder"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("release_folder"), pytest.mark.slow, pytest.mark.mutants]
 BIG = bytes(range(256)) * 100
+MODELPACK = "application/vnd.cncf.model"
+PHI_3_MINI = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
+PHI_3_MINI |= {"num_attention_heads": 32, "num_key_value_heads": 32}
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Requests are repeated at once."""
+    monkeypatch.setattr(Retry, "sleep", lambda *_: None)
+
+
+@pytest.fixture
+def registry(oci):
+    """An empty registry."""
+    return open_registry(oci.url)
+
+
+def manifest_of(oci, version="1.0.0"):
+    """Return the registry's manifest of a version."""
+    address = f"http://{oci.host}/v2/models/tiny/manifests/{version}"
+    return requests.get(address, headers={"Accept": MANIFEST_TYPE}, timeout=9).json()
+
+
+def test_contents_that_are_there(registry):
+    """An OCI registry says which contents it has; only the others are uploaded."""
+    release = publish_version(registry=registry)
+    assert all(registry.has(NAME, file) for file in release.files.values())
+    assert not registry.has(NAME, File(size=1, sha256="0" * 64))
+
+
+def test_each_file_is_a_layer(oci, registry):
+    """The manifest of a version is one of ModelPack, with each file as a layer of its kind."""
+    release = publish_version(registry=registry)
+    kinds = dict.fromkeys(release.files, "weight.config") | dict.fromkeys(["LICENSE", "README.md"], "doc")
+    kinds |= dict.fromkeys(["openvino_model.bin", "openvino_model.onnx"], "weight")
+    contents = release.files | {
+        "release.json": File(size=len(release.content()), sha256=hashlib.sha256(release.content()).hexdigest())
+    }
+    manifest = manifest_of(oci)
+    assert manifest == {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "artifactType": f"{MODELPACK}.manifest.v1+json",
+        "config": manifest["config"] | {"mediaType": f"{MODELPACK}.config.v1+json"},
+        "layers": [
+            {
+                "mediaType": f"{MODELPACK}.{kinds.get(path, 'weight.config')}.v1.raw",
+                "digest": f"sha256:{file.sha256}",
+                "size": file.size,
+                "annotations": {FILEPATH: path},
+            }
+            for path, file in contents.items()
+        ],
+    }
+    assert manifest["config"].keys() == {"mediaType", "digest", "size"}
+
+
+def test_the_config_of_modelpack(oci, registry):
+    """The config of a version says what ModelPack's tools show of a model."""
+    release = publish_version(registry=registry)
+    address = f"http://{oci.host}/v2/models/tiny/blobs/{manifest_of(oci)['config']['digest']}"
+    assert requests.get(address, timeout=9).json() == {
+        "descriptor": {
+            "name": NAME,
+            "version": "1.0.0",
+            "family": "phi3",
+            "licenses": ["MIT"],
+            "sourceURL": "https://huggingface.co/microsoft/Phi-3-mini-4k-instruct",
+            "revision": "f" * 40,
+        },
+        "config": {
+            "architecture": "transformer",
+            "format": "openvino",
+            "paramSize": "0.377m",
+            "precision": "int4",
+            "quantization": "int4-sym-channel",
+            "capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]},
+        },
+        "modelfs": {"type": "layers", "diffIds": [f"sha256:{file.sha256}" for file in release.files.values()]},
+    }
 
 
 @pytest.mark.parametrize(
-    ("method", "calls", "after"),
-    [("upload", 1, False), ("upload", 5, True), ("publish", 1, False), ("publish", 1, True), ("point", 1, True)],
+    ("formats", "precision", "quantization"),
+    [
+        (["int4-asym-g32", "f16", "int8-asym-g32"], "float16,int4,int8", "int4-asym-g32,int8-asym-g32"),
+        (["int4-sym-g32", "f32"], "float32,int4", "int4-sym-g32"),  # the embedding of an untied model for CPUs
+    ],
 )
-def test_a_killed_publisher(oci, method, calls, after):
-    """If a publisher is killed at any phase, readers see the whole old version until the tag exists; a retry works."""
-    oci.phi3("publish", NAME, "--to", oci.url, "--version", "1.0.0")
-    build(BIG)
-    program = run_and_kill(f"pipeline.release.registry.oci:OciRegistry.{method}", calls=calls, after=after)
-    publish = ("publish", NAME, "--to", oci.url, "--version", "2.0.0")
-    assert oci.phi3_process(*publish, program=program).returncode == 9
-    tagged = method == "point" or (method == "publish" and after)
-    versions = [line.split()[1] for line in oci.phi3("list", oci.url).stdout.splitlines()]
-    assert versions == (["1.0.0", "2.0.0"] if tagged else ["1.0.0"])
-    oci.phi3("pull", oci.url, NAME, "--to", "latest")
-    assert Path("latest/openvino_model.bin").read_bytes() == (BIG if method == "point" else b"weights")
-    again = oci.phi3(*publish).stdout
-    assert ("uploading openvino_model.bin" in again) == (method == "upload" and not after)
-    oci.phi3("pull", oci.url, NAME, "--to", "newer")
-    assert Path("newer/openvino_model.bin").read_bytes() == BIG
+def test_the_config_of_several_formats(formats, precision, quantization):
+    """All precisions and formats of a model are named; a local checkpoint has no address."""
+    stored = Stored(int4_ratio=0.8, formats=dict.fromkeys(formats, 0.1), matrices={})
+    runtime = Runtime(requires={"onnxruntime-genai": "1"}, devices=["CPU"])
+    made = variant_manifest(NAME, runtime=runtime, recipe=Recipe(asked={}, achieved=stored))
+    files = {"x": File(size=1, sha256="0" * 64)}
+    release = Release(model="m", variant="v", version="1.0.0", devices=["CPU"], requires={}, files=files)
+    config = _config(release, made, PHI_3_MINI)
+    assert config["descriptor"].keys() == {"name", "version", "family", "licenses"}
+    found = config["config"]
+    assert (found["format"], found["paramSize"]) == ("onnx", "3.82b")
+    assert (found["precision"], found["quantization"]) == (precision, quantization)
 
 
-def test_two_publishers_at_once(oci):
-    """Publishers of the same bytes at the same time all succeed, and the release is whole."""
-    build(BIG)
-    command = ("publish", NAME, "--to", oci.url, "--version", "1.0.0")
-    with ThreadPoolExecutor() as pool:
-        results = list(pool.map(lambda _: oci.phi3_process(*command), range(3)))
-    assert [(result.returncode, result.stderr) for result in results] == [(0, "")] * 3
-    oci.phi3("pull", oci.url, NAME, "--to", "model")
-    assert Path("model/openvino_model.bin").read_bytes() == BIG
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [(f"x.{end}", "weight") for end in ("bin", "data", "onnx", "safetensors", "blob")]
+    + [("README.md", "doc"), ("LICENSE", "doc"), ("tokenizer.json", "weight.config"), ("x.xml", "weight.config")],
+)
+def test_kinds_of_layers(path, kind):
+    """Weights, documents and configs are layers of different kinds."""
+    assert _kind(path) == kind
 
 
-def test_a_blob_that_is_being_written(oci, monkeypatch):
-    """A manifest that the registry refuses, since another publisher is writing one of its blobs, is sent again."""
-    put, sleep, refused = OciRegistry._put, Retry.sleep, []
+def test_an_image_that_is_no_release(oci, registry):
+    """An image that somebody else put there is refused with a sentence."""
+    publish_version(registry=registry)
+    manifest = manifest_of(oci)
+    manifest["layers"] = manifest["layers"][:1]
+    address = f"http://{oci.host}/v2/models/tiny/manifests/2.0.0"
+    put = requests.put(address, json=manifest, headers={"Content-Type": MANIFEST_TYPE}, timeout=9)
+    put.raise_for_status()
+    with pytest.raises(PipelineError, match=r":2\.0\.0 is no model that this pipeline published: it has no release"):
+        registry.read(NAME, "2.0.0")
+
+
+def test_an_alias_of_a_version_that_is_gone(registry):
+    """An alias is never said to stand for a version that cannot be read."""
+    registry.prepare(NAME)
+    with pytest.raises(PipelineError, match=r"has no 1\.0\.0 for latest to stand for: publish it again"):
+        registry.point(NAME, "latest", "1.0.0")
+
+
+def test_a_content_that_is_being_written(oci, registry, monkeypatch):
+    """A manifest that the registry refuses, since another publisher is writing one of its contents, is sent again."""
+    put, refused = OciRegistry._put, []
 
     def put_meanwhile(self, manifest, tag):
         sha256 = hashlib.sha256(BIG).hexdigest()
@@ -67,7 +163,6 @@ def test_a_blob_that_is_being_written(oci, monkeypatch):
         def finish(retry, response=None):
             refused.append(response.status)
             link.write_bytes(content)
-            sleep(retry, response)
 
         monkeypatch.setattr(Retry, "sleep", finish)
         link.write_bytes(b"")  # as docker-registry does before it writes the link
@@ -75,132 +170,62 @@ def test_a_blob_that_is_being_written(oci, monkeypatch):
 
     monkeypatch.setattr(OciRegistry, "_put", put_meanwhile)
     build(BIG)
-    publish_version(registry=open_registry(oci.url), aliases=())
+    publish_version(registry=registry, aliases=())
     assert refused == [400]
     oci.phi3("pull", oci.url, f"{NAME}@1.0.0", "--to", "model")
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 
 
-def test_a_corrupt_content(oci):
-    """A content replaced by other bytes of the same length is refused, and nothing is installed."""
-    build(BIG)
-    oci.phi3("publish", NAME, "--to", oci.url, "--version", "1.0.0")
-    sha256 = hashlib.sha256(BIG).hexdigest()
-    (data,) = oci.root.rglob(f"blobs/sha256/{sha256[:2]}/{sha256}/data")
-    data.write_bytes(bytes(len(BIG)))
-    refused = oci.phi3("pull", oci.url, NAME, "--to", "model", check=False)
-    assert refused.returncode == 1
-    assert "gave other bytes for openvino_model.bin than release.json says" in refused.stderr
-    assert not Path("model").exists()
+@pytest.mark.usefixtures("impatient")
+def test_a_registry_that_went_away(oci, registry):
+    """When the registry does not answer, whatever is asked of it ends with a sentence that names it."""
+    release = publish_version(registry=registry)
+    oci.stop()
+    (path, file), *_ = release.files.items()
+    for call in (
+        registry.entries,
+        lambda: registry.resolve(NAME, "latest"),
+        lambda: registry.prepare(NAME),
+        lambda: registry.has(NAME, file),
+        lambda: registry.upload(NAME, path, Path("artifacts/tiny/source/LICENSE"), file),
+        lambda: registry.publish(release, None),
+        lambda: registry.point(NAME, "stage", "1.0.0"),
+        lambda: list(registry.download(release, path, offset=0)),
+        lambda: registry._digest("1.0.0"),
+        lambda: registry._put({}, "1.0.0"),
+        lambda: registry._small({"digest": "sha256:0"}),
+    ):
+        with pytest.raises(PipelineError, match=f"^{registry.url} failed .*: check the network and `docker login`"):
+            call()
 
 
-def command_lines():
-    """Return the command line of every process."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            yield " ".join(process.cmdline())
-
-
-@pytest.fixture
-def locked(tmp_path):
-    """An empty registry that wants a password."""
-    with OciRegistryServer(tmp_path / "oci", password=True) as server:
-        yield server
-
-
-def test_no_password(locked):
-    """Without `docker login` a sentence says what to do."""
-    refused = locked.phi3("list", locked.url, check=False)
-    sentence = f"Error: {locked.url} wants a password: run `docker login {locked.host}` first.\n"
-    assert (refused.returncode, refused.stderr) == (1, sentence)
-
-
-def test_a_wrong_password(locked):
-    """A wrong password ends with a sentence that does not show it."""
-    locked.login("wr0ng")
-    refused = locked.phi3("list", locked.url, check=False)
-    assert refused.returncode == 1
-    assert "docker login" in refused.stderr
-    assert "wr0ng" not in refused.stderr
-
-
-def test_the_password(locked):
-    """The password of `docker login` publishes and pulls, and no command line of the machine shows it."""
-    locked.login("s3cret")
-    with ThreadPoolExecutor() as pool:
-        published = pool.submit(locked.phi3_process, "publish", NAME, "--to", locked.url, "--version", "1.0.0")
-        commands = set()
-        while not published.done():
-            commands |= set(command_lines())
-    assert published.result().returncode == 0
-    assert any(locked.url in command for command in commands)
-    assert not any("s3cret" in command for command in commands)
-    locked.phi3("pull", locked.url, NAME, "--to", "model")
-    assert check(Path("model")).name == NAME
-
-
-@pytest.fixture
-def tokens(tmp_path):
-    """An empty registry that wants tokens of an issuer, as Docker Hub, GitLab, Harbor and GHCR do."""
-    with OciRegistryServer(tmp_path / "oci", tokens=True) as server:
-        yield server
-
-
-def test_tokens(tokens, tmp_path):
-    """A token is asked for each scope: all may read, and who writes without a password gets a sentence."""
-    tokens.login("s3cret")
-    tokens.phi3("publish", NAME, "--to", tokens.url, "--version", "1.0.0")
-    actions = {frozenset(scope.partition("tiny:")[2].split(",")) for scope in tokens.issuer.asked}
-    assert actions == {frozenset(["pull"]), frozenset(["pull", "push"])}  # the registry names them in any order
-    (tokens.home / ".docker/config.json").unlink()
-    assert tokens.phi3("list", tokens.url).stdout == f"{NAME} 1.0.0 latest\n"
-    tokens.phi3("pull", tokens.url, NAME, "--to", "model")
-    assert check(tmp_path / "model").version == "1.0.0"
-    build(BIG)
-    for _ in range(2):
-        refused = tokens.phi3("publish", NAME, "--to", tokens.url, "--version", "1.1.0", check=False)
-        assert (refused.returncode, "docker login" in refused.stderr, refused.stderr.count("\n")) == (1, True, 1)
-        tokens.login("wr0ng")
-
-
-@pytest.mark.parametrize("chunk", [1000, 16 << 20])
-def test_a_token_that_expires(tokens, monkeypatch, chunk):
-    """A token that expires within an upload or before a download is replaced, whatever the size of the chunks."""
-    monkeypatch.setenv("HOME", str(tokens.home))
-    monkeypatch.setattr("pipeline.release.registry.oci.UPLOAD_CHUNK", chunk)
-    tokens.login("s3cret")
-    registry = open_registry(tokens.url)
-    request, expired = Session.request, []
-
-    def expire(session, method, url, **options):
-        if method in ("PATCH", "PUT") or (method == "GET" and "/blobs/" in url):
-            token = tokens.issuer.token("repository:models/tiny:pull,push", seconds=-3000)
-            if options["headers"].get("Authorization") and url not in expired:
-                options["headers"]["Authorization"] = f"Bearer {token}"
-                expired.append(url)
-        return request(session, method, url, **options)
-
-    monkeypatch.setattr(Session, "request", expire)
-    build(bytes(range(256)) * (chunk // 100))
-    publish_version(registry=registry)
-    pull.pull(registry, NAME, to=Path("model"), progress=lambda *_: None)
-    assert check(Path("model")).version == "1.0.0"
-    assert len(expired) > 10
-
-
-def test_a_token_is_replaced_before_it_expires(tokens, monkeypatch):
-    """When a token has lived for half of its time, the next request of an upload asks for another one first."""
-    monkeypatch.setenv("HOME", str(tokens.home))
-    monkeypatch.setattr("pipeline.release.registry.oci.UPLOAD_CHUNK", 1000)
-    monkeypatch.setattr("pipeline.release.registry.oci.TOKEN_LIFETIME", 0)
-    tokens.login("s3cret")
-    build(BIG)
-    publish_version(registry=open_registry(tokens.url))
-    assert len(tokens.issuer.asked) > len(BIG) / 1000
-
-
+@pytest.mark.usefixtures("impatient")
 def test_a_registry_that_is_not_there():
     """A host that does not answer ends the command with one sentence."""
     refused = phi3("list", "oci:127.0.0.1:9/models/tiny", check=False)
     assert refused.returncode == 1
     assert refused.stderr.startswith("Error: oci:127.0.0.1:9/models/tiny failed (")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_registry_that_stalls(monkeypatch):
+    """A registry that takes requests and never answers ends the command with one sentence."""
+    monkeypatch.setattr("pipeline.release.registry.oci.TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"oci:127.0.0.1:{silent.getsockname()[1]}/models/tiny"
+        refused = phi3("list", url, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith(f"Error: {url} failed (")
+
+
+def test_every_request_has_a_timeout(registry, monkeypatch):
+    """The requests that oras-py sends end, too, when they are not answered."""
+    timeouts = []
+    send = requests.adapters.HTTPAdapter.send
+    monkeypatch.setattr(
+        requests.adapters.HTTPAdapter,
+        "send",
+        lambda *arguments, **options: timeouts.append(options["timeout"]) or send(*arguments, **options),
+    )
+    publish_version(registry=registry)
+    assert set(timeouts) == {120}

@@ -1,50 +1,51 @@
 """Every kind of registry keeps the same promises: a directory, an OCI registry and an emulated Hub, on this machine."""
 
-import hashlib
-import json
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import requests
-from huggingface_hub import HfApi
-from ruamel.yaml import YAML
-from urllib3.util import Retry
 
-from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File, Recipe, Runtime, Stored, digest
+from pipeline.common.manifest import digest
 from pipeline.release import publish, pull
 from pipeline.release.registry import open_registry
-from pipeline.release.registry.interface import Entry
-from pipeline.release.registry.oci import _config, _kind
+from pipeline.release.registry.interface import Entry, require_own
 from pipeline.release.release import Release
-from tests.helpers import edit
-from tests.hub_registry_server import metadata_errors
-from tests.manifests import variant_manifest
-from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet, validate
+from tests.release_project import KILLED, MODEL, NAME, VARIANT, build, dies, exit_codes, publish_version, quiet
 
 pytestmark = [pytest.mark.usefixtures("release_folder"), pytest.mark.slow, pytest.mark.mutants]
 BIG = bytes(range(256)) * 100
 REPO = "someone/tiny-openvino-int4"
+REFUSED = 3  # exit code
 
 
 @pytest.fixture(params=["dir", "oci", "hf"])
-def registry(request):
-    """An empty registry of each kind."""
+def url(request, release_folder):
+    """The URL of an empty registry of each kind."""
     if request.param == "dir":
         Path("registry").mkdir()
-        return open_registry("dir:registry")
+        return "dir:registry"
     if request.param == "oci":
-        return open_registry(request.getfixturevalue("oci").url)
-    request.getfixturevalue("hub")
-    return open_registry(f"hf:{REPO}")
+        return request.getfixturevalue("oci").url
+    request.getfixturevalue("hub").create(REPO)
+    return f"hf:{REPO}"
+
+
+@pytest.fixture
+def registry(url):
+    """An empty registry of each kind."""
+    return open_registry(url)
 
 
 def published(registry, version, weights=b"weights", aliases=()):
     """Publish an artifact with these weights; return its release."""
     build(weights)
     return publish_version(version, registry=registry, aliases=aliases)
+
+
+def pulled(registry, version="latest"):
+    """Pull the version, and return its weights."""
+    return (pull.pull(registry, NAME, version=version) / "openvino_model.bin").read_bytes()
 
 
 def test_nothing_is_there(registry):
@@ -72,6 +73,7 @@ def test_versions_and_aliases(registry):
     for _ in range(2):
         registry.point(NAME, "stage", "1.9.0")
     assert registry.entries() == [Entry(NAME, "1.9.0", ["stage"]), Entry(NAME, "1.10.0", ["latest"])]
+    assert (pulled(registry), pulled(registry, "stage"), pulled(registry, "1.9.0")) == (b"weights", b"older", b"older")
 
 
 def test_a_version_never_changes(registry):
@@ -123,11 +125,98 @@ def test_downloads(registry):
     for offset in (0, 5, len(BIG) - 1):
         assert b"".join(registry.download(release, "openvino_model.bin", offset=offset)) == BIG[offset:]
     pull.pull(registry, NAME, version="1.0.0", to=Path("model"), progress=quiet)
-    assert pull.check(Path("model")) == release
+    assert pull.verify_release(Path("model")) == release
     assert Path("model/openvino_model.bin").read_bytes() == BIG
 
 
-@pytest.mark.parametrize("registry", ["oci", "hf"], indirect=True)
+def test_a_pull_that_was_killed_while_it_hashed(registry):
+    """A content that is complete, but was not hashed any more, is not asked for again, and the pull ends."""
+    release = published(registry, "1.0.0", BIG)
+    sha256 = release.files["openvino_model.bin"].sha256
+    left = pull.cache() / "blobs" / sha256[:2] / f".{sha256}.partial"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(BIG)
+    assert pulled(registry, "1.0.0") == BIG
+
+
+@pytest.mark.parametrize("content", [bytes(len(BIG)), BIG + b"and more", b""])
+def test_a_corrupt_content(url, registry, content, request):
+    """Bytes that differ from release.json are refused, and nothing is installed."""
+    sha256 = published(registry, "1.0.0", BIG).files["openvino_model.bin"].sha256
+    if url.startswith("hf:"):
+        request.getfixturevalue("hub").revision(REPO, "1.0.0")[1]["openvino_model.bin"] = content
+    else:
+        (stored,) = (path for path in Path().rglob(f"blobs/sha256/{sha256[:2]}/{sha256}"))
+        (stored / "data" if stored.is_dir() else stored).write_bytes(content)
+    with pytest.raises(PipelineError, match=r"gave other bytes for openvino_model\.bin than release\.json says"):
+        pull.pull(registry, NAME, version="1.0.0", to=Path("model"))
+    assert not Path("model").exists()
+
+
+def publish_dying(url, method, calls, after):
+    """Publish version 2.0.0, and be killed at, or after, the n-th call of `method`."""
+    registry = open_registry(url)  # with connections of its own
+    dies(registry, method, calls=calls, after=after)
+    publish_version("2.0.0", registry=registry)
+
+
+@pytest.mark.parametrize(
+    ("method", "calls", "after", "visible"),
+    [
+        ("upload", 1, False, False),
+        ("upload", 3, True, False),
+        ("publish", 1, False, False),
+        ("publish", 1, True, True),
+        ("point", 1, False, True),
+        ("point", 1, True, True),
+    ],
+)
+def test_a_killed_publisher(url, registry, method, calls, after, visible):
+    """When a publisher is killed at any phase, readers see a whole version; a retry uploads only what is missing."""
+    first = published(registry, "1.0.0", aliases=("latest",))
+    build(BIG)
+    assert exit_codes(publish_dying, url, method, calls, after, processes=1) == [KILLED]
+    assert [entry.version for entry in registry.entries()] == (["1.0.0", "2.0.0"] if visible else ["1.0.0"])
+    assert pulled(registry) == (BIG if method == "point" and after else b"weights")
+    sent, upload = [], registry.upload
+    registry.upload = lambda name, path, *others: sent.append(path) or upload(name, path, *others)
+    second = publish_version("2.0.0", registry=registry)
+    if not url.startswith("hf:"):  # the Hub's client itself asks what is there
+        new = [path for path, file in second.files.items() if file not in first.files.values()]
+        there = len(new) if method != "upload" else calls if after else calls - 1
+        assert sent == new[there:]
+    assert pulled(registry) == BIG
+
+
+def publish_or_refuse(url):
+    """Publish, and end with REFUSED when that is refused with a sentence."""
+    try:
+        publish_version(registry=open_registry(url))
+    except PipelineError:
+        sys.exit(REFUSED)
+
+
+def test_two_publishers_at_once(url, registry):
+    """When several publish the same bytes at once, all succeed, or on the Hub are told to run again, and the release is
+    whole."""
+    build(BIG)
+    codes = exit_codes(publish_or_refuse, url, processes=3)
+    assert 0 in codes
+    assert set(codes) <= ({0, REFUSED} if url.startswith("hf:") else {0})
+    publish_version(registry=registry)
+    assert pulled(registry) == BIG
+
+
+def test_a_registry_of_another_artifact():
+    """A registry for one artifact refuses others, while an empty one takes any."""
+    release = publish_version().content()
+    require_own(None, "tiny/other", url="hf:a/b")
+    require_own(release, NAME, url="hf:a/b")
+    with pytest.raises(PipelineError, match=f"hf:a/b is the registry of {NAME}: give tiny/other a repository of its"):
+        require_own(release, "tiny/other", url="hf:a/b")
+
+
+@pytest.mark.parametrize("url", ["oci", "hf"], indirect=True)
 def test_a_registry_of_one_artifact(registry):
     """A repository that has one artifact refuses another."""
     registry.prepare("tiny/other")
@@ -135,226 +224,3 @@ def test_a_registry_of_one_artifact(registry):
     registry.prepare(NAME)
     with pytest.raises(PipelineError, match=f"{registry.url} is the registry of {NAME}: give tiny/other a repository"):
         registry.prepare("tiny/other")
-
-
-def test_contents_that_are_there(oci):
-    """An OCI registry says which contents it has; only the others are uploaded."""
-    registry = open_registry(oci.url)
-    release = published(registry, "1.0.0")
-    assert all(registry.has(NAME, file) for file in release.files.values())
-    assert not registry.has(NAME, File(size=1, sha256="0" * 64))
-
-
-def test_the_format_of_modelpack(oci):
-    """The manifest and the config of a version are those of ModelPack, and each file is a layer of its kind."""
-    release = published(open_registry(oci.url), "1.0.0")
-    address, kind = f"http://{oci.host}/v2/models/tiny", "application/vnd.oci.image.manifest.v1+json"
-    manifest = requests.get(f"{address}/manifests/1.0.0", headers={"Accept": kind}, timeout=9).json()
-    model = "application/vnd.cncf.model"
-    kinds = dict.fromkeys(release.files, "weight.config") | dict.fromkeys(["LICENSE", "README.md"], "doc")
-    kinds |= dict.fromkeys(["openvino_model.bin", "openvino_model.onnx"], "weight")
-    layers = [
-        {
-            "mediaType": f"{model}.{kinds[path]}.v1.raw",
-            "digest": f"sha256:{file.sha256}",
-            "size": file.size,
-            "annotations": {"org.cncf.model.filepath": path},
-        }
-        for path, file in release.files.items()
-    ]
-    content = hashlib.sha256(release.content()).hexdigest()
-    layers.append(
-        {
-            "mediaType": f"{model}.weight.config.v1.raw",
-            "digest": f"sha256:{content}",
-            "size": len(release.content()),
-            "annotations": {"org.cncf.model.filepath": "release.json"},
-        }
-    )
-    config = requests.get(f"{address}/blobs/{manifest['config']['digest']}", timeout=9).json()
-    assert manifest == {
-        "schemaVersion": 2,
-        "mediaType": kind,
-        "artifactType": f"{model}.manifest.v1+json",
-        "config": manifest["config"] | {"mediaType": f"{model}.config.v1+json"},
-        "layers": layers,
-    }
-    assert manifest["config"].keys() == {"mediaType", "digest", "size"}
-    assert config == {
-        "descriptor": {
-            "name": NAME,
-            "version": "1.0.0",
-            "family": "phi3",
-            "licenses": ["MIT"],
-            "sourceURL": "https://huggingface.co/microsoft/Phi-3-mini-4k-instruct",
-            "revision": "f" * 40,
-        },
-        "config": {
-            "architecture": "transformer",
-            "format": "openvino",
-            "paramSize": "0.377m",
-            "precision": "int4",
-            "quantization": "int4-sym-channel",
-            "capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]},
-        },
-        "modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers[:-1]]},
-    }
-
-
-PHI_3_MINI = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
-PHI_3_MINI |= {"num_attention_heads": 32, "num_key_value_heads": 32}
-
-
-def test_the_config_of_several_formats():
-    """All precisions and formats of a model are named; a local checkpoint has no address."""
-    stored = Stored(int4_ratio=0.8, formats={"int4-asym-g32": 0.8, "f16": 0.1, "int8-asym-g32": 0.1}, matrices={})
-    runtime = Runtime(requires={"onnxruntime-genai": "1"}, devices=["CPU"])
-    made = variant_manifest(NAME, runtime=runtime, recipe=Recipe(asked={}, achieved=stored))
-    release = publish_version(registry=open_registry("dir:registry"))
-    config = _config(release, made, PHI_3_MINI)
-    assert config["descriptor"].keys() == {"name", "version", "family", "licenses"}
-    assert config["config"]["format"] == "onnx"
-    assert config["config"]["paramSize"] == "3.82b"
-    assert config["config"]["precision"] == "float16,int4,int8"
-    assert config["config"]["quantization"] == "int4-asym-g32,int8-asym-g32"
-
-
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [(f"x.{end}", "weight") for end in ("bin", "data", "onnx", "safetensors", "blob")]
-    + [("README.md", "doc"), ("LICENSE", "doc"), ("tokenizer.json", "weight.config"), ("x.xml", "weight.config")],
-)
-def test_kinds_of_layers(path, kind):
-    """Weights, documents and configs are layers of different kinds."""
-    assert _kind(path) == kind
-
-
-def test_a_registry_that_went_away(oci, monkeypatch):
-    """When the registry does not answer, whatever is asked of it ends with a sentence that names it."""
-    registry = open_registry(oci.url)
-    release = published(registry, "1.0.0")
-    oci.stop()
-    monkeypatch.setattr(Retry, "sleep", lambda *_: None)
-    (path, file), *_ = release.files.items()
-    for call in (
-        registry.entries,
-        lambda: registry.resolve(NAME, "latest"),
-        lambda: registry.prepare(NAME),
-        lambda: registry.has(NAME, file),
-        lambda: registry.upload(NAME, path, Path("artifacts/tiny/source/LICENSE"), file),
-        lambda: registry.publish(release, None),
-        lambda: registry.point(NAME, "stage", "1.0.0"),
-        lambda: list(registry.download(release, path, offset=0)),
-        lambda: registry._digest("1.0.0"),
-        lambda: registry._put({}, "1.0.0"),
-        lambda: registry._small({"digest": "sha256:0"}),
-    ):
-        with pytest.raises(PipelineError, match=f"^{registry.url} failed .*: check the network and `docker login`"):
-            call()
-
-
-def test_what_others_put_there(oci, hub):
-    """An image that is no release, and aliases that are no JSON, are refused with a sentence."""
-    registry = open_registry(oci.url)
-    published(registry, "1.0.0")
-    address = f"http://{oci.host}/v2/models/tiny/manifests"
-    kind = "application/vnd.oci.image.manifest.v1+json"
-    manifest = requests.get(f"{address}/1.0.0", headers={"Accept": kind}, timeout=9).json()
-    manifest["layers"] = manifest["layers"][:1]
-    requests.put(f"{address}/2.0.0", json=manifest, headers={"Content-Type": kind}, timeout=9).raise_for_status()
-    with pytest.raises(PipelineError, match=r":2\.0\.0 is no model that this pipeline published: it has no release"):
-        registry.read(NAME, "2.0.0")
-    registry = open_registry(f"hf:{REPO}")
-    published(registry, "1.0.0")
-    for content in (b"[", b"[]", b'{"latest": 1}'):
-        hub.commit(REPO, hub.revision(REPO, "main")[1] | {"aliases.json": content})
-        with pytest.raises(PipelineError, match=r"aliases\.json is not valid: pull a version by its number"):
-            registry.resolve(NAME, "latest")
-
-
-@pytest.mark.parametrize(
-    ("licence", "metadata"),
-    [
-        ("MIT", {"license": "mit"}),
-        ("LicenseRef-Acme", {"license": "other", "license_name": "licenseref-acme", "license_link": "LICENSE"}),
-    ],
-)
-def test_the_card_follows_the_rules_of_the_hub(hub, licence, metadata):
-    """The Hub takes the card's metadata, each release has the file by which it counts downloads, and the repository is
-    private: a fine-tune must not become public by mistake."""
-    manifest = paths.variant(MODEL, VARIANT) / "manifest.json"
-    edit(manifest, '"license": "MIT"', f'"license": "{licence}"')
-    validate()
-    publish_version(registry=open_registry(f"hf:{REPO}"))
-    assert hub.private == {REPO}
-    files = hub.revision(REPO, "1.0.0")[1]
-    card = YAML(typ="safe").load(files["README.md"].decode().split("---\n")[1])
-    assert list(metadata_errors(files["README.md"].decode())) == []
-    assert card == metadata | {
-        "base_model": "microsoft/Phi-3-mini-4k-instruct",
-        "base_model_relation": "quantized",
-        "pipeline_tag": "text-generation",
-        "tags": ["openvino", "openvino-int4", "phi3", "cpu", "gpu"],
-    }
-    assert ("POST", "/api/validate-yaml") in hub.log
-    assert json.loads(files["config.json"])["model_type"] == "phi3"
-
-
-def test_files_of_an_older_version_go(hub):
-    """The main branch of a repository of the Hub has the files of the newest version, and the Hub's own."""
-    registry = open_registry(f"hf:{REPO}")
-    Path("artifacts/tiny/source/NOTICE").write_text("x")
-    published(registry, "1.0.0", aliases=("latest",))
-    Path("artifacts/tiny/source/NOTICE").unlink()
-    release = published(registry, "1.1.0")
-    main = hub.revision(REPO, "main")[1]
-    assert main.keys() == {*release.files, "release.json", "aliases.json", ".gitattributes"}
-    assert "NOTICE" in hub.revision(REPO, "1.0.0")[1]
-
-
-def test_somebody_else_commits_meanwhile(hub, monkeypatch):
-    """A commit that another publisher makes after the first look is never overwritten: it is looked at again."""
-    registry = open_registry(f"hf:{REPO}")
-    release = published(registry, "1.0.0")
-    look, others = HfApi.repo_info, iter([b"one", b"two"])
-
-    def look_slowly(*arguments, **options):
-        found = look(*arguments, **options)
-        if (content := next(others, None)) is not None:
-            hub.commit(REPO, hub.revision(REPO, "main")[1] | {"other": content})
-        return found
-
-    monkeypatch.setattr(HfApi, "repo_info", look_slowly)
-    with pytest.raises(FileExistsError):
-        registry.publish(release.model_copy(update={"version": "1.1.0"}), None)
-    assert hub.revision(REPO, "main")[1]["other"] == b"one"
-    assert hub.revision(REPO, "1.1.0") is None
-    registry.point(NAME, "stage", "1.0.0")
-    assert hub.revision(REPO, "main")[1]["other"] == b"two"
-    assert registry.resolve(NAME, "stage") == "1.0.0"
-
-
-def test_an_alias_that_others_move_all_the_time(hub, monkeypatch):
-    """When others commit again and again, the alias is given up with a sentence."""
-    registry = open_registry(f"hf:{REPO}")
-    published(registry, "1.0.0")
-    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="0" * 40, siblings=[]))
-    with pytest.raises(PipelineError, match=f"^others publish to hf:{REPO} all the time: run again to move stage"):
-        registry.point(NAME, "stage", "1.0.0")
-
-
-def test_a_server_that_fails(hub):
-    """When the Hub fails, the sentence names it and says what to do; no token is shown."""
-    registry = open_registry(f"hf:{REPO}")
-    published(registry, "1.0.0")
-    for part, call in (
-        ("/resolve/", lambda: registry.read(NAME, "1.0.0")),
-        ("/refs", lambda: registry.entries()),
-        ("/commit/", lambda: registry.point(NAME, "stage", "1.0.0")),
-    ):
-        hub.fail = {part: 403}
-        with pytest.raises(
-            PipelineError, match=f"^hf:{REPO}: {hub.url} failed .*: check the network and HF_TO"
-        ) as said:
-            call()
-        assert "hf_secret" not in str(said.value)

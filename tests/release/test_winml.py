@@ -10,16 +10,16 @@ import pytest
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import PathOrigin, PypiOrigin, Runtime, building, digest, seal
+from pipeline.common.manifest import PathOrigin, PypiOrigin, Runtime, building, seal
 from pipeline.common.paths import MANIFEST
 from pipeline.release import publish
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.directory import DirectoryRegistry
 from pipeline.release.winml import catalogue
 from tests.checkpoints import make_tokenizer
-from tests.helpers import phi3
-from tests.manifests import blob_manifest, variant_manifest
-from tests.release_project import MODEL, NAME, VARIANT, build, publish_version, quiet, validate
+from tests.helpers import edit, phi3
+from tests.manifests import variant_manifest
+from tests.release_project import MODEL, NAME, VARIANT, build, make_blob, publish_version, quiet, validate
 
 pytestmark = pytest.mark.usefixtures("release_folder")
 
@@ -149,15 +149,11 @@ def test_an_oci_registry(oci):
 
 def test_what_is_left_out(monkeypatch):
     """Releases without an ONNX model are not in the catalogue, nor are blobs for NPUs."""
-    manifest = variant_manifest(NAME, runtime=Runtime(requires={"openvino-genai": "1"}, devices=["NPU"]))
-    with building(paths.blobs(MODEL) / f"{VARIANT}-4000") as target:
-        (target / "model.blob").write_bytes(b"blob")
-        hashes = {"openvino_model.bin": digest(paths.variant(MODEL, VARIANT) / "openvino_model.bin").sha256}
-        seal(target, blob_manifest(manifest, "4000", hashes=hashes))
+    make_blob("4000")
     release = publish_version()
     (model,) = catalogue(open_registry("dir:registry"))["models"]
     names = {file["name"] for file in model["files"]}
-    assert release.files.keys() - names == {"blobs/4000/model.blob", "blobs/4000/manifest.json"}
+    assert release.files.keys() - names == {"blobs/4000/x.blob", "blobs/4000/manifest.json"}
     monkeypatch.setattr(publish, "write_openvino_ep", quiet_with_options)
     publish_version(registry=open_registry("dir:another"))
     assert catalogue(open_registry("dir:another")) == {"models": []}
@@ -193,12 +189,11 @@ def test_a_manifest_that_is_not_the_published_one(monkeypatch):
     release = publish_version()
     registry = DirectoryRegistry(Path("registry"))
     sha256 = release.files[MANIFEST].sha256
-    blob = Path("registry/blobs/sha256", sha256[:2], sha256)
-    content = blob.read_bytes()
-    blob.write_bytes(content.replace(b'"MIT"', b'"mit"'))
+    content = Path("registry/blobs/sha256", sha256[:2], sha256)
+    edit(content, '"MIT"', '"mit"')
     with pytest.raises(PipelineError, match=r"registry gave other bytes for manifest\.json than release\.json says"):
         catalogue(registry)
-    blob.write_bytes(content)
+    edit(content, '"mit"', '"MIT"')
     assert catalogue(registry)["models"][0]["license"] == "MIT"
     without = release.model_copy(update={"files": {k: v for k, v in release.files.items() if k != MANIFEST}})
     monkeypatch.setattr(registry, "read", lambda name, version: (without.content(), None))

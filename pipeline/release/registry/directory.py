@@ -11,8 +11,10 @@ import io
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,8 @@ from pipeline.release.registry.interface import Entry
 from pipeline.release.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release
 
 CHUNK = 1 << 20
+UNFINISHED = ".put-"  # how the name of a file begins that is being written
+ABANDONED = 24 * 3600  # seconds without a write, after which nobody writes it any more
 
 
 class DirectoryRegistry:
@@ -33,7 +37,7 @@ class DirectoryRegistry:
 
     def entries(self) -> list[Entry]:
         found = []
-        for path in self._root.glob(f"releases/*/*/*/{RELEASE}"):
+        for path in self._releases().glob(f"*/*/*/{RELEASE}"):
             model, variant, version = path.parts[-4:-1]
             if not re.fullmatch(VERSION, version):  # such as a copy that somebody made by hand
                 continue
@@ -42,8 +46,6 @@ class DirectoryRegistry:
         return sorted(found, key=lambda entry: entry.order)
 
     def resolve(self, name: str, version: str) -> str | None:
-        if not self._root.is_dir():
-            raise PipelineError(f"{self.url} is not there: is the share mounted?")
         if re.fullmatch(VERSION, version):
             return version if (self._versions(name) / version / RELEASE).exists() else None
         return dict(self._aliases(name)).get(version)
@@ -54,7 +56,12 @@ class DirectoryRegistry:
         return None if content is None else (content, _small(directory / SIGNATURE))
 
     def prepare(self, name: str) -> None:
-        pass  # directories are made as they are needed
+        self._root.mkdir(parents=True, exist_ok=True)
+        # Remove what killed publishers left. The file of a live one grows all the time.
+        for left in self._root.glob(f"blobs/sha256/*/{UNFINISHED}*"):
+            with suppress(OSError):  # it has just been published, or is another user's
+                if time.time() - left.stat().st_mtime > ABANDONED:
+                    left.unlink()
 
     def has(self, name: str, file: File) -> bool:
         content = self._content(file)
@@ -95,8 +102,14 @@ class DirectoryRegistry:
     def address(self, release: Release, path: str = "") -> str:
         return (self._content(release.files[path]) if path else self._versions(release.name) / release.version).as_uri()
 
+    def _releases(self) -> Path:
+        # A directory that is not there is no empty registry: the path may be misspelt, or the share not mounted.
+        if not self._root.is_dir():
+            raise PipelineError(f"{self.url} is not there: is the share mounted?")
+        return self._root / "releases"
+
     def _versions(self, name: str) -> Path:
-        return self._root / "releases" / name
+        return self._releases() / name
 
     def _content(self, file: File) -> Path:
         return self._root / "blobs" / "sha256" / file.sha256[:2] / file.sha256
@@ -118,7 +131,7 @@ def _small(path: Path) -> bytes | None:
 def _put(path: Path, content: BinaryIO) -> None:
     # Write `content` to `path` in one step, even when others do the same at the same time.
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".put-{uuid.uuid4().hex}")
+    temporary = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as stream:
             shutil.copyfileobj(content, stream, CHUNK)

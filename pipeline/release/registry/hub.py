@@ -15,7 +15,6 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    HfFileSystem,
     constants,
     errors,
     get_session,
@@ -26,11 +25,11 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.manifest import File
 from pipeline.release.registry.interface import Entry, require_own
-from pipeline.release.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
+from pipeline.release.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 
 ALIASES = "aliases.json"
 MAIN = "main"
-CHUNK = 8 << 20
+CHUNK = 1 << 20  # more than a release.json may have
 ALIAS_TRIES = 5
 
 
@@ -62,6 +61,7 @@ class HubRegistry:
         return None if content is None else (content, self._file(SIGNATURE, version))
 
     def prepare(self, name: str) -> None:
+        self._uploads = {}  # a failed publication may have left some
         with self._sentences():
             self._api.create_repo(self._repo, private=True, exist_ok=True)
         require_own(self._file(RELEASE, MAIN), name, url=self.url)
@@ -78,7 +78,6 @@ class HubRegistry:
     def publish(self, release: Release, signature: bytes | None) -> None:
         documents = {RELEASE: release.content()} | ({} if signature is None else {SIGNATURE: signature})
         operations: list[Any] = [*self._uploads.values()]
-        self._uploads = {}  # an upload belongs to one release
         operations += [
             CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in documents.items()
         ]
@@ -114,11 +113,7 @@ class HubRegistry:
 
     def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
         with self._sentences():
-            files = HfFileSystem(skip_instance_cache=True)
-            with files.open(f"{self._repo}/{path}", "rb", revision=release.version, block_size=CHUNK) as stream:
-                stream.seek(offset)
-                while chunk := stream.read(CHUNK):
-                    yield chunk
+            yield from self._stream(path, release.version, offset=offset)
 
     def address(self, release: Release, path: str = "") -> str:
         address: str = hf_hub_url(self._repo, path, revision=release.version, endpoint=self._api.endpoint)
@@ -126,10 +121,7 @@ class HubRegistry:
 
     def _versions(self) -> list[str]:
         with self._sentences():
-            try:
-                refs = self._api.list_repo_refs(self._repo)
-            except errors.RepositoryNotFoundError:
-                return []
+            refs = self._api.list_repo_refs(self._repo)
         return [tag.name for tag in refs.tags if re.fullmatch(VERSION, tag.name)]
 
     def _aliases(self) -> dict[str, str]:
@@ -141,16 +133,23 @@ class HubRegistry:
             raise PipelineError(f"{self.url}: {ALIASES} is not valid: pull a version by its number.") from error
 
     def _file(self, path: str, revision: str) -> bytes | None:
-        # This does not use hf_hub_download, because its cache returns old content when the Hub fails.
-        address = hf_hub_url(self._repo, path, revision=revision, endpoint=self._api.endpoint)
-        session, headers = get_session(), build_hf_headers()
+        # Return the content of a small file, or the beginning of a large one, which is too long to be valid.
         with self._sentences():
             try:
-                with session.stream("GET", address, headers=headers, follow_redirects=True) as response:
-                    hf_raise_for_status(response)
-                    return next(response.iter_bytes(MAX_RELEASE + 1), b"")
-            except (errors.EntryNotFoundError, errors.RevisionNotFoundError, errors.RepositoryNotFoundError):
+                return next(self._stream(path, revision, offset=0), b"")
+            except (errors.EntryNotFoundError, errors.RevisionNotFoundError):
                 return None
+
+    def _stream(self, path: str, revision: str, *, offset: int) -> Iterator[bytes]:
+        # This does not use hf_hub_download, because its cache returns old content when the Hub fails.
+        address = hf_hub_url(self._repo, path, revision=revision, endpoint=self._api.endpoint)
+        headers = build_hf_headers() | ({"Range": f"bytes={offset}-", "Accept-Encoding": "identity"} if offset else {})
+        options = {"headers": headers, "follow_redirects": True, "timeout": constants.HF_HUB_DOWNLOAD_TIMEOUT}
+        with get_session().stream("GET", address, **options) as response:
+            hf_raise_for_status(response)
+            if offset and response.status_code != httpx.codes.PARTIAL_CONTENT:
+                raise httpx.RequestError("it cannot continue a download")
+            yield from response.iter_bytes(CHUNK)
 
     @contextmanager
     def _sentences(self) -> Iterator[None]:
@@ -158,6 +157,10 @@ class HubRegistry:
             yield
         except FileExistsError:
             raise
+        except errors.RepositoryNotFoundError as error:
+            raise PipelineError(
+                f"{self.url} does not exist, or is private: check its name, and that HF_TOKEN may read it."
+            ) from error
         except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise  # the disk failed, not the Hub

@@ -25,7 +25,10 @@ class Entry:
 
 
 class Registry(Protocol):
-    """What publishing and pulling need of a registry. Nothing that it returns is trusted."""
+    """What publishing and pulling need of a registry. Nothing that it returns is trusted.
+
+    Every method raises PipelineError when the registry fails or cannot be reached.
+    """
 
     url: str
 
@@ -39,7 +42,10 @@ class Registry(Protocol):
         """Return release.json and its signature, if it has one, of a version; None when it is not published."""
 
     def prepare(self, name: str) -> None:
-        """Prepare for uploads of `name`; raise PipelineError when the registry is reserved for another artifact."""
+        """Make the registry if it is not there. A publication calls this before any other method.
+
+        Raises PipelineError when the registry is reserved for another artifact than `name`.
+        """
 
     def has(self, name: str, file: File) -> bool:
         """Return whether the complete content of `file` is there already, from this or another version of `name`."""

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import re
 import tempfile
 import time
@@ -24,10 +25,10 @@ from oras.provider import Registry as Provider
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from pipeline.common.checkpoint import expected_shapes
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.manifest import File, HubOrigin, VariantManifest, digest
 from pipeline.common.paths import MANIFEST
-from pipeline.common.shapes import tensors
 from pipeline.release.registry.interface import Entry, require_own
 from pipeline.release.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 
@@ -36,8 +37,14 @@ FILEPATH = "org.cncf.model.filepath"
 CONFIG = "config.json"  # of the source checkpoint
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 UPLOAD_CHUNK, DOWNLOAD_CHUNK = 64 << 20, 1 << 20
-PRECISIONS = {"f16": "float16", "int8": "int8", "int4": "int4"}  # by the first part of a format's name in a manifest
 TOKEN_LIFETIME = 60  # seconds at least: https://distribution.github.io/distribution/spec/auth/token/
+TIMEOUT = 120  # seconds without an answer; a registry may take long to move a large content to its place
+
+
+class _Adapter(HTTPAdapter):
+    # oras-py sets no timeout, so a registry that stalls would keep the command waiting for ever.
+    def send(self, *arguments: Any, **options: Any) -> requests.Response:
+        return super().send(*arguments, **options | {"timeout": TIMEOUT})
 
 
 class _Client(Provider):  # type: ignore[misc]
@@ -139,8 +146,9 @@ class OciRegistry:
 
     def point(self, name: str, alias: str, version: str) -> None:
         manifest = self._manifest(version)
-        if manifest is not None:
-            self._put(manifest, alias)
+        if manifest is None:
+            raise PipelineError(f"{self.url} has no {version} for {alias} to stand for: publish it again.")
+        self._put(manifest, alias)
 
     def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
         file = release.files[path]
@@ -235,16 +243,16 @@ def _client(container: Container, *, url: str) -> Any:
     # Return oras-py's client, set up for the kind of login that the registry asks for; oras-py cannot find that out.
     insecure = container.registry.split(":")[0] in ("localhost", "127.0.0.1")
     # A registry answers with status 500 while somebody else writes a tag, and with 400 to a manifest while somebody
-    # else writes one of its blobs.
+    # else writes one of its contents.
     retry = Retry(total=3, backoff_factor=0.5, status_forcelist=(400, 500, 502, 503, 504), raise_on_status=False)
-    retries = HTTPAdapter(max_retries=retry)
+    adapter = _Adapter(max_retries=retry)
     with _sentences(url), requests.Session() as session:
         prefix = "http" if insecure else "https"
-        session.mount(f"{prefix}://", retries)
-        challenge = session.get(f"{prefix}://{container.registry}/v2/", timeout=30).headers.get("Www-Authenticate", "")
+        session.mount(f"{prefix}://", adapter)
+        challenge = session.get(f"{prefix}://{container.registry}/v2/").headers.get("Www-Authenticate", "")
     basic = challenge.casefold().startswith("basic")
     client = _Client(hostname=container.registry, insecure=insecure, auth_backend="basic" if basic else "tokens")
-    client.session.mount(f"{prefix}://", retries)
+    client.session.mount(f"{prefix}://", adapter)
     client.auth.load_configs(container)
     if basic and not hasattr(client.auth, "_basic_auth"):
         raise PipelineError(f"{url} wants a password: run `docker login {container.registry}` first.")
@@ -274,8 +282,8 @@ MANIFEST_SCHEMA = {
 def _config(release: Release, manifest: VariantManifest, shape: dict[str, Any]) -> dict[str, Any]:
     # What ModelPack's tools show of a model: https://github.com/modelpack/model-spec/blob/main/docs/config.md
     formats = manifest.recipe.achieved.formats
-    parameters = sum(rows * columns for _, (rows, columns) in tensors(shape).values())
-    precisions = {PRECISIONS[name.split("-")[0]] for name in formats}
+    parameters = sum(math.prod(tensor) for _, tensor in expected_shapes(shape))
+    precisions = {name.split("-")[0].replace("f", "float") for name in formats}  # of f16, f32 and int4-sym-channel
     hub = manifest.source if isinstance(manifest.source, HubOrigin) else None
     return {
         "descriptor": {
