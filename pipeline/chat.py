@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.common.context import pipeline_options, room
+from pipeline.common.context import NPU_PROMPT, pipeline_options, room
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.manifest import VariantManifest, read_manifest
 from pipeline.release.pull import verify_any
 from pipeline.run.interface import Message
 
 MAX_NEW_TOKENS = 512
-NPU_PROMPT = 1024  # tokens of the longest prompt on an NPU, unless MAX_PROMPT_LEN says otherwise
 
 
 class Chat(Protocol):
@@ -33,8 +32,8 @@ class Chat(Protocol):
 def load_chat(directory: Path, *, device: str | None = None) -> Chat:
     """Return the artifact in `directory`, loaded by openvino-genai or onnxruntime-genai, whichever it was made for.
 
-    Without `device` an OpenVINO artifact for the NPU uses the NPU where there is one, and other OpenVINO artifacts use
-    the CPU. `device` has no effect on ONNX artifacts.
+    An OpenVINO artifact for the NPU uses the NPU where there is one, unless `device` names another; without `device`
+    other OpenVINO artifacts use the CPU. `device` has no effect on ONNX artifacts.
 
     Raises PipelineError when one of its files is missing or changed, or when the runtime is not installed or cannot
     load it.
@@ -120,16 +119,16 @@ class OpenvinoChat:
         import openvino_genai
 
         self._pipeline: Any
-        longest_prompt = NPU_PROMPT if device == "NPU" else None
-        if npu and device is None:
+        if npu and device in (None, "NPU"):
             from pipeline.run.blobs import choose, load_chosen
 
             choice = choose(directory)
-            if choice.device == "NPU":
-                longest_prompt = choice.lengths.get("MAX_PROMPT_LEN", NPU_PROMPT)
+            longest = int((choice.lengths | choice.options).get("MAX_PROMPT_LEN", NPU_PROMPT))
+            longest_prompt = longest if choice.device == "NPU" else None
             self._pipeline, self.device = load_chosen(directory, choice)
         else:
             self.device = device or "CPU"
+            longest_prompt = NPU_PROMPT if self.device == "NPU" else None
             options = {} if self.device == "NPU" else pipeline_options(directory)
             self._pipeline = openvino_genai.LLMPipeline(directory, self.device, **options)
         tokenizer = self._pipeline.get_tokenizer()

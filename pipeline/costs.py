@@ -1,17 +1,17 @@
 """Estimate from a model's config alone what each cell of dvc.yaml costs: disk, memory and time.
 
-Sizes follow from the recipes. Memory and time are straight lines through measurements on 2 cores with AVX-512: of the
-embedded model, of that model widened to Phi-3-mini's shape (bench/rehearsal.md), and of Phi-4-mini's vocabulary.
+Sizes follow from the recipes. Memory and time are straight lines through measurements on 2 cores with AVX-512: of
+smol-phi3, of smol-phi3 widened to Phi-3-mini's shape (bench/rehearsal.md), and of Phi-4-mini's vocabulary.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.check.long_context import choose, lengths, longest_prompt, tokens_read
+from pipeline.common.checkpoint import expected_shapes, head_size, weights_dtype
 from pipeline.common.context import limits
 from pipeline.common.matrices import CHANNEL_WISE, matrices
 from pipeline.common.params import OnnxInt4, OpenvinoFp16, OpenvinoInt4, Params, Variant
-from pipeline.common.shapes import dtype, tensors
 from pipeline.convert.backend import backend
 from pipeline.convert.rotation import can_rotate
 from pipeline.convert.solver import ROWS
@@ -81,7 +81,7 @@ class _Model:
 
     def __init__(self, name: str, *, params: Params, config: dict[str, Any]) -> None:
         self.params, self.config, self.block = params, config, params.get_model(name)
-        self.source = matrices(tensors(config))
+        self.source = matrices(dict(expected_shapes(config)))
         self.fp16 = 2.0 * sum(matrix.elements for matrix in self.source)
         self.largest = 4.0 * max(matrix.elements for matrix in self.source)  # in float32
         self.layers = sum(matrix.elements for matrix in self.source if matrix.role == "layer")
@@ -94,8 +94,8 @@ class _Model:
 
     def cache(self, tokens: int) -> float:
         # The keys and values of a text, 16 bits each.
-        head = self.config["hidden_size"] // self.config["num_attention_heads"]
-        return float(4 * self.config["num_hidden_layers"] * self.config["num_key_value_heads"] * head * tokens)
+        heads = self.config["num_hidden_layers"] * self.config["num_key_value_heads"]
+        return float(4 * heads * head_size(self.config) * tokens)
 
     def answering(self) -> float:
         # The memory in which the FP16 IR answers many prompts at a time: its weights and its cache.
@@ -137,7 +137,7 @@ def _more(cell: Cell, model: _Model) -> Cost:
     variant = model.params.get_variant(cell.variant) if cell.variant else None
     match cell.stage, variant:
         case "download", _:
-            size = model.fp16 * (2 if dtype(model.config) == "float32" else 1)
+            size = model.fp16 * (2 if weights_dtype(model.config) == "float32" else 1)
             return Cost(disk=size, memory=GGUF * model.fp16 if model.block.source.pypi else 0.0)
         case "export_openvino", _:
             # The temporary disk is for a float16 copy of the checkpoint.

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.paths import ARTIFACTS
 from pipeline.dvc_yaml import DVC_FILE, LIBRARIES
 from pipeline.release.device import installed_version
 
 LOCK = Path("requirements.lock")  # it includes LIBRARIES
-CACHE = Path(".dvc/cache")
-LEAST_FREE = 9e9  # bytes that building the embedded model takes
+LEAST_FREE = 9e9  # bytes that building smol-phi3 takes
 TIMEOUT = 5  # seconds
 
 
@@ -81,10 +81,9 @@ def _onnxruntime() -> Iterator[Finding]:
 
 
 def _npu_compiler() -> Iterator[Finding]:
-    from pipeline.convert import npu
-    from pipeline.convert.npu import wine
+    from pipeline.convert.npu import compiler, wine
 
-    if npu.has_native_compiler():
+    if compiler.has_native_compiler():
         yield Finding("NPU compiler", "native")
     else:
         reason = wine.unavailable()
@@ -92,24 +91,35 @@ def _npu_compiler() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
+    from dvc.repo import Repo
+
     free = shutil.disk_usage(".").free
     yield Finding(
         "disk",
         f"{free / 1e9:.0f} GB free",
         None if free > LEAST_FREE else f"{LEAST_FREE / 1e9:.0f} GB are needed for the smallest model: free some space",
     )
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-        file = Path(folder, "file")
-        file.write_text("x", "utf-8")
-        try:
-            Path(folder, "link").hardlink_to(file)
-        except OSError as error:
-            yield Finding(
-                "cache", f"no hard links ({error.strerror})", "move the project to a file system that has them"
-            )
-        else:
-            yield Finding("cache", "shares the disk with artifacts/ by hard links")
+    with Repo() as repo:
+        cache = Path(repo.cache.local_cache_dir)
+    try:
+        with (
+            tempfile.NamedTemporaryFile(dir=_existing(cache)) as file,
+            tempfile.TemporaryDirectory(dir=_existing(ARTIFACTS)) as folder,
+        ):
+            Path(folder, "link").hardlink_to(file.name)
+    except OSError as error:
+        yield Finding(
+            "cache",
+            f"no hard links from {cache} to {ARTIFACTS}/ ({error.strerror}): each artifact takes its space twice",
+            "give `dvc cache dir` a folder on this disk, or move the project to a file system that has hard links",
+        )
+    else:
+        yield Finding("cache", f"shares the disk with {ARTIFACTS}/ by hard links")
+
+
+def _existing(path: Path) -> Path:
+    # Return `path`, or the folder in which it would be made.
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _remotes() -> Iterator[Finding]:

@@ -5,18 +5,21 @@
 
 import functools
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import Params, load_params
+from pipeline.common.programs import run_dvc
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of dvc.yaml, such as `quantize_openvino@smol-phi3-openvino-int4`: a stage for one model and variant."""
+    """One stage for one model and, where the stage has them, one variant and one NPU platform.
+
+    DVC's name of it is such as `quantize_openvino@smol-phi3-openvino-int4`.
+    """
 
     stage: str
     model: str
@@ -87,6 +90,8 @@ def changed(graph: dict[str, Node], *, remote: bool = False) -> set[str]:
 
     A cell has to run when it differs from dvc.lock, when its outputs are missing, or when a cell that it needs has to
     run. With `remote`, outputs that are on the DVC remote do not count as missing.
+
+    Raises PipelineError when another DVC command is at work.
     """
     gone = _gone(remote=remote)
     found: set[str] = set()
@@ -125,9 +130,10 @@ def _gone(*, remote: bool) -> frozenset[str]:
 @functools.cache
 def _dry_run() -> frozenset[str]:
     # DVC stops at outputs that do not exist yet, but only after it has named the stages that make them.
-    command = ["dvc", "repro", "--dry", "--allow-missing", "--keep-going"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    return frozenset(re.findall(r"Running stage '([^']+)'", listed))
+    done = run_dvc("repro", "--dry", "--allow-missing", "--keep-going", capture_output=True)
+    if re.search("Unable to acquire lock|is being blocked by", done.stderr):
+        raise PipelineError("another DVC command is at work here, and changes what has to run: wait for it to end.")
+    return frozenset(re.findall(r"Running stage '([^']+)'", done.stdout))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Say what a build needs before it starts, whether that fits this machine, and refuse what cannot fit."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pipeline.costs import Cost, estimate
 from pipeline.graph import Cell, changed, read_graph
 
 IGNORE = "PHI3_IGNORE_PLAN"
+CGROUP = Path("/sys/fs/cgroup")  # in a container, its own, if the system has cgroup v2
 CONFIG = "config.json"
 
 
@@ -51,7 +53,7 @@ class Need:
 def plan(name: str, *, params: Params, progress: Callable[[str], None]) -> list[Planned]:
     """Return the cells that build the model `name`, in their order, each with its cost and whether it can be reused.
 
-    Raises PipelineError when the model is not in the catalogue or its config is not available.
+    Raises PipelineError when the model is not in the catalogue, its config is not available, or DVC is at work.
     """
     config = read_config(name, params.get_model(name), progress=progress)
     reused = _reused(name, params)
@@ -106,7 +108,7 @@ def largest(cells: list[Planned]) -> dict[str, Cell]:
 
 
 def remedies(cells: list[Planned], *, params: Params, free: Need) -> list[str]:
-    """Return, in words, the changes of params.yaml of which each would let the building of `cells` fit into `free`."""
+    """Return the changes of params.yaml, each of which alone would make the build of `cells` fit into `free`."""
     variants = params.variants
     changes = {
         f"leave {name} out of variants": {other: v for other, v in variants.items() if other != name}
@@ -152,5 +154,15 @@ def require(cell: Cell) -> None:
 
 
 def available() -> Need:
-    """Return what this machine has free."""
-    return Need(shutil.disk_usage(".").free, psutil.virtual_memory().available)
+    """Return what this machine, or this container, has free."""
+    return Need(shutil.disk_usage(".").free, min(psutil.virtual_memory().available, _left_to_container()))
+
+
+def _left_to_container() -> float:
+    # Return how many bytes of memory a container may still take; without a limit there is no end to them.
+    if not (limit := CGROUP / "memory.max").exists() or limit.read_text("utf-8") == "max\n":
+        return math.inf
+    used = int((CGROUP / "memory.current").read_text("utf-8"))
+    stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text("utf-8").splitlines())
+    files = int(stat["active_file"]) + int(stat["inactive_file"])  # cached, which the kernel drops when memory runs out
+    return int(limit.read_text("utf-8")) - used + files

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,19 +14,15 @@ from typing import NoReturn
 import click
 from filelock import FileLock, Timeout
 
-from pipeline.common.errors import PipelineError, full_disk, lines
-from pipeline.common.memory import anonymous_peak, peak_memory
+from pipeline.common.errors import PipelineError, full_disk, lacks_memory, lines
+from pipeline.common.memory import anonymous_memory, peak_memory
 from pipeline.common.paths import ARTIFACTS, log
-from pipeline.common.programs import KILLED
+from pipeline.common.programs import KILLED, run_dvc
 from pipeline.common.progress import logged, say
 from pipeline.graph import Cell
 from pipeline.supervisor import DVC, supervise, supervised
 
 LOCK_TIMEOUT = 2  # seconds, enough for a killed stage to end
-# How torch, OpenVINO, ONNX Runtime, the system and its loader report a lack of memory.
-NO_MEMORY = re.compile(
-    r"bad_alloc|can.t allocate memory|cannot allocate memory|out of memory|failed to map segment", re.IGNORECASE
-)
 
 
 def stage_command(function: Callable[..., None]) -> click.Command:
@@ -47,7 +43,7 @@ def stage_command(function: Callable[..., None]) -> click.Command:
             _explain(cell, supervise())
         started = time.monotonic()
         try:
-            with _lock(cell), logged(log(str(cell))), anonymous_peak() as anonymous:
+            with _lock(cell), logged(log(str(cell))), anonymous_memory() as anonymous:
                 say(f"{cell}: started")
                 require(cell)
                 function(**arguments)
@@ -56,7 +52,7 @@ def stage_command(function: Callable[..., None]) -> click.Command:
         except KeyboardInterrupt:
             _fail(f"{cell}: interrupted; nothing half-built was left, run again to continue.", status=130)
         except Exception as error:
-            if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            if lacks_memory(error):
                 _fail(f"{cell}: {_lack_of_memory('memory ran out', cell)}")
             unknown = f"{type(error).__name__}: {lines(error)[0]}. The whole story is in {log(str(cell))}."
             _fail(f"{cell}: {full_disk(error) or unknown}")
@@ -72,10 +68,12 @@ def stage_command(function: Callable[..., None]) -> click.Command:
 
 def _explain(cell: Cell, status: int) -> NoReturn:
     # End this process as the child ended, whose exit `status` it is.
-    if status > 0 or status == KILLED:
+    if status:
         _restore_outputs()
     if status == KILLED:
         _fail(f"{cell}: {_lack_of_memory('it was killed, as systems do when memory runs out', cell)}")
+    if status < 0 and status != -signal.SIGTERM:
+        _fail(f"{cell}: it was ended by {signal.Signals(-status).name}. The whole story is in {log(str(cell))}.")
     raise SystemExit(status if status >= 0 else 128 - status)
 
 
@@ -83,8 +81,7 @@ def _restore_outputs() -> None:
     # DVC removes the outputs of a stage before it runs the stage; those of the last success are still in its cache.
     # When there are none, or the stage wrote new ones before it failed, DVC refuses, and nothing changes.
     if stage := os.environ.get(DVC):
-        command = [sys.executable, "-m", "dvc", "checkout", "--quiet", stage]
-        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        run_dvc("checkout", "--quiet", stage, stdin=subprocess.DEVNULL, capture_output=True)
 
 
 def _lack_of_memory(what: str, cell: Cell) -> str:

@@ -51,7 +51,7 @@ def supervise() -> int:
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return child.wait(WATCHED_EVERY if dvc else None)
-        if dvc and not _runs(dvc):
+        if dvc and not runs(dvc):
             child.terminate()
 
 
@@ -72,7 +72,8 @@ def _dvc() -> psutil.Process | None:
     return None
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """Return whether `process` has not ended; one whose parent has not asked for its status yet has ended, too."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False

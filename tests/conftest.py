@@ -24,7 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A test may be skipped for these reasons on a machine where everything is set up, such as CI's.
 MAY_SKIP = re.compile("the kernel gives huge pages to all, or to nobody")
-LONGEST = ("test_killed_at_any_time_then_two_at_once", "test_build_then_nothing_then_one_branch")
+LONGEST = ("test_killed_at_any_time", "test_build_then_nothing_then_one_branch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

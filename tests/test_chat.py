@@ -1,11 +1,16 @@
 """A chat remembers all turns that the model has room for, and says what it forgets."""
 
 from contextlib import suppress
+from types import SimpleNamespace
 
+import numpy as np
+import openvino_genai
 import pytest
 
-from pipeline.chat import Conversation
+from pipeline.chat import Conversation, OpenvinoChat
 from pipeline.common.errors import PipelineError
+from pipeline.run import blobs
+from pipeline.run.blobs import Choice
 
 CONTEXT = {"max_position_embeddings": 20}
 
@@ -74,3 +79,34 @@ def test_the_limit_of_an_answer():
         pass
     assert turn.limit == 39
     assert turn.result(at_limit=True).startswith("The answer ends here, at 40 tokens: from here on this model reads ")
+
+
+@pytest.mark.parametrize("device", [None, "NPU"])
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [({"BLOB_PATH": "b", "WEIGHTS_PATH": "w"}, {"MAX_PROMPT_LEN": 3}), ({"MAX_PROMPT_LEN": 3}, {})],
+    ids=["blob", "IR"],
+)
+def test_on_an_npu(tmp_path, monkeypatch, device, options, lengths):
+    """An artifact for the NPU is loaded there as its blob and its lengths want it, also if the NPU is asked for."""
+    loaded = []
+
+    class Pipeline:
+        def __init__(self, *arguments, **options):
+            loaded.append((*arguments, options))
+
+        def get_tokenizer(self):
+            return self
+
+        def apply_chat_template(self, messages, add_generation_prompt):
+            return messages[-1]["content"]
+
+        def encode(self, text, add_special_tokens):
+            return SimpleNamespace(input_ids=np.zeros((1, len(text.split()))))
+
+    monkeypatch.setattr(openvino_genai, "LLMPipeline", Pipeline)
+    monkeypatch.setattr(blobs, "choose", lambda directory: Choice("NPU", options, "it fits", lengths))
+    chat = OpenvinoChat(tmp_path, device=device, npu=True, context=CONTEXT)
+    assert (loaded, chat.device) == ([(tmp_path, "NPU", options)], "it fits")
+    with pytest.raises(PipelineError, match="the question has 4 tokens, more than this model takes"):
+        chat.ask("a b c d", on_text=print)

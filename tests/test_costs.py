@@ -3,12 +3,9 @@
 import pytest
 
 from pipeline import costs
-from pipeline.common.checkpoint import read_json, tensor_shapes
-from pipeline.common.matrices import matrices
+from pipeline.common.checkpoint import expected_shapes, weights_dtype
 from pipeline.common.params import load_params
-from pipeline.common.shapes import tensors
 from pipeline.graph import Cell
-from tests.checkpoints import STYLES, make_checkpoint
 from tests.helpers import ROOT
 
 PARAMS = load_params(ROOT / "params.yaml")
@@ -27,14 +24,6 @@ PHI_3_MINI = {
 }
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_shapes_follow_from_the_config(tmp_path, style):
-    """The config alone gives exactly the matrices that are in the checkpoint."""
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", style)
-    shapes = tensors(read_json(checkpoint / "config.json"))
-    assert matrices(shapes) == matrices(tensor_shapes(checkpoint))
-
-
 def estimated(cell, *, config=PHI_3_MINI, **changes):
     """Return the cost of a cell of Phi-3-mini, or of another config, with changes of its variant."""
     cell = Cell.parse(cell, PARAMS)
@@ -48,6 +37,7 @@ def estimated(cell, *, config=PHI_3_MINI, **changes):
     ("cell", "size"),
     [
         ("download@phi-3-mini-4k-instruct", 7.64e9),
+        ("calibrate@phi-3-mini-4k-instruct", 6.13e9),
         ("export_openvino@phi-3-mini-4k-instruct-openvino-fp16", 7.64e9),
         ("quantize_openvino@phi-3-mini-4k-instruct-openvino-int4", 2.77e9),
         ("quantize_openvino@phi-3-mini-4k-instruct-npu-int4-channelwise", 2.0e9),
@@ -91,15 +81,15 @@ def test_memory_and_time_at_full_size(cell, memory, seconds, temporary):
     ("variant", "copies"), [("npu-int4-channelwise", 2), ("openvino-int4", 2), ("onnx-cpu-int4", 1)]
 )
 def test_a_rotation(variant, copies):
-    """Rotation takes temporary disk for a rotated checkpoint and, for OpenVINO, its IR; a tied model needs none."""
+    """Rotation takes temporary disk for a rotated checkpoint and, for OpenVINO, its IR; a tied model is not rotated."""
     found = {}
-    for rotated, tied in ((False, False), (True, False), (True, True)):
+    for rotated, tied in ((False, False), (True, False), (False, True), (True, True)):
         cell = f"{PARAMS.variants[variant].stage}@phi-3-mini-4k-instruct-{variant}"
         found[rotated, tied] = estimated(cell, config=PHI_3_MINI | {"tie_word_embeddings": tied}, rotated=rotated)
     more = found[True, False].temporary - found[False, False].temporary
     assert more == pytest.approx(copies * 7.64e9, rel=0.01)
     assert found[True, False].seconds > found[False, False].seconds + 60
-    assert found[True, True].temporary < more
+    assert found[True, True] == found[False, True]
 
 
 @pytest.mark.parametrize(
@@ -112,9 +102,13 @@ def test_a_checkpoint_in_float32(dtype, copies):
     plain = estimated("download@phi-3-mini-4k-instruct", config=config).disk
     more = estimated("download@phi-3-mini-4k-instruct", config=config | dtype).disk
     assert more - costs.OTHER_FILES == pytest.approx(copies * (plain - costs.OTHER_FILES))
-    assert tensors(config)["lm_head.weight"] == ("bfloat16", [32064, 3072])
-    untied = {name: value for name, value in config.items() if name != "tie_word_embeddings"}
-    assert tensors(untied) == tensors(config)
+    assert weights_dtype(config) == "bfloat16"
+
+
+def test_a_config_that_does_not_say_whether_it_is_tied():
+    """Without `tie_word_embeddings` a model has a head of its own."""
+    unsaid = {name: value for name, value in PHI_3_MINI.items() if name != "tie_word_embeddings"}
+    assert dict(expected_shapes(unsaid)) == dict(expected_shapes(PHI_3_MINI))
 
 
 @pytest.mark.parametrize(
@@ -136,14 +130,15 @@ def test_a_large_vocabulary(cell, memory, seconds):
 
 
 def test_rewriting_a_gguf_file_takes_memory():
-    """The embedded model comes as GGUF, which is rewritten in memory."""
+    """smol-phi3 comes as GGUF, which is rewritten in memory."""
     here, elsewhere = (estimated(f"download@{name}").memory for name in ("smol-phi3", "phi-3-mini-4k-instruct"))
     assert here - elsewhere == pytest.approx(2.7 * 7.64e9, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["openvino-int4", "onnx-cpu-int4"])
 def test_without_calibration(name):
-    """A variant without calibration needs neither the solver's memory nor its time, and `calibrate` has no work."""
+    """A variant without calibration needs neither the solver's memory nor its time; if no variant has one, `calibrate`
+    has no work."""
     stage = PARAMS.variants[name].stage
     with_it, without = (
         estimated(f"{stage}@phi-3-mini-4k-instruct-{name}", calibrated=calibrated) for calibrated in (True, False)
@@ -151,7 +146,6 @@ def test_without_calibration(name):
     assert with_it.seconds - without.seconds == pytest.approx(289.9, rel=0.01)
     assert (with_it.memory - without.memory > 5e8) is (name == "openvino-int4")  # the ONNX builder needs more before
     assert estimated("calibrate@phi-3-mini-4k-instruct", calibrated=False) == costs.IDLE
-    assert estimated("calibrate@phi-3-mini-4k-instruct").disk == pytest.approx(6.16e9, rel=0.01)
 
 
 def test_a_group_size_that_is_adjusted():

@@ -9,7 +9,7 @@ from threading import Thread
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, edit
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +74,18 @@ def test_problems(project, tmp_path):
     assert "problem Hub: http://(password)@127.0.0.1:9 does not answer (" in result.stdout
     assert "HF_ENDPOINT=http://(password)@127.0.0.1:9" in result.stdout
     assert "s3cret" not in result.stdout + result.stderr
+
+
+def test_a_cache_on_another_disk(project, tmp_path, mount):
+    """A cache that DVC keeps on another file system cannot share the disk with artifacts/, and nothing is written."""
+    cache = mount(tmp_path / "disk", 1) / "cache"
+    edit(project / ".dvc/config", "[cache]\n", f"[cache]\n    dir = {cache}\n")
+    result = doctor(project, HF_HUB_OFFLINE="1")
+    assert (
+        f"problem cache: no hard links from {cache} to artifacts/ (Invalid cross-device link): each artifact takes its "
+        "space twice\n        remedy: give `dvc cache dir` a folder on this disk, or move " in result.stdout
+    )
+    assert not cache.exists()
 
 
 def test_without_a_project(tmp_path, answering):

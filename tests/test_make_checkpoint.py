@@ -12,7 +12,7 @@ WIDE |= {"num_hidden_layers": 4, "max_position_embeddings": 512, "original_max_p
 
 
 def test_the_widened_model_computes_the_same(tmp_path, monkeypatch):
-    """With more and wider heads, neurons and layers, and norms folded, the logits differ by rounding alone."""
+    """With more and wider heads, neurons and layers the checkpoint is whole, and its logits differ by rounding."""
     small = tiny(tmp_path / "small", on_grid=True, num_key_value_heads=2, sliding_window=None, tie_word_embeddings=True)
     monkeypatch.setattr(make_checkpoint, "SHAPE", make_checkpoint.SHAPE | WIDE)
     monkeypatch.setattr(make_checkpoint, "HEAD", 48)
@@ -25,8 +25,7 @@ def test_the_widened_model_computes_the_same(tmp_path, monkeypatch):
     make_checkpoint.widen(small, tmp_path / "wide", layers=4)
     check(tmp_path / "wide")
     assert len(list((tmp_path / "wide").glob("model-*.safetensors"))) > 1
-    shapes = {name: shape for name, (_, shape) in tensor_shapes(tmp_path / "wide").items()}
-    assert shapes["model.layers.3.self_attn.qkv_proj.weight"] == [3 * 8 * 48, 384]
+    assert tensor_shapes(tmp_path / "wide")["model.layers.3.self_attn.qkv_proj.weight"] == [3 * 8 * 48, 384]
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.float32)
     ids = torch.arange(20, 120)[None]
     with torch.inference_mode():

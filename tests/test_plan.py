@@ -1,15 +1,20 @@
 """The plan gives a build's cost before it starts, and a build that cannot fit is refused."""
 
+import json
+import os
 import re
 import shutil
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline import plan, process
 from pipeline.common.checkpoint import read_json
 from pipeline.common.errors import PipelineError
-from pipeline.common.params import Model
+from pipeline.common.params import Model, load_params
 from pipeline.costs import Cost, estimate
 from pipeline.graph import Cell, read_graph
 from tests.checkpoints import make_checkpoint
@@ -44,6 +49,7 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     make_checkpoint(tmp_path / "artifacts/smol-phi3/source")
     cell = Cell("export_openvino", "smol-phi3", "openvino-fp16")
+    monkeypatch.setattr(plan, "available", lambda: plan.Need(disk=1e9, memory=1e9))
     plan.require(cell)
     assert process._lack_of_memory("memory ran out", cell).startswith("memory ran out: it needs some 0.7 GB,")
     monkeypatch.setattr(plan, "available", lambda: plan.Need(disk=1e9, memory=1e8))
@@ -54,6 +60,17 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
         plan.require(cell)
     monkeypatch.setenv("PHI3_IGNORE_PLAN", "1")
     plan.require(cell)
+
+
+@pytest.mark.parametrize(("limit", "left"), [("3000\n", 1000), ("max\n", None)])
+def test_the_memory_of_a_container(tmp_path, monkeypatch, limit, left):
+    """In a container what its limit leaves counts as free, where cached files are not counted as used."""
+    (tmp_path / "memory.max").write_text(limit)
+    (tmp_path / "memory.current").write_text("2500\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\nactive_file 300\ninactive_file 200\n")
+    monkeypatch.setattr(plan, "CGROUP", tmp_path)
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    assert plan.available().memory == (left or 10**9)
 
 
 def test_needs():
@@ -127,12 +144,15 @@ def test_the_documented_plans(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command(project):
-    """`phi3 plan` lists every cell of the model; a built cell counts as reused until its output is gone."""
+def test_the_command(project, monkeypatch):
+    """`phi3 plan` lists every cell of the model; a built cell counts as reused until its output is gone.
+
+    Each command is a process of its own, since a process asks DVC only once what has to run.
+    """
     before = run("phi3", "plan", cwd=project).stdout
-    cells = re.findall(r"^\w+@\S+", before, re.MULTILINE)
-    assert len(cells) == 18
-    assert len(set(cells)) == 18
+    with monkeypatch.context() as here:
+        here.chdir(project)
+        assert re.findall(r"^\w+@\S+", before, re.MULTILINE) == list(read_graph(load_params()))
     assert "reused" not in before
     assert re.findall(r"^(needed|free|most \w+):", before, re.MULTILINE) == [
         *("needed", "free", "most disk", "most memory", "most time")
@@ -147,3 +167,26 @@ def test_the_command(project):
     refused = run("phi3", "plan", "smol-phi3", cwd=project, check=False)
     assert refused.returncode == 1
     assert "run `dvc repro download@smol-phi3`, then plan" in refused.stderr
+
+
+@pytest.mark.slow
+def test_beside_another_dvc(project):
+    """While DVC runs a cell, the plan is refused, since DVC then says nothing about that cell and those after it."""
+    lock = project / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(exist_ok=True)
+    holder = {"pid": os.getpid(), "cmd": "dvc repro"}
+    lock.write_text(json.dumps({"write": {str(project / "artifacts/tiny/source"): holder}, "read": {}}))
+    refused = run("phi3", "plan", cwd=project, check=False)
+    assert (refused.returncode, refused.stdout, refused.stderr) == (
+        1,
+        "",
+        "Error: another DVC command is at work here, and changes what has to run: wait for it to end.\n",
+    )
+
+
+@pytest.mark.slow
+def test_without_an_activated_environment(project):
+    """`phi3` runs the DVC of its own environment, which need not be on PATH."""
+    path = str(Path(shutil.which("git")).parent)
+    planned = run(sys.executable, "-m", "pipeline.cli", "plan", cwd=project, PATH=path).stdout
+    assert "download@tiny" in planned

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.programs import stream_lines
+from pipeline.supervisor import runs
 from tests.helpers import ROOT
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -82,7 +83,7 @@ def test_large_matrices_lie_in_huge_pages(stage):
     ],
 )
 def test_errors_are_sentences(stage, body, message):
-    """A refused input, a full disk and lack of memory end with status 1 and one sentence, no traceback."""
+    """A refused input and a full disk end a stage with status 1 and one sentence, no traceback."""
     process = stage(body)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (1, message)
@@ -113,12 +114,25 @@ def test_killed_for_memory(stage, body, what):
     assert re.fullmatch(sentence, errors), errors
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals")
+@pytest.mark.parametrize("name", ["SIGABRT", "SIGSEGV"])
+def test_a_crash(stage, tmp_path, name):
+    """A library that crashes ends the stage with a sentence that points to the log, which has what it printed."""
+    body = f"import os, signal; os.write(2, b'assertion failed'); os.kill(os.getpid(), signal.{name})"
+    process = stage(body)
+    _, errors = process.communicate(timeout=30)
+    log = "artifacts/logs/work@m-v.log"
+    assert process.returncode == 1
+    assert errors == f"error: work@m-v: it was ended by {name}. The whole story is in {log}.\n"
+    assert "assertion failed" in (tmp_path / log).read_text()
+
+
 def test_done(stage):
     """A stage that succeeds says how long it took and its peak memory."""
     output, errors = stage("pass").communicate(timeout=30)
     assert errors == ""
     done = output.splitlines()[2]
-    assert re.fullmatch(r"work@m-v: done in \d\.\d s, peak memory 0\.\d\d GB, anonymous 0\.\d\d GB", done)
+    assert re.fullmatch(r"work@m-v: done in \d+\.\d s, peak memory \d+\.\d\d GB, anonymous \d+\.\d\d GB", done)
 
 
 def test_log(stage, tmp_path):
@@ -201,11 +215,12 @@ def test_one_at_a_time(stage):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a program that its parent died")
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("shell", [[], [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"]])
 def test_ends_with_dvc(stage, tmp_path, shell):
     """When dvc is killed, the stage and the program that it runs end too, even if a shell between them lives on."""
-    seconds = f"61.{len(shell)}"  # tests may run beside each other
-    body = "from pipeline.common.programs import stream_lines as run; list(run(['sleep', '" + seconds + "']))"
+    program = ["sh", "-c", "echo ready; exec sleep infinity"]
+    body = f"from pipeline.common.programs import stream_lines; [say(line.strip()) for line in stream_lines({program})]"
     script = tmp_path / "work.py"
     script.write_text(STAGE.format(root=str(ROOT), body=body))
     command = [*shell, sys.executable, str(script), "m", "v"]
@@ -216,33 +231,26 @@ def test_ends_with_dvc(stage, tmp_path, shell):
         text=True,
     )
     wait_for_work(parent)
-    while not running(seconds):
-        time.sleep(0.05)
+    assert parent.stdout.readline() == "ready\n"
+    family = psutil.Process(parent.pid).children(recursive=True)
+    assert len(family) == len(shell[:1]) + 3  # the stage's supervisor, the stage, and its program
     parent.kill()
-    deadline = time.monotonic() + 10
-    while (running(seconds) or running(f"{script} m v")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not running(seconds)
-    assert not running(f"{script} m v")
+    try:
+        while any(map(runs, family)):
+            time.sleep(0.05)
+    finally:
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     parent.communicate()
-
-
-def running(text):
-    """Return whether a process with `text` in its command line runs."""
-    for process in psutil.process_iter():
-        try:
-            command = " ".join(process.cmdline())
-        except psutil.NoSuchProcess:
-            continue
-        if text in command and "subprocess.run" not in command:
-            return True
-    return False
 
 
 def test_stream_lines(capsys):
     """A program's output is yielded and printed; when it fails its last lines are in the message."""
     program = "print('one'); print('two'); raise SystemExit({})"
     assert list(stream_lines([sys.executable, "-c", program.format(0)])) == ["one\n", "two\n"]
-    with pytest.raises(PipelineError, match=r"failed: one / two\.$"):
+    with pytest.raises(PipelineError, match=rf"^{Path(sys.executable).name} failed: one / two\.$"):
         list(stream_lines([sys.executable, "-c", program.format(3)]))
     assert capsys.readouterr().out == "one\ntwo\n" * 2
+    with pytest.raises(PipelineError, match=r"^json\.tool failed: .* / .*No such file or directory: '/no/file'\.$"):
+        list(stream_lines([sys.executable, "-m", "json.tool", "/no/file"]))

@@ -16,6 +16,7 @@ from pipeline import plan
 from pipeline.cluster.worker import LOCK, TOPIC, Origin, read_built, run_cell
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.params import OnnxInt4, Params, load_params
+from pipeline.common.programs import run_dvc
 from pipeline.costs import estimate
 from pipeline.graph import Node, changed, read_graph, require_cached
 from pipeline.release.device import openvino_devices
@@ -75,11 +76,11 @@ def build(scheduler: str, targets: tuple[str, ...], *, say: Say) -> None:
 
 def _origin(cells: dict[str, Node], *, local: bool) -> Origin:
     kept = {str(LOCK), *(path for node in cells.values() for path in node.uncached)}
-    edited = [line[3:] for line in _output("git", "status", "--porcelain", "--untracked-files=no").splitlines()]
+    edited = [line[3:] for line in _git("status", "--porcelain", "--untracked-files=no").splitlines()]
     if edited := sorted(set(edited) - kept):
         raise PipelineError(f"{edited[0]} differs from the last commit, which workers build: commit or undo it first.")
-    commit = _output("git", "rev-parse", "HEAD")
-    url = _output("dvc", "config", "--project", f"remote.{_output('dvc', 'config', '--project', 'core.remote')}.url")
+    commit = _git("rev-parse", "HEAD")
+    url = _setting(f"remote.{_setting('core.remote')}.url")
     if not url:
         raise PipelineError(
             "workers share results by a DVC remote, and .dvc/config names none: `dvc remote add -d store URL`, commit."
@@ -88,8 +89,8 @@ def _origin(cells: dict[str, Node], *, local: bool) -> Origin:
         raise PipelineError("the DVC remote's url is relative, and workers' clones are elsewhere: make it absolute.")
     repository = str(Path.cwd())
     if not local:
-        repository = _output("git", "remote", "get-url", "origin")
-        if not repository or not _output("git", "branch", "--remotes", "--contains", commit):
+        repository = _git("remote", "get-url", "origin")
+        if not repository or not _git("branch", "--remotes", "--contains", commit):
             raise PipelineError(f"commit {commit[:8]} is not on the git remote `origin`, where workers clone: push it.")
     threads = dask.config.get("distributed.nanny.pre-spawn-environ")
     return Origin(repository, commit, {name: os.environ[name] for name in threads if name in os.environ})
@@ -142,7 +143,7 @@ def _local(workers: int, needs: Needs) -> Iterator[Client]:
 @contextmanager
 def _remote(scheduler: str) -> Iterator[Client]:
     try:
-        client = Client(scheduler, timeout="10s")
+        client = Client(scheduler)
     except (OSError, TypeError, ValueError) as error:  # no answer, no certificate, no address
         raise PipelineError(
             f"no Dask scheduler answers at {scheduler} ({lines(error)[0]}): start one, or use local:N."
@@ -181,10 +182,15 @@ def _follow(tasks: dict[str, Future], cells: dict[str, Node], say: Say) -> None:
 
 
 def _dvc(*arguments: str) -> None:
-    if code := subprocess.run(["dvc", *arguments], check=False).returncode:
+    if code := run_dvc(*arguments).returncode:
         raise PipelineError(f"dvc {' '.join(arguments)} ended with status {code}.")
 
 
-def _output(*command: str) -> str:
-    # Return what a command prints; nothing when it fails, as git and dvc do for a setting that does not exist.
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.rstrip()
+def _setting(name: str) -> str:
+    # Return a value of .dvc/config, which is empty when it is not set.
+    return run_dvc("config", "--project", name, capture_output=True).stdout.rstrip()
+
+
+def _git(*arguments: str) -> str:
+    # Return what git prints; nothing when it fails, as it does for a remote that does not exist.
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.rstrip()

@@ -5,6 +5,7 @@ Outputs are pushed before their entry in the run cache, so that all outputs that
 Run as a program in the clone, this module runs the DVC commands in one process, since each start of DVC takes seconds.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.programs import stream_lines
+from pipeline.common.programs import search_path, stream_lines
 from pipeline.graph import Node
 
 TOPIC = "phi3-build"
@@ -61,7 +62,9 @@ def run_cell(node: Node, needed: dict[str, Built], *, origin: Origin, disk: floa
     from distributed import get_worker
 
     worker, started = get_worker(), time.monotonic()
-    clone = Path(worker.local_directory).absolute() / "clone"
+    # A scheduler may get cells of several projects.
+    repository = hashlib.sha256(origin.repository.encode()).hexdigest()[:16]
+    clone = Path(worker.local_directory).absolute() / f"clone-{repository}"
     with _busy:
         if clone.exists() and shutil.disk_usage(clone).free < disk:
             shutil.rmtree(clone)  # the results of earlier cells are on the remote
@@ -100,13 +103,11 @@ def _git(*arguments: str) -> None:
 
 
 def _environment(origin: Origin) -> dict[str, str]:
-    # Leave out the variables with which Dask limits its workers to one thread, and let `python` in dvc.yaml be the
-    # interpreter that runs this.
+    # Leave out the variables with which Dask limits its workers to one thread.
     from dask.config import get
 
     kept = {name: value for name, value in os.environ.items() if name not in get("distributed.nanny.pre-spawn-environ")}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return kept | origin.environment | {"PATH": path}
+    return kept | origin.environment | {"PATH": search_path()}
 
 
 def _dvc(cell: str, *needed: str) -> int:
