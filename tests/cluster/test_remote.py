@@ -105,7 +105,7 @@ def test_tls(quick, tmp_path):
     tls["DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION"] = "true"
     with dask(quick, "", protocol="tls", **tls) as (_, address):
         assert address.startswith("tls://127.0.0.1:")
-        stranger = build(quick, address, check=False)
+        stranger = build(quick, address, check=False, DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT="2s")
         assert stranger.returncode == 1
         assert stranger.stderr.startswith(f"Error: no Dask scheduler answers at {address}")
         assert built(build(quick, address, "download", **tls).stdout) == CELLS[:1]
