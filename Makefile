@@ -19,16 +19,19 @@ models: $(VENV)/.installed
 	dvc repro calibrate
 	dvc stage list --name-only build_onnx quantize_openvino | OMP_NUM_THREADS=1 xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
 
-# Two tests at a time share two cores: OpenMP's threads wait for each other by spinning, so each test gets one.
+# Two tests at a time share two cores: OpenMP's threads wait for each other by spinning, so each test gets one. All tests of
+# a file run in one process, which makes the file's fixtures once.
+PYTEST := pytest -n 2 --dist loadscope --no-loadscope-reorder
+
 test: $(VENV)/.installed wine chromium docker-registry compilers
-	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTEST)
 
 test-fast: $(VENV)/.installed
-	OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
 
 # Run all tests and say which lines of the code they never reach.
 coverage: $(VENV)/.installed wine chromium docker-registry compilers
-	OMP_NUM_THREADS=1 coverage run -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 coverage run -m $(PYTEST)
 	coverage combine --quiet
 	coverage report
 
