@@ -123,8 +123,7 @@ class OpenvinoChat:
             from pipeline.run.blobs import choose, load_chosen
 
             choice = choose(directory)
-            longest = int((choice.lengths | choice.options).get("MAX_PROMPT_LEN", NPU_PROMPT))
-            longest_prompt = longest if choice.device == "NPU" else None
+            longest_prompt = choice.longest_prompt
             self._pipeline, self.device = load_chosen(directory, choice)
         else:
             self.device = device or "CPU"

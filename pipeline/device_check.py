@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from pipeline.check.report import FIGURES, figure
-from pipeline.common.context import NPU_PROMPT
 from pipeline.common.errors import PipelineError, lacks_memory, lines
 from pipeline.common.manifest import Manifest, VariantManifest, read_manifest
 from pipeline.release.device import openvino_devices
@@ -178,13 +177,12 @@ def _openvino(directory: Path, manifest: VariantManifest, device: str | None) ->
             return StaticLogits(compile_chosen(directory, choice))
         return OpenvinoLogits(directory, device=choice.device, precision="default")
 
-    longest = (choice.lengths | choice.options).get("MAX_PROMPT_LEN", NPU_PROMPT)
     return Place(
         runtime=f"openvino-genai {openvino_genai.__version__.split('-')[0]}",
         device=f"{where} ({choice.reason})",
         load=load,
         load_scorer=load_scorer,
-        longest_prompt=int(longest) if choice.device == "NPU" else None,
+        longest_prompt=choice.longest_prompt,
     )
 
 

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.checkpoint import read_json
+from pipeline.common.checkpoint import head_size, read_json
+from pipeline.common.context import NPU_PROMPT
 from pipeline.common.manifest import VariantManifest
 
 IR, MODEL, CONFIG = "openvino_model.xml", "openvino_model.onnx", "genai_config.json"
-NPU_LENGTHS = {"MAX_PROMPT_LEN": 1024, "MIN_RESPONSE_LEN": 128}  # tokens; OpenVINO's defaults
+NPU_LENGTHS = {"MAX_PROMPT_LEN": NPU_PROMPT, "MIN_RESPONSE_LEN": 128}  # tokens; OpenVINO's defaults
 SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")  # of a generation_config.json
 
 
@@ -70,7 +71,6 @@ def _genai_config(
     if device == "NPU":
         longest = min(longest, sum(npu_lengths.values()))
         options["load_config"] = json.dumps({device: {name: str(length) for name, length in npu_lengths.items()}})
-    heads, width = config["num_attention_heads"], config["hidden_size"]
     return {
         "model": {
             "type": config["model_type"],
@@ -82,9 +82,9 @@ def _genai_config(
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": [{"OpenVINO": options}]},
                 "filename": MODEL,
-                "hidden_size": width,
-                "head_size": width // heads,
-                "num_attention_heads": heads,
+                "hidden_size": config["hidden_size"],
+                "head_size": head_size(config),
+                "num_attention_heads": config["num_attention_heads"],
                 "num_key_value_heads": config["num_key_value_heads"],
                 "num_hidden_layers": config["num_hidden_layers"],
                 # With enable_causallm the provider itself feeds beam_idx.

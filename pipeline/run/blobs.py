@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common import paths
-from pipeline.common.context import pipeline_options
+from pipeline.common.context import NPU_PROMPT, pipeline_options
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import BlobManifest, Nothing, VariantManifest, read_manifest, verify
 from pipeline.run.openvino import STATIC_ON_CPU
@@ -25,6 +25,12 @@ class Choice:
     options: dict[str, str | int]
     reason: str
     lengths: dict[str, int] = field(default_factory=dict)  # options to compile the IR with, if the blob is refused
+
+    @property
+    def longest_prompt(self) -> int | None:
+        """The most tokens that a prompt may have on an NPU; None on other devices, where only the model limits it."""
+        asked = (self.lengths | self.options).get("MAX_PROMPT_LEN", NPU_PROMPT)
+        return int(asked) if self.device == "NPU" else None
 
 
 def choose(directory: Path, *, architecture: str | None = None, openvino: str | None = None) -> Choice:
