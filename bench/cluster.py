@@ -16,7 +16,7 @@ from typing import Any
 import click
 from ruamel.yaml import YAML
 
-from bench.full_size import ROOT, clone_project
+from bench.full_size import ROOT, add_model, clone_project
 from bench.make_checkpoint import SMOL_PHI3, Widening, widen
 from bench.measure import WORK, made_by
 from pipeline.common.manifest import replace_file
@@ -35,7 +35,8 @@ def make_project(folder: Path) -> Path:
     """Return a git project below `folder` that builds both models, with a DVC remote beside it."""
     project = folder / "project"
     widen(SMOL_PHI3, folder / "checkpoint", layers=LAYERS)
-    clone_project(project, folder / "checkpoint", build=["smol-phi3", SECOND])
+    clone_project(project, plain=True)
+    add_model(project, folder / "checkpoint", build=["smol-phi3", SECOND])
     subprocess.run(["dvc", "remote", "add", "-q", "-d", "store", str(folder / "store")], cwd=project, check=True)
     git = ["git", "-c", "user.name=bench", "-c", "user.email=bench@example.org"]
     subprocess.run([*git, "commit", "-qam", "bench"], cwd=project, check=True)

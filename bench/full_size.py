@@ -72,7 +72,8 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[Cost, dict[str, Cost], 
     Returns the cost of the whole build, the cost of each stage, what was built, and further figures.
     """
     project = folder / "project"
-    clone_project(project, checkpoint, build=[MODEL])
+    clone_project(project, plain=True)
+    add_model(project, checkpoint, build=[MODEL])
     here = {"PYTHONPATH": str(project)}
     click.echo("by the pipeline")
     log = folder / "pipeline.log"
@@ -99,15 +100,18 @@ def by_pipeline(checkpoint: Path, folder: Path) -> tuple[Cost, dict[str, Cost], 
     return whole, costs, built, more
 
 
-def clone_project(project: Path, checkpoint: Path, *, build: list[str], plain: bool = True) -> None:
-    """Clone this project to build the models `build`, the last one from `checkpoint`.
-
-    Its recipes are the tutorial's, or the defaults when `plain` is false.
-    """
+def clone_project(project: Path, *, plain: bool) -> None:
+    """Clone this project into the folder `project`. When `plain`, its recipes become the tutorial's."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
     params = (project / "params.yaml").read_text("utf-8")
     for default, tutorial in PLAIN.items() if plain else ():
         params = params.replace(default, tutorial)
+    (project / "params.yaml").write_text(params, "utf-8")
+
+
+def add_model(project: Path, checkpoint: Path, *, build: list[str]) -> None:
+    """Let `project` build the models `build`, of which the last one is new: it comes from `checkpoint`."""
+    params = (project / "params.yaml").read_text("utf-8")
     block = f"  {build[-1]}:\n    source: {{path: {checkpoint}}}\n    license: MIT\n    group_size_fallback: error\n"
     params = params.replace("build: [smol-phi3]", f"build: [{', '.join(build)}]")
     (project / "params.yaml").write_text(params.replace("models:\n", f"models:\n{block}", 1), "utf-8")

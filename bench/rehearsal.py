@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from bench.full_size import MODEL, clone_project, plans
+from bench.full_size import MODEL, add_model, clone_project, plans
 from bench.make_checkpoint import SHAPE, SMOL_PHI3, widen
 from bench.measure import WORK, Cost, disk_used, made_by, measure, require_free
 from pipeline.common.checkpoint import read_json
@@ -22,8 +22,12 @@ from pipeline.common.params import load_params
 from pipeline.graph import read_graph
 
 RESULTS = Path(__file__).with_suffix(".json")
-WHOLE = SHAPE["num_hidden_layers"]
+WHOLE = str(SHAPE["num_hidden_layers"])
+SMALL = SMOL_PHI3.parent.name
 ANSWERING = ("reference", "validate", "report")  # stages that need a model with answers
+# How the plan is checked: the planned and the measured figure, the factor by which they may differ, and the difference,
+# in seconds or GB, up to which they may always differ.
+CHECKED = (("time", "seconds", "wall_s", 1.5, 5.0), ("memory", "memory_gb", "anonymous_gb", 1.15, 0.1))
 FREE = 65e9  # bytes of disk that a run needs
 GOALS = {"minutes": 90.0, "anonymous_gb": 8.0, "disk_ratio": 1.2}
 NAMES = {
@@ -65,57 +69,76 @@ def table(results: dict[str, Any]) -> str:
     lines += ["", "## What the variants lost", "", f"| variant | {' | '.join(FIGURES)} |"]
     lines += ["| --- " * (len(FIGURES) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(f'{row[f]}' for f in FIGURES)} |" for name, row in results["metrics"].items()]
-    for layers, smaller in results.get("smaller", {}).items():
-        lines += ["", f"## {layers} layers, on {smaller['date']}", "", *steps_table(smaller)]
+    for size, smaller in results.get("smaller", {}).items():
+        title = size if size == SMALL else f"{size} layers of the same width"
+        lines += ["", f"## {title}, on {smaller['date']}", "", *steps_table(smaller)]
     return "\n".join(lines)
 
 
 def steps_table(results: dict[str, Any]) -> list[str]:
-    """Return the lines of a table of what each step took and of what was planned."""
+    """Return the lines of a table of what each step took and of what was planned, and what the plan missed."""
     lines = ["| step | wall_s | planned_s | cpu_s | anonymous_gb | planned_gb | written_gb |", "| --- " * 7 + "|"]
     for step, row in results["steps"].items():
         said = results["planned"].get(step, {})
         cells = (row["wall_s"], said.get("seconds", ""), row["cpu_s"], row["anonymous_gb"], said.get("memory_gb", ""))
         lines += [f"| {step} | {' | '.join(str(cell) for cell in (*cells, row['written_gb']))} |"]
+    for what, figure, measured, factor, least in CHECKED:
+        pairs = {step: (said[figure], results["steps"][step][measured]) for step, said in results["planned"].items()}
+        missed = [step for step, two in pairs.items() if max(two) > factor * min(two) and max(two) - min(two) > least]
+        lines += [
+            "",
+            f"The planned {what} is off by more than a factor of {factor} for: {', '.join(missed) or 'none'}.",
+        ]
+    planned = sum(said["disk_gb"] for said in results["planned"].values())
+    lines += ["", f"Disk: {planned:.2f} GB planned, {results['disk_gb']:.2f} GB in use."]
     return lines
 
 
 @click.command()
-@click.option("--layers", default=WHOLE, show_default=True, help="Fewer give no answers: only the builds are measured.")
-def main(layers: int) -> None:
-    """Rehearse a build and a publication of Phi-3-mini and write bench/rehearsal.md and .json.
+@click.option(
+    "--size",
+    type=click.Choice([SMALL, "2", "6", WHOLE]),
+    default=WHOLE,
+    show_default=True,
+    help="The small model, or layers of the widened one; 2 and 6 layers give no answers, so only builds are measured.",
+)
+def main(size: str) -> None:
+    """Rehearse a build of Phi-3-mini and, at its full size, a publication; write bench/rehearsal.md and .json.
 
-    Examples: make bench-rehearsal; python -m bench.rehearsal --layers 6
+    Examples: make bench-rehearsal; python -m bench.rehearsal --size 6
     """
-    folder = WORK.absolute() / f"rehearsal-{layers}"
+    folder = WORK.absolute() / f"rehearsal-{size}"
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, project = folder / "checkpoint", folder / "project"
-    if not checkpoint.exists():
-        require_free(folder, FREE * layers / WHOLE)
-        widen(SMOL_PHI3, checkpoint, layers=layers)
+    checkpoint, project, model = folder / "checkpoint", folder / "project", SMALL if size == SMALL else MODEL
+    if model == MODEL and not checkpoint.exists():
+        require_free(folder, FREE * int(size) / int(WHOLE))
+        widen(SMOL_PHI3, checkpoint, layers=int(size))
     if not project.exists():
-        clone_project(project, checkpoint, build=[MODEL], plain=False)
+        clone_project(project, plain=False)
+        if model == MODEL:
+            add_model(project, checkpoint, build=[MODEL])
     steps = Steps(folder, project)
     os.chdir(project)
     params = load_params()
+    artifacts = project / "artifacts" / model
     cells = {
         " ".join(filter(None, vars(node.cell).values())): name
         for name, node in read_graph(params).items()
-        if layers == WHOLE or node.cell.stage not in ANSWERING
+        if size in (SMALL, WHOLE) or node.cell.stage not in ANSWERING
     }
     for step, name in cells.items():
         steps.run(step, "dvc", "repro", "--single-item", name)
-    planned = plans(project, checkpoint, {step: steps.costs[step] for step in cells})
-    if layers == WHOLE:
+    planned = plans(project, artifacts / "source", {step: steps.costs[step] for step in cells})
+    if size == WHOLE:
         publish(steps, folder, [*params.variants])
     found = {
         "date": made_by()["date"],
         "steps": {step: cost.figures() for step, cost in steps.costs.items()},
         "planned": planned,
+        "disk_gb": round(disk_used(project) / 1e9, 2),
     }
     results = read_json(RESULTS)
-    if layers == WHOLE:
-        artifacts = project / "artifacts" / MODEL
+    if size == WHOLE:
         needed = sum(disk_used(artifacts / name) for name in (*params.variants, "blobs", "source"))
         results |= made_by("openvino", "nncf", "onnxruntime-genai", "onnxruntime", "torch", "dvc") | found
         results["metrics"] = {name: read_json(artifacts / f"metrics/{name}.json") for name in params.variants}
@@ -125,7 +148,7 @@ def main(layers: int) -> None:
             "disk_ratio": round(disk_used(project) / needed, 3),
         }
     else:
-        results["smaller"] = results.get("smaller", {}) | {f"{layers}": found}
+        results["smaller"] = results.get("smaller", {}) | {size: found}
     click.echo(table(results))
     replace_file(RESULTS, json.dumps(results, indent=2))
     replace_file(RESULTS.with_suffix(".md"), table(results))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,6 +133,17 @@ def test_a_server_that_fails(hub, registry, part, call):
     with pytest.raises(PipelineError, match=f"^{URL}: {hub.url} failed .*: check the network and HF_TO") as said:
         call(registry)
     assert "hf_secret" not in str(said.value)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_hub(hub, registry, monkeypatch, status):
+    """When the Hub limits the rate, or is not available for a moment, a pull waits and then goes on."""
+    published(registry)
+    hub.fail = {"/resolve/1.0.0/openvino_model.bin": status}
+    waited = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: (waited.append(seconds), hub.fail.clear()))
+    assert (pull.pull(registry, NAME, version="1.0.0") / "openvino_model.bin").read_bytes() == b"weights"
+    assert waited == [1]
 
 
 @pytest.mark.parametrize("content", [b"[", b"[]", b'{"latest": 1}'])
