@@ -76,20 +76,20 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The artifacts of the embedded model, built by `dvc repro` if they are not there.
+def smol_phi3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts of smol-phi3, built by `dvc repro` if they are not there.
 
     With PHI3_TESTS_BUILT they are taken as they are, although the code has changed.
     """
     if "PHI3_TESTS_BUILT" not in os.environ:
-        with FileLock(tmp_path_factory.getbasetemp().parent / "embedded.lock"):  # `make test` runs two processes
+        with FileLock(tmp_path_factory.getbasetemp().parent / "smol-phi3.lock"):  # `make test` runs two processes
             run("dvc", "repro", cwd=ROOT)
     return ROOT / "artifacts/smol-phi3"
 
 
 @pytest.fixture(scope="session")
-def released(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that publishes a variant of the embedded model and returns where it was pulled to, once for all."""
+def released(smol_phi3: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that publishes a variant of smol-phi3 and returns where it was pulled to, once for all."""
 
     def release(variant: str) -> Path:
         def pull(folder: Path) -> None:

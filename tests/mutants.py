@@ -33,7 +33,7 @@ def link(source: str, target: str) -> None:
 
 
 def outcome(copy: Path, *names: str) -> subprocess.CompletedProcess[str]:
-    """Run tests in the copy; the embedded model's artifacts are taken as they are."""
+    """Run tests in the copy; smol-phi3's artifacts are taken as they are."""
     pytest_ = (sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
     return run(*pytest_, *names, cwd=copy, check=False, PHI3_TESTS_BUILT="1", PYTHONDONTWRITEBYTECODE="1")
 

@@ -98,10 +98,10 @@ def test_the_static_pipeline_in_float32(released):
 
 
 @pytest.mark.parametrize(("whole", "longest"), [(True, 256), (False, 128)], ids=["blob", "damaged-blob"])
-def test_the_logits_of_a_blob(embedded, tmp_path, monkeypatch, whole, longest):
+def test_the_logits_of_a_blob(smol_phi3, tmp_path, monkeypatch, whole, longest):
     """With a blob, here one for the CPU, the logits are the blob's; when it is refused, the IR is compiled, for the
     lengths that the choice has for this case."""
-    directory, blob = embedded / "npu-int4-channelwise", tmp_path / "cpu.blob"
+    directory, blob = smol_phi3 / "npu-int4-channelwise", tmp_path / "cpu.blob"
     if whole:
         monkeypatch.setattr(compiler, "has_native_compiler", lambda: True)
         properties = properties_for_the_cpu(Npu(max_prompt_len=256, min_response_len=64)) | F32
@@ -271,10 +271,10 @@ def copy(release, target):
     return shutil.copytree(release, target, copy_function=place)
 
 
-def test_a_directory_that_was_built_here(embedded):
+def test_a_directory_that_was_built_here(smol_phi3):
     """What was not published does not carry what the source model says, and is refused with what to do."""
     with pytest.raises(PipelineError, match="was built here, and only a release carries what the source model says"):
-        check_device(embedded / "openvino-int4")
+        check_device(smol_phi3 / "openvino-int4")
 
 
 def test_a_changed_file(released, tmp_path):

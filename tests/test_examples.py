@@ -61,7 +61,7 @@ def library(package: str, pattern: str) -> Path:
     return found
 
 
-def test_openvino_chat(embedded, tmp_path, hub_registry, oci, python):
+def test_openvino_chat(smol_phi3, tmp_path, hub_registry, oci, python):
     """With only the base install and the runtime, the example answers with a model from each kind of registry."""
     packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
     assert not re.search(r"^(torch|transformers|optimum.*|nncf|dvc)==", packages, re.MULTILINE)
@@ -73,7 +73,7 @@ def test_openvino_chat(embedded, tmp_path, hub_registry, oci, python):
         assert chat(python, "openvino-chat", url, folder, **environment) == ANSWER
 
 
-def test_onnxruntime_chat(embedded, tmp_path, python):
+def test_onnxruntime_chat(smol_phi3, tmp_path, python):
     """The example on onnxruntime-genai pulls its model and answers."""
     publish("onnxruntime-chat", f"dir:{tmp_path}/registry")
     assert chat(python, "onnxruntime-chat", f"dir:{tmp_path}/registry", tmp_path) == ANSWER

@@ -232,12 +232,12 @@ def test_full_disk_of_the_cache(plain, mount):
     verify(source)
 
 
-def test_a_runtime_that_is_not_installed(embedded):
+def test_a_runtime_that_is_not_installed(smol_phi3):
     """Without its runtime an artifact is refused, and the message names the package that it needs."""
     for variant, module in (("openvino-int4", "openvino_genai"), ("onnx-cpu-int4", "onnxruntime_genai")):
         program = f"import sys; sys.modules['{module}'] = None; from pipeline.cli import main; main()"
-        refused = run(sys.executable, "-c", program, "chat", embedded / variant, cwd=ROOT, check=False)
+        refused = run(sys.executable, "-c", program, "chat", smol_phi3 / variant, cwd=ROOT, check=False)
         assert refused.returncode == 1
         package = module.replace("_", "-")
-        assert refused.stderr.startswith(f"Error: {embedded / variant} needs {package}==")
+        assert refused.stderr.startswith(f"Error: {smol_phi3 / variant} needs {package}==")
         assert refused.stderr.endswith(": pip install it.\n")

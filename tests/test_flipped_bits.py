@@ -14,11 +14,11 @@ from tests.helpers import ROOT, built_once, run
 pytestmark = pytest.mark.slow
 
 
-def test_a_flipped_bit(embedded, tmp_path):
+def test_a_flipped_bit(smol_phi3, tmp_path):
     """One random bit, flipped in each file of any artifact of smol-phi3, is found in all of them. (The manifest's other
     fields are covered by the hash that validation keeps, and by a release's.)"""
     chance = random.Random(11)
-    directories = [path.parent for path in sorted(embedded.rglob("manifest.json"))]
+    directories = [path.parent for path in sorted(smol_phi3.rglob("manifest.json"))]
     assert len(directories) == 7 + 2  # checkpoint, variants, NPU blobs
     for directory in directories:
         copy = tmp_path / directory.name
@@ -32,7 +32,7 @@ def test_a_flipped_bit(embedded, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def signed(embedded: Path, keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def signed(smol_phi3: Path, keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release of smol-phi3, signed with ours.pem, as it was pulled."""
 
     def pull(folder: Path) -> None:

@@ -22,15 +22,15 @@ SNIPPETS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_a_snippet_answers(embedded, snippet):
+def test_a_snippet_answers(smol_phi3, snippet):
     """Each snippet prints an answer that contains the last word of the source model's answer."""
-    answers = json.loads((embedded / "reference.json").read_text("utf-8"))["answers"]
+    answers = json.loads((smol_phi3 / "reference.json").read_text("utf-8"))["answers"]
     expected = re.findall(r"\w+", answers[0]["text"])[-1]
     assert expected in run(sys.executable, "-c", snippet, cwd=ROOT).stdout
 
 
 @pytest.mark.slow
-def test_publish_and_pull(embedded, tmp_path):
+def test_publish_and_pull(smol_phi3, tmp_path):
     """The commands of the page on registries work in the order given, and so does the snippet for applications."""
     page = PAGES["docs/registries.md"]
     commands, snippet = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("sh", "py"))

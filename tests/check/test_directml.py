@@ -66,9 +66,9 @@ def test_a_model_that_does_not_run(monkeypatch, message, memory):
         assert check_directml(Path("x"), **case) == ([failure], {"device": DEVICE})
 
 
-def copy(embedded, tmp_path):
+def copy(smol_phi3, tmp_path):
     """Return a copy of the DirectML variant that a test may break."""
-    shutil.copytree(embedded / VARIANT, tmp_path / VARIANT, copy_function=shutil.copyfile)
+    shutil.copytree(smol_phi3 / VARIANT, tmp_path / VARIANT, copy_function=shutil.copyfile)
     return tmp_path / VARIANT
 
 
@@ -77,13 +77,13 @@ needs_directml = pytest.mark.skipif(wine.unavailable() is not None, reason=f"{wi
 
 @pytest.mark.slow
 @needs_directml
-def test_runs_on_directml(embedded):
+def test_runs_on_directml(smol_phi3):
     """The variant passes on DirectML: its logits are those of the CPU provider, and its answer is the source's."""
-    directory = embedded / VARIANT
+    directory = smol_phi3 / VARIANT
     failures, metrics = check_directml(
         directory,
         cpu=OnnxGenai(directory),
-        reference=read_reference(embedded / "reference.json"),
+        reference=read_reference(smol_phi3 / "reference.json"),
         limits=PARAMS.variants[VARIANT].limits,
         params=PARAMS.validate_,
     )
@@ -92,13 +92,13 @@ def test_runs_on_directml(embedded):
 
 @pytest.mark.slow
 @needs_directml
-def test_an_undivided_stream_overflows(embedded, tmp_path):
+def test_an_undivided_stream_overflows(smol_phi3, tmp_path):
     """If the residual stream is not divided, the logits on DirectML are far from those of the CPU provider."""
-    directory = copy(embedded, tmp_path)
+    directory = copy(smol_phi3, tmp_path)
     model = undivided(onnx.load(directory / MODEL[0]))
     (directory / MODEL[1]).unlink()
     onnx.save(model, directory / MODEL[0], save_as_external_data=True, location=MODEL[1])
-    ids = read_reference(embedded / "reference.json").answers[0].prompt_ids
+    ids = read_reference(smol_phi3 / "reference.json").answers[0].prompt_ids
     logits, _ = run(directory, [Request(ids, last=1)])
     expected = OnnxGenai(directory).logits(ids, last=1)
     assert not np.allclose(logits[0], expected, atol=1)
@@ -106,9 +106,9 @@ def test_an_undivided_stream_overflows(embedded, tmp_path):
 
 @pytest.mark.slow
 @needs_directml
-def test_an_operator_that_directml_lacks(embedded, tmp_path):
+def test_an_operator_that_directml_lacks(smol_phi3, tmp_path):
     """A graph with GatherBlockQuantized, which the CPU provider runs, is refused, and so is any fallback to the CPU."""
-    directory = copy(embedded, tmp_path)
+    directory = copy(smol_phi3, tmp_path)
     model = onnx.load(directory / MODEL[0], load_external_data=False)
     (gather,) = (node for node in model.graph.node if node.name == "/model/embed_tokens/Gather")
     rows, columns = 49152, 576

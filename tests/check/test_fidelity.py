@@ -177,10 +177,10 @@ def test_distributions_are_stored_as_they_are(answers, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_embedded_models_figures(embedded):
+def test_the_figures_of_smol_phi3(smol_phi3):
     """On real answers a second implementation in torch confirms the INT4 IR's figures, and the kept tokens suffice."""
-    answers = read_reference(embedded / "reference.json").continuations[:64:16]
-    source, variant = Torch(embedded / "source"), OpenvinoLogits(embedded / "openvino-int4", device="CPU")
+    answers = read_reference(smol_phi3 / "reference.json").continuations[:64:16]
+    source, variant = Torch(smol_phi3 / "source"), OpenvinoLogits(smol_phi3 / "openvino-int4", device="CPU")
     reference = kept(source, answers)
     tail = np.exp(reference.log_probs[:, -1]).mean()
     metrics = compare(variant, answers, reference).metrics()
@@ -193,11 +193,11 @@ def test_the_embedded_models_figures(embedded):
 
 
 @pytest.mark.slow
-def test_what_the_stage_kept_is_what_teacher_forcing_gives(embedded):
+def test_what_the_stage_kept_is_what_teacher_forcing_gives(smol_phi3):
     """The distributions recorded while the source reads all answers equal those of reading one answer alone."""
-    answers = read_reference(embedded / "reference.json").continuations
-    stored = read_distributions(embedded / "reference.safetensors")
-    last = kept(Torch(embedded / "source"), answers[-1:])
+    answers = read_reference(smol_phi3 / "reference.json").continuations
+    stored = read_distributions(smol_phi3 / "reference.safetensors")
+    last = kept(Torch(smol_phi3 / "source"), answers[-1:])
     end = sum(len(answer.ids) for answer in answers)  # the rows after these belong to the ends of long prompts
     rows = slice(end - len(last.ids), end)
     np.testing.assert_allclose(stored.log_probs[rows], last.log_probs, atol=1e-3)
@@ -205,18 +205,18 @@ def test_what_the_stage_kept_is_what_teacher_forcing_gives(embedded):
 
 
 @pytest.mark.slow
-def test_fp16_is_the_source(embedded):
+def test_fp16_is_the_source(smol_phi3):
     """The FP16 IR shows no relevant difference from the source, so the measurement adds no error of its own."""
-    metrics = json.loads((embedded / "metrics/openvino-fp16.json").read_bytes())
+    metrics = json.loads((smol_phi3 / "metrics/openvino-fp16.json").read_bytes())
     assert metrics["kl_max"] < 1e-3
     assert metrics["top1_agreement"] > 0.999
 
 
 @pytest.mark.slow
-def test_the_default_int4_loses_half_of_the_plain_recipe(embedded):
+def test_the_default_int4_loses_half_of_the_plain_recipe(smol_phi3):
     """The default openvino-int4 has less than half the plain recipe's KL divergence at the same size (±1 %)."""
     plain = json.loads((ROOT / "bench/fidelity.json").read_bytes())["openvino-int4"]["plain (the tutorial's)"]
-    metrics = json.loads((embedded / "metrics/openvino-int4.json").read_bytes())
-    size = (embedded / "openvino-int4/openvino_model.bin").stat().st_size / 1e6
+    metrics = json.loads((smol_phi3 / "metrics/openvino-int4.json").read_bytes())
+    size = (smol_phi3 / "openvino-int4/openvino_model.bin").stat().st_size / 1e6
     assert metrics["kl_mean"] < plain["kl_mean"] / 2
     assert size == pytest.approx(plain["size_mb"], rel=0.01)

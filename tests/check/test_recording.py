@@ -171,8 +171,8 @@ def test_no_question_is_left(short, params, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_embedded_models_questions(embedded):
+def test_the_questions_of_smol_phi3(smol_phi3):
     """smol-phi3 answers the questions of params.yaml with a clear margin, so none is left out."""
-    found = reference.read_reference(embedded / "reference.json")
+    found = reference.read_reference(smol_phi3 / "reference.json")
     assert [answer.question for answer in found.answers] == load_params(ROOT / "params.yaml").validate_.prompts
     assert found.near_ties == []

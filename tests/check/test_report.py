@@ -55,15 +55,15 @@ def test_scatter():
 
 
 @pytest.fixture(scope="module")
-def report(embedded, tmp_path_factory) -> Path:
-    """The report on the embedded model's variants, of which one failed and one was never validated."""
+def report(smol_phi3, tmp_path_factory) -> Path:
+    """The report on smol-phi3's variants, of which one failed and one was never validated."""
     project = tmp_path_factory.mktemp("report")
     target = project / "artifacts/smol-phi3"
     for name in ("metrics", "measured", "validation", "blobs"):
-        shutil.copytree(embedded / name, target / name, ignore=shutil.ignore_patterns("*.blob"))
+        shutil.copytree(smol_phi3 / name, target / name, ignore=shutil.ignore_patterns("*.blob"))
     for name in ("reference.json", "source/manifest.json"):
         (target / name).parent.mkdir(exist_ok=True)
-        shutil.copy(embedded / name, target / name)
+        shutil.copy(smol_phi3 / name, target / name)
     shutil.copy(ROOT / "params.yaml", project)
     for folder, key, value in (("metrics", "passed", False), ("validation", "failures", ["check 'fidelity' <failed>"])):
         edit_json(target / folder / f"{VARIANT}.json", **{key: value})
@@ -102,7 +102,7 @@ def page(report, browser):
 
 
 @pytest.mark.slow
-def test_all_variants_at_a_glance(page, embedded):
+def test_all_variants_at_a_glance(page, smol_phi3):
     """The first table has a row per variant with its result, its figures and what it ran on."""
     rows = [row.inner_text().split("\t") for row in page.locator("#glance + div tbody tr").all()]
     assert [row[0].split()[-1] for row in rows] == [
@@ -114,18 +114,18 @@ def test_all_variants_at_a_glance(page, embedded):
         "onnx-cpu-int4",
     ]
     assert [row[1].strip() for row in rows] == ["pass", "fail", "pass", "pass", "pass", "not validated"]
-    metrics = json.loads((embedded / f"metrics/{VARIANT}.json").read_text())
+    metrics = json.loads((smol_phi3 / f"metrics/{VARIANT}.json").read_text())
     assert rows[1][2].strip() == f"{metrics['size_bytes'] / 1e6:.1f} MB"
     assert rows[1][3].strip() == f"{metrics['kl_mean']:.4f} nats"
     assert rows[2][-1].strip() == "openvino-genai, CPU (NPU static pipeline)"
 
 
 @pytest.mark.slow
-def test_measured_on_this_machine(page, embedded):
+def test_measured_on_this_machine(page, smol_phi3):
     """The second table has what was measured here, and says of the other variants that they were not."""
-    metrics = json.loads((embedded / f"metrics/{VARIANT}.json").read_text())
+    metrics = json.loads((smol_phi3 / f"metrics/{VARIANT}.json").read_text())
     here = [row.inner_text().split("\t") for row in page.locator("#machine ~ div").first.locator("tbody tr").all()]
-    measured = json.loads((embedded / f"measured/{VARIANT}.json").read_text())
+    measured = json.loads((smol_phi3 / f"measured/{VARIANT}.json").read_text())
     assert here[1][1].strip() == f"{metrics['kl_mean']:.4f} nats"
     assert here[1][2].strip() == f"{measured['kl_mean_default']:.4f} nats"
     assert here[1][-1].strip() == f"CPU: {measured['machine']}"
@@ -151,9 +151,9 @@ def test_figures_and_bit_widths(page):
 
 
 @pytest.mark.slow
-def test_the_first_differing_token_is_marked(page, embedded):
+def test_the_first_differing_token_is_marked(page, smol_phi3):
     """Each variant's answer is marked where it departs from the source's, and is unmarked if it does not."""
-    evidence = json.loads((embedded / "validation/npu-int4-channelwise.json").read_text())
+    evidence = json.loads((smol_phi3 / "validation/npu-int4-channelwise.json").read_text())
     answers = page.locator("main > details").filter(has=page.locator(".answer")).first.locator(".answer")
     texts = {row.locator("> *").first.inner_text(): row.locator("> *").last for row in answers.all()}
     assert texts["source"].inner_text() == texts["openvino-fp16"].inner_text() == "The capital of Japan is Tokyo."

@@ -156,9 +156,9 @@ def test_no_compiler(ir, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [VARIANT, "npu-int4-group128"])
-def test_the_blobs_of_the_embedded_model(embedded, name):
+def test_the_blobs_of_smol_phi3(smol_phi3, name):
     """`dvc repro` makes blobs with NPU 4000 binaries and describes them."""
-    directory = embedded / "blobs" / f"{name}-4000"
+    directory = smol_phi3 / "blobs" / f"{name}-4000"
     built = verify(directory)
     if built.not_compiled:
         pytest.skip(built.not_compiled)
@@ -167,14 +167,16 @@ def test_the_blobs_of_the_embedded_model(embedded, name):
     assert (blob.openvino, blob.platform, blob.images > 1) == ("2026.4.1", "4000", True)
     assert blob.compatibility.startswith(f"compiler={blob.compiler};npu=4000;")
     assert built.recipe.achieved == blob
-    ir = read_manifest(embedded / name)
+    ir = read_manifest(smol_phi3 / name)
     assert built.source.files == {file: ir.files[file].sha256 for file in ("openvino_model.xml", "openvino_model.bin")}
-    assert choose(embedded / name, architecture="4000", openvino="2026.4.1").options["BLOB_PATH"].endswith("p1024.blob")
+    assert (
+        choose(smol_phi3 / name, architecture="4000", openvino="2026.4.1").options["BLOB_PATH"].endswith("p1024.blob")
+    )
 
 
 @pytest.mark.slow
-def test_a_refused_model_is_not_compiled(embedded, project, monkeypatch, capfd):
-    """When the compiler refuses the embedded model on 3720, its reason is shown and kept and no blob is left; with
+def test_a_refused_model_is_not_compiled(smol_phi3, project, monkeypatch, capfd):
+    """When the compiler refuses smol-phi3 on 3720, its reason is shown and kept and no blob is left; with
     `required` the refusal is an error."""
     if (reason := compiler.wine.unavailable()) and not compiler.has_native_compiler():
         pytest.skip(reason)
@@ -182,7 +184,7 @@ def test_a_refused_model_is_not_compiled(embedded, project, monkeypatch, capfd):
     (project / "artifacts").mkdir(exist_ok=True)
     target = project / "artifacts/smol-phi3"
     target.mkdir()
-    (target / VARIANT).symlink_to(embedded / VARIANT)
+    (target / VARIANT).symlink_to(smol_phi3 / VARIANT)
     built = build_blob("smol-phi3", VARIANT, "3720", params=NPU)
     assert "UnrollPermuteDMA Pass failed" in built.not_compiled
     shown = capfd.readouterr().out
@@ -196,11 +198,11 @@ def test_a_refused_model_is_not_compiled(embedded, project, monkeypatch, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weightless", [True, False])
-def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, monkeypatch, weightless):
+def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(smol_phi3, tmp_path, monkeypatch, weightless):
     """A blob with subgraphs compiled for the CPU, imported in a new process, gives its IR's answer; it takes prompts up
     to max_prompt_len and refuses longer ones."""
     params = NPU.model_copy(update={"weightless": weightless})
-    directory, blob = embedded / VARIANT, tmp_path / "cpu.blob"
+    directory, blob = smol_phi3 / VARIANT, tmp_path / "cpu.blob"
     monkeypatch.setattr(compiler, "has_native_compiler", lambda: True)
     compiler.compile_blob(directory / "openvino_model.xml", blob, properties=properties_for_the_cpu(params))
     with pytest.raises(PipelineError, match="it has none: it is no NPU blob"):
@@ -220,16 +222,16 @@ def test_a_blob_compiled_for_the_cpu_answers_as_its_ir(embedded, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_the_static_pipeline_computes_what_the_ir_does(embedded):
+def test_the_static_pipeline_computes_what_the_ir_does(smol_phi3):
     """The NPU's static pipeline gives only the logits of a prompt's last token; they equal those of the plain CPU, with
     which fidelity is measured."""
     import openvino
 
-    directory = embedded / VARIANT
+    directory = smol_phi3 / VARIANT
     static = openvino.Core().compile_model(directory / "openvino_model.xml", "NPU", properties_for_the_cpu(NPU) | F32)
     request, plain = static.create_infer_request(), OpenvinoLogits(directory, device="CPU")
     short = [
-        answer for answer in read_reference(embedded / "reference.json").continuations if len(answer.prompt_ids) < 250
+        answer for answer in read_reference(smol_phi3 / "reference.json").continuations if len(answer.prompt_ids) < 250
     ]
     for answer in short[::8]:
         request.reset_state()

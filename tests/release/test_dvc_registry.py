@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def project(embedded, tmp_path_factory):
+def project(smol_phi3, tmp_path_factory):
     """A clone of this project that has pushed an artifact to the DVC remote `store` beside it, and committed that."""
     folder = tmp_path_factory.mktemp("dvc")
     project = folder / "project"

@@ -82,7 +82,7 @@ def test_prompt_template(template, expected, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folder(embedded, tmp_path_factory) -> Path:
+def folder(smol_phi3, tmp_path_factory) -> Path:
     """A folder in which the page's commands were run."""
     folder = tmp_path_factory.mktemp("foundry")
     pulled = run("bash", "-ec", here(COMMANDS, folder), cwd=ROOT, PHI3_CACHE=str(folder / "cache"))

@@ -86,14 +86,14 @@ def test_choose_refuses_a_changed_blob_and_another_ir(variant):
 
 
 @pytest.mark.slow
-def test_a_blob_that_the_driver_refuses_gives_way_to_the_ir(embedded, tmp_path, monkeypatch):
+def test_a_blob_that_the_driver_refuses_gives_way_to_the_ir(smol_phi3, tmp_path, monkeypatch):
     """When a blob cannot be imported, `load_pipeline` compiles the IR instead and says why."""
     blob = tmp_path / "damaged.blob"
     blob.write_bytes(MAGIC + bytes(1000))
     choice = Choice("NPU", {"BLOB_PATH": str(blob)}, "it fits", LENGTHS)
     monkeypatch.setattr("pipeline.run.blobs.choose", lambda _: choice)
     options = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU"}
-    pipeline, how = load_pipeline(embedded / VARIANT, **options)
+    pipeline, how = load_pipeline(smol_phi3 / VARIANT, **options)
     assert how.startswith("the driver refused the blob (")
     assert how.endswith("): the IR was compiled on loading")
     assert "Tokyo" in pipeline.generate(QUESTION, max_new_tokens=40)

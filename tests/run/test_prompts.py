@@ -47,7 +47,7 @@ def test_no_prompt_is_in_two_sets():
 
 
 @pytest.mark.slow
-def test_a_long_prompt(embedded):
+def test_a_long_prompt(smol_phi3):
     """One reference prompt has more than 1,500 tokens."""
-    reference = json.loads((embedded / "reference.json").read_bytes())
+    reference = json.loads((smol_phi3 / "reference.json").read_bytes())
     assert max(len(answer["prompt_ids"]) for answer in reference["continuations"]) > 1500

@@ -58,18 +58,18 @@ def figures(variant, **environment):
 @pytest.mark.parametrize(
     ("variant", "older"), [("openvino-fp16", ["AVX512_CORE", "AVX2"]), ("openvino-int4", ["AVX512_CORE"])]
 )
-def test_older_cpus_give_the_same_figures(embedded, variant, older):
+def test_older_cpus_give_the_same_figures(smol_phi3, variant, older):
     """Without newer CPUs' instructions every judging figure stays the same. oneDNN does not support INT4 on AVX2."""
     here = figures(variant)
     for isa in older:
         assert figures(variant, ONEDNN_MAX_CPU_ISA=isa) == pytest.approx(here, rel=1e-4, abs=1e-6)
 
 
-def test_the_default_precision_shows_beside_the_verdict_alone(embedded):
+def test_the_default_precision_shows_beside_the_verdict_alone(smol_phi3):
     """On a CPU with bfloat16, OpenVINO's default there, the FP16 IR's measured loss is larger, not its judged one. The
     measured figures may come from another machine, of which this one cannot say what it has."""
     metrics, measured = (
-        json.loads((embedded / f"{kind}/openvino-fp16.json").read_bytes()) for kind in ("metrics", "measured")
+        json.loads((smol_phi3 / f"{kind}/openvino-fp16.json").read_bytes()) for kind in ("metrics", "measured")
     )
     assert (metrics["passed"], metrics["kl_mean"] < 1e-5) == (True, True)
     bfloat16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -112,10 +112,10 @@ def test_the_longest_prompt_of_an_npu(tiny_ir):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory is shared")
-def test_the_static_pipeline_keeps_weights_packed(embedded):
+def test_the_static_pipeline_keeps_weights_packed(smol_phi3):
     """On a CPU the NPU's pipeline takes a few times the size of the INT4 weights, not that of unpacked ones."""
     growth = int(run(sys.executable, "-c", GROWTH, "npu-int4-group128", cwd=ROOT).stdout.splitlines()[-1])
-    assert growth < 8 * (embedded / "npu-int4-group128/openvino_model.bin").stat().st_size
+    assert growth < 8 * (smol_phi3 / "npu-int4-group128/openvino_model.bin").stat().st_size
 
 
 def test_a_prompt_read_in_pieces(tiny_checkpoint, tiny_ir):
