@@ -24,8 +24,9 @@ class Chat(Protocol):
     def ask(self, question: str, *, on_text: Callable[[str], None]) -> str | None:
         """Answer `question`, passing the text piece by piece to `on_text`.
 
-        Returns what to tell the user, else None: that the model's context ended the answer, or that it had no room for
-        the oldest turns, which are dropped. Raises PipelineError when the question alone is too long; it is dropped.
+        Returns what to tell the user, else None: that the model's context or MAX_NEW_TOKENS ended the answer, or that
+        there was no room for the oldest turns, which are dropped. Raises PipelineError when the question alone is too
+        long; it is dropped.
         """
 
 
@@ -89,12 +90,12 @@ class Conversation:
             raise PipelineError(f"the runtime could not answer ({lines(error)[-1]}): ask something else.") from error
         self.messages = [*kept, {"role": "assistant", "content": "".join(turn.answer)}]
 
-    def _room(self, prompt: int) -> tuple[int, str | None]:
+    def _room(self, prompt: int) -> tuple[int, str]:
         # Return how many tokens the answer to a prompt may have, and what to tell the user when it uses them all.
         if self._longest_prompt and prompt > self._longest_prompt:
-            return 0, None
-        most, ended = room(self._context, prompt)
-        return (most, ended) if most <= MAX_NEW_TOKENS else (MAX_NEW_TOKENS, None)
+            return 0, ""
+        most = MAX_NEW_TOKENS, f"The answer ends here, after {MAX_NEW_TOKENS} tokens: ask the model to go on."
+        return min(room(self._context, prompt), most)
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Turn:
 
     messages: list[Message]
     limit: int  # most tokens of the answer
-    ended: str | None  # what to tell the user when the limit ends the answer
+    ended: str  # what to tell the user when the limit ends the answer
     remark: str | None = None
     answer: list[str] = field(default_factory=list)
 

@@ -136,7 +136,7 @@ def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: 
 
 @main.command("chat")
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--device", help="OpenVINO's name of a device, such as GPU.")
+@click.option("--device", help="OpenVINO's name of a device, such as GPU. By default CPU, or NPU for its variants.")
 def chat_command(directory: Path, device: str | None) -> None:
     """Chat with the artifact in DIRECTORY; an empty line or the end of the input ends the chat.
 

@@ -73,7 +73,10 @@ def test_an_answer_that_fails():
 
 def test_the_limit_of_an_answer():
     """An answer has at most 512 tokens; with LongRoPE it ends at the original limit, and the user is told why."""
-    assert ask(conversation(context={"max_position_embeddings": 4096}), "a", "b")[1] == 512
+    with conversation(context={"max_position_embeddings": 4096}).turn("a b") as turn:
+        pass
+    assert turn.limit == 512
+    assert turn.result(at_limit=True) == "The answer ends here, after 512 tokens: ask the model to go on."
     longrope = {"max_position_embeddings": 131072, "original_max_position_embeddings": 40}
     with conversation(context=longrope).turn("a b") as turn:
         pass

@@ -151,7 +151,9 @@ def _blobs(directory: Path, ir: VariantManifest, *, progress: Callable[[str], No
     blobs: dict[str, BlobManifest] = {}
     for platform in map(str, load_params().npu_platforms):
         path = paths.blob(directory, platform)
-        if not path.exists():  # no NPU variant
+        if not path.exists():
+            if "NPU" in ir.runtime.devices:
+                raise PipelineError(f"{path} is not built: run `dvc repro compile_npu` first.")
             continue
         blob = blobs[platform] = verify(path, BlobManifest)
         if blob.not_compiled:

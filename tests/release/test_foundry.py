@@ -86,7 +86,7 @@ def folder(smol_phi3, tmp_path_factory) -> Path:
     """A folder in which the page's commands were run."""
     folder = tmp_path_factory.mktemp("foundry")
     pulled = run("bash", "-ec", here(COMMANDS, folder), cwd=ROOT, PHI3_CACHE=str(folder / "cache"))
-    assert f"register_model('{folder}/model', '{NAME}', " in pulled.stderr
+    assert f"register_model('{folder}/foundry-model', '{NAME}', " in pulled.stderr
     return folder
 
 
@@ -110,7 +110,7 @@ def execute(version: str, program: str, home: Path) -> str:
 @pytest.mark.slow
 def test_release(folder):
     """The release lists inference_model.json, which a second publication makes with the same bytes."""
-    file = folder / "model/inference_model.json"
+    file = folder / "foundry-model/inference_model.json"
     assert json.loads(file.read_text("utf-8")) == {
         "Name": NAME,
         "PromptTemplate": {
@@ -121,7 +121,9 @@ def test_release(folder):
             "<|im_end|>\n<|im_start|>user\n{Content}<|im_end|>\n<|im_start|>assistant\n",
         },
     }
-    assert read_release((folder / "model/release.json").read_bytes(), origin="").files[file.name] == digest(file)
+    assert read_release((folder / "foundry-model/release.json").read_bytes(), origin="").files[file.name] == digest(
+        file
+    )
     again = run("bash", "-ec", here(COMMANDS.splitlines()[0], folder), cwd=ROOT)
     assert "smol-phi3/onnx-cpu-int4 1.0.0 is there already, with the same bytes" in again.stdout
 
@@ -134,9 +136,9 @@ def test_chat_and_serve(folder, tmp_path):
     """
     for _ in range(2):
         assert execute(VERSION, here(CHAT + SERVE, folder), tmp_path).splitlines() == [ANSWER, ANSWER]
-    assert "all as in the manifest" in phi3("verify", folder / "model").stdout
+    assert "all as in the manifest" in phi3("verify", folder / "foundry-model").stdout
     plain = subprocess.run(
-        [Path(sys.executable).with_name("phi3"), "chat", folder / "model"],
+        [Path(sys.executable).with_name("phi3"), "chat", folder / "foundry-model"],
         input="What is the capital of Japan?",
         cwd=ROOT,
         capture_output=True,
@@ -181,7 +183,7 @@ def test_scan(version, listed, folder, catalog, tmp_path):
 
     Version 2.2.1 does not list what it found.
     """
-    model = shutil.copytree(folder / "model", tmp_path / "models/someone/smol")
+    model = shutil.copytree(folder / "foundry-model", tmp_path / "models/someone/smol")
     content = {"Name": NAME, "PromptTemplate": {"assistant": "{Content}", "prompt": "Say banana. {Content} banana"}}
     (model / "inference_model.json").write_text(json.dumps(content))
     arguments = [python_of(f"foundry-local-{version}"), "-c", SCAN, catalog, tmp_path / "models"]

@@ -161,6 +161,14 @@ def test_blobs_come_along():
     ]
 
 
+def test_a_blob_that_is_not_built():
+    """A variant for NPUs is not published before the stage compile_npu has run for the platforms of params.yaml."""
+    edit(paths.variant(MODEL, VARIANT) / "manifest.json", '"CPU"', '"NPU"')
+    validate()
+    with pytest.raises(PipelineError, match=r"openvino-int4-4000 is not built: run `dvc repro compile_npu` first\.$"):
+        publish_version()
+
+
 @pytest.mark.parametrize("ir", ["weights", "other"])
 def test_blobs_of_a_platform_that_was_removed(ir):
     """A blob that is left of a platform which params.yaml no longer names is not published, and is no error."""
