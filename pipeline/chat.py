@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.common.context import NPU_PROMPT, pipeline_options, room
-from pipeline.common.errors import PipelineError, lines
+from pipeline.common.errors import PipelineError, lines, require_runtime
 from pipeline.common.manifest import VariantManifest, read_manifest
 from pipeline.release.pull import verify_any
 from pipeline.run.interface import Message
@@ -36,19 +36,20 @@ def load_chat(directory: Path, *, device: str | None = None) -> Chat:
     An OpenVINO artifact for the NPU uses the NPU where there is one, unless `device` names another; without `device`
     other OpenVINO artifacts use the CPU. `device` has no effect on ONNX artifacts.
 
-    Raises PipelineError when one of its files is missing or changed, or when the runtime is not installed or cannot
-    load it.
+    Raises PipelineError when one of its files is missing or changed, or when the runtime is not installed, does not
+    load or cannot load it.
     """
     verify_any(directory)
     manifest = read_manifest(directory, VariantManifest)
     requires = ", ".join(manifest.runtime.pins)
+    require_runtime(
+        "openvino_genai" if manifest.runtime.openvino else "onnxruntime_genai", f"{directory} needs {requires}"
+    )
     try:
         if manifest.runtime.openvino:
             npu = "NPU" in manifest.runtime.devices
             return OpenvinoChat(directory, device=device, npu=npu, context=manifest.context)
         return OnnxChat(directory, directml="GPU" in manifest.runtime.devices, context=manifest.context)
-    except ImportError as error:
-        raise PipelineError(f"{directory} needs {requires}: pip install it.") from error
     except (RuntimeError, ValueError) as error:
         raise PipelineError(
             f"{directory} cannot be loaded ({lines(error)[-1]}): it was made for {requires}."
@@ -180,7 +181,9 @@ class OnnxChat:
             generator.append_tokens(ids)
             while not generator.is_done():
                 generator.generate_next_token()
-                turn.answer.append(stream.decode(generator.get_next_tokens()[0]))
+                text = stream.decode(generator.get_next_tokens()[0])
+                # With a SentencePiece tokenizer, as Phi-3's, the first word comes with a space before it.
+                turn.answer.append(text if any(turn.answer) else text.lstrip(" "))
                 on_text(turn.answer[-1])
         return turn.result(at_limit=generator.token_count() == len(ids) + turn.limit)
 

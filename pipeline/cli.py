@@ -2,13 +2,15 @@
 
 import contextlib
 import json
+import sys
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 from tqdm import tqdm
 
-from pipeline.common.errors import PipelineError, full_disk
+from pipeline.common.errors import REINSTALL, PipelineError, full_disk, lines
 from pipeline.common.manifest import replace_file
 from pipeline.common.params import json_schema, load_params
 from pipeline.common.paths import PARAMS_FILE
@@ -32,6 +34,8 @@ class _Sentences(click.Group):
             raise click.ClickException(
                 f"{error.name} is not installed: this command needs the build environment, which `make repro` sets up."
             ) from error
+        except ImportError as error:
+            raise click.ClickException(f"a package does not load ({lines(error)[-1]}): {REINSTALL}.") from error
         except BrokenPipeError:
             raise  # whoever reads the output has enough, and click ends without a word
         except OSError as error:
@@ -43,6 +47,8 @@ class _Sentences(click.Group):
 @click.version_option(package_name="phi3-pipeline")
 def main() -> None:
     """Work with the artifacts of phi3-pipeline. `dvc repro` builds them."""
+    # A pipe on Windows takes the characters of one code page only, and a model may answer with others.
+    cast(TextIOWrapper, sys.stdout).reconfigure(errors="replace")
 
 
 @main.command("verify")
@@ -129,6 +135,8 @@ def pull_command(url: str, artifact: str, target: Target, to: Path | None, key: 
             bar.set_description(file)
 
         directory = pull(registry, name, version=version, to=to, key=key, progress=progress)
+    if not to:  # the Python of the Microsoft Store keeps the cache where other programs find it by this path alone
+        directory = directory.resolve()
     if target == "foundry" and (directory / INFERENCE_MODEL).exists():
         _say(f"in Foundry Local: {registration(directory.absolute())}")
     click.echo(directory)
@@ -227,7 +235,7 @@ def build_command(scheduler: str, targets: tuple[str, ...]) -> None:
     """
     try:
         from pipeline.cluster.coordinator import build
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise PipelineError(
             f"cluster builds need `{error.name}`: run `pip install '.[cluster]'` in the project's folder."
         ) from error

@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from pipeline.check.report import FIGURES, figure
-from pipeline.common.errors import PipelineError, lacks_memory, lines
+from pipeline.common.context import ORIGINAL
+from pipeline.common.errors import PipelineError, lacks_memory, lines, require_runtime
 from pipeline.common.manifest import Manifest, VariantManifest, read_manifest
 from pipeline.release.device import openvino_devices
 from pipeline.release.pull import verify_any
@@ -97,10 +98,9 @@ def check_device(directory: Path, *, device: str | None = None) -> Result:
             "`phi3 publish`, and check the directory that `phi3 pull` prints."
         )
     manifest = read_manifest(directory, VariantManifest)
-    try:
-        place = (_openvino if manifest.runtime.openvino else _onnx)(directory, manifest, device)
-    except ImportError as error:
-        raise PipelineError(f"{directory} needs {', '.join(manifest.runtime.pins)}: pip install it.") from error
+    module = "openvino_genai" if manifest.runtime.openvino else "onnxruntime_genai"
+    require_runtime(module, f"{directory} needs {', '.join(manifest.runtime.pins)}")
+    place = (_openvino if manifest.runtime.openvino else _onnx)(directory, manifest, device)
     # These need numpy, which comes with the runtime.
     from pipeline.check import checks
     from pipeline.check.excerpt import read_excerpt
@@ -205,9 +205,8 @@ def _onnx(directory: Path, manifest: VariantManifest, device: str | None) -> Pla
 
     @cache
     def load() -> OnnxGenai:
-        # DirectML takes no second piece of a text.
-        at_once = directml or "original_max_position_embeddings" in manifest.context
-        model = OnnxGenai(directory, precision="default", at_once=at_once, directml=directml)
+        original = manifest.context.get(ORIGINAL)
+        model = OnnxGenai(directory, precision="default", original=original, directml=directml)
         model.device = where
         return model
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.errors import REINSTALL, lines
 from pipeline.common.paths import ARTIFACTS
 from pipeline.dvc_yaml import DVC_FILE, LIBRARIES
 from pipeline.release.device import installed_version
@@ -62,8 +63,11 @@ def _openvino() -> Iterator[Finding]:
     if not (installed := installed_version("openvino")):
         yield Finding("openvino", "not installed", "pip install openvino-genai, to run OpenVINO artifacts")
         return
-    import openvino
-
+    try:
+        import openvino
+    except ImportError as error:
+        yield _unloadable("openvino", installed, error, package="openvino")
+        return
     core = openvino.Core()
     devices = [f"{device} ({core.get_property(device, 'FULL_DEVICE_NAME')})" for device in core.available_devices]
     yield Finding("openvino", f"{installed}, devices: {', '.join(devices)}")
@@ -75,9 +79,18 @@ def _onnxruntime() -> Iterator[Finding]:
     if not found:
         yield Finding("onnxruntime", "not installed", "pip install onnxruntime-genai, to run ONNX artifacts")
         return
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as error:
+        package = "onnxruntime-windowsml" if installed_version("onnxruntime-genai-winml") else "onnxruntime"
+        yield _unloadable("onnxruntime", ", ".join(found), error, package=package)
+        return
     yield Finding("onnxruntime", f"{', '.join(found)}, providers: {', '.join(onnxruntime.get_available_providers())}")
+
+
+def _unloadable(subject: str, installed: str, error: ImportError, *, package: str) -> Finding:
+    remedy = f"pip install {package}" if isinstance(error, ModuleNotFoundError) else REINSTALL
+    return Finding(subject, f"{installed}, which does not load ({lines(error)[-1]})", remedy)
 
 
 def _npu_compiler() -> Iterator[Finding]:

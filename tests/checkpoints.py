@@ -59,6 +59,27 @@ def make_tokenizer(text: str = "the capital of France is Paris and water is wet 
     )
 
 
+def make_sentencepiece():
+    """Return a tokenizer of single characters in SentencePiece's form, as Phi-3-mini's: a mark where a word begins,
+    other characters as bytes, and chat tokens that take the spaces after them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    chat = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer.add_special_tokens(
+        [AddedToken("<|endoftext|>", normalized=False), *(AddedToken(t, rstrip=True, normalized=False) for t in chat)]
+    )
+    special = {"bos_token": "<s>", "unk_token": "<unk>"} | dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
+
+
 def make_checkpoint(target: Path, style: str = "phi-3-4k", *, on_grid: bool = False, **changes: Any) -> Path:
     """Write a tiny random bf16 checkpoint in the style of a Phi model (see STYLES) to `target`.
 

@@ -1,17 +1,36 @@
 """A chat remembers all turns that the model has room for, and says what it forgets."""
 
+import sys
 from contextlib import suppress
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import openvino_genai
 import pytest
 
-from pipeline.chat import Conversation, OpenvinoChat
+from pipeline.chat import Conversation, OnnxChat, OpenvinoChat, load_chat
 from pipeline.common.errors import PipelineError
+from pipeline.common.manifest import Runtime, digest, seal
+from pipeline.device_check import check_device
+from pipeline.release.release import Release
 from pipeline.run import blobs
 from pipeline.run.blobs import Choice
+from tests.helpers import ROOT, run
+from tests.manifests import variant_manifest
 
+# This program runs an example with a runtime whose answer is an arrow.
+EXAMPLE = """
+import runpy, sys
+from unittest.mock import MagicMock
+runtime = MagicMock()
+runtime.LLMPipeline().generate = lambda history, streamer, **options: streamer("→") or MagicMock()
+runtime.Generator().is_done.side_effect = [False, True]
+runtime.Tokenizer().create_stream().decode.return_value = "→"
+sys.modules |= dict.fromkeys(["pipeline", "openvino_genai", "onnxruntime_genai"], runtime)
+sys.argv[1:] = ["dir:registry", "What leads from left to right?"]
+runpy.run_path("chat.py", run_name="__main__")
+"""
 CONTEXT = {"max_position_embeddings": 20}
 
 
@@ -84,6 +103,17 @@ def test_the_limit_of_an_answer():
     assert turn.result(at_limit=True).startswith("The answer ends here, at 40 tokens: from here on this model reads ")
 
 
+def test_an_answer_begins_without_a_space(monkeypatch):
+    """The space that onnxruntime-genai puts before the first word is not a part of the answer."""
+    runtime, said = MagicMock(), []
+    runtime.Tokenizer().encode.return_value = [5, 6]
+    runtime.Tokenizer().create_stream().decode.side_effect = ["", " The", " end"]
+    runtime.Generator().is_done.side_effect = [False, False, False, True]
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", runtime)
+    OnnxChat(ROOT, directml=False, context=CONTEXT).ask("What comes last?", on_text=said.append)
+    assert said == ["", "The", " end"]
+
+
 @pytest.mark.parametrize("device", [None, "NPU"])
 @pytest.mark.parametrize(
     ("options", "lengths"),
@@ -113,3 +143,36 @@ def test_on_an_npu(tmp_path, monkeypatch, device, options, lengths):
     assert (loaded, chat.device) == ([(tmp_path, "NPU", options)], "it fits")
     with pytest.raises(PipelineError, match="the question has 4 tokens, more than this model takes"):
         chat.ask("a b c d", on_text=print)
+
+
+@pytest.mark.parametrize(
+    ("package", "module"), [("openvino-genai", "openvino_genai"), ("onnxruntime-genai", "onnxruntime_genai")]
+)
+@pytest.mark.parametrize("load", [load_chat, check_device])
+def test_a_runtime_that_does_not_load(tmp_path, monkeypatch, load, package, module):
+    """When a library that the runtime needs is missing, a chat and a check say that, and not to install the runtime."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    runtime = Runtime(requires={package: "1"}, devices=["CPU"])
+    seal(directory, variant_manifest("tiny/int4", runtime=runtime))
+    files = {"manifest.json": digest(directory / "manifest.json")}
+    release = Release(
+        model="tiny", variant="int4", version="1.0.0", devices=["CPU"], requires={package: "1"}, files=files
+    )
+    (directory / "release.json").write_bytes(release.content())
+    (tmp_path / f"{module}.py").write_text("raise ImportError('DLL load failed: the module could not be found.')")
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PipelineError) as refused:
+        load(directory)
+    assert str(refused.value) == (
+        f"{directory} needs {package}==1, which does not load (DLL load failed: the module could not be found.): "
+        "pip install it again; on Windows, install the Microsoft Visual C++ Redistributable, too."
+    )
+
+
+@pytest.mark.parametrize("example", ["openvino-chat", "onnxruntime-chat"])
+def test_an_example_into_a_pipe_of_windows(example):
+    """A character that the code page of Windows lacks does not end an example whose output is redirected."""
+    result = run(sys.executable, "-c", EXAMPLE, cwd=ROOT / "examples" / example, PYTHONIOENCODING="cp1252")
+    assert (result.stdout, result.stderr) == ("?\n", "")

@@ -3,10 +3,12 @@
 import json
 import sys
 
+import pytest
+
 import pipeline
 from pipeline.common.params import json_schema
 from tests.common.test_manifest import sealed  # noqa: F401
-from tests.helpers import ROOT, phi3
+from tests.helpers import ROOT, edit_json, phi3, run
 
 
 def test_verify(sealed):  # noqa: F811
@@ -20,6 +22,13 @@ def test_verify(sealed):  # noqa: F811
         "",
         f"Error: {sealed}: a.bin has changed. Build or pull it again.\n",
     )
+
+
+def test_into_a_pipe_of_windows(sealed):  # noqa: F811
+    """A character that the code page of Windows lacks does not end a command whose output is redirected."""
+    edit_json(sealed / "manifest.json", name="m/→")
+    result = run(sys.executable, "-m", "pipeline.cli", "verify", sealed, cwd=ROOT, PYTHONIOENCODING="cp1252")
+    assert (result.stdout, result.stderr) == ("m/?: 2 files, 0.0 MB, all as in the manifest\n", "")
 
 
 def test_what_applications_import():
@@ -50,4 +59,24 @@ def test_a_light_installation(monkeypatch):
         1,
         "",
         "Error: psutil is not installed: this command needs the build environment, which `make repro` sets up.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [(("plan",), "pipeline.plan"), (("build", "--scheduler", "x"), "pipeline.cluster.coordinator")],
+)
+def test_a_package_that_does_not_load(monkeypatch, tmp_path, command, module):
+    """A command that needs a package of which a library is missing says so in one sentence."""
+    for file in ("psutil", "distributed"):
+        (tmp_path / f"{file}.py").write_text("raise ImportError('DLL load failed: the module could not be found.')")
+        monkeypatch.delitem(sys.modules, file, raising=False)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = phi3(*command, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (
+        1,
+        "",
+        "Error: a package does not load (DLL load failed: the module could not be found.): pip install it again; on "
+        "Windows, install the Microsoft Visual C++ Redistributable, too.\n",
     )

@@ -88,6 +88,28 @@ def test_a_cache_on_another_disk(project, tmp_path, mount):
     assert not cache.exists()
 
 
+def test_runtimes_that_do_not_load(tmp_path):
+    """A runtime that is installed and does not load is a problem with its remedy, which does not end the examination.
+
+    onnxruntime-genai-winml does not ask for the package that has its ONNX Runtime.
+    """
+    (tmp_path / "openvino.py").write_text("raise ImportError('DLL load failed: no such module')")
+    (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError('No module named onnxruntime')")
+    for name, version in (("openvino", "1"), ("onnxruntime_genai", "2"), ("onnxruntime_genai_winml", "3")):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    result = doctor(tmp_path, HF_HUB_OFFLINE="1")
+    assert (result.returncode, result.stderr) == (1, "Error: 2 problems found\n")
+    assert result.stdout.splitlines()[1:5] == [
+        "problem openvino: 1, which does not load (DLL load failed: no such module)",
+        "        remedy: pip install it again; on Windows, install the Microsoft Visual C++ Redistributable, too",
+        "problem onnxruntime: onnxruntime-genai 2, onnxruntime-genai-winml 3, which does not load (No module named "
+        "onnxruntime)",
+        "        remedy: pip install onnxruntime-windowsml",
+    ]
+
+
 def test_without_a_project(tmp_path, answering):
     """Outside a project only what an application needs is examined, and nothing is written."""
     result = doctor(tmp_path, HF_ENDPOINT=answering)

@@ -14,6 +14,7 @@ def main() -> None:
     """Pull the model, then answer the questions on the command line, or, if there are none, those that are typed."""
     if len(sys.argv) < 2:
         sys.exit("usage: python chat.py URL [QUESTION ...]")
+    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows lacks some characters of an answer
     directory = pull(open_registry(sys.argv[1]), MODEL, progress=show)
     model = og.Model(str(directory))
     tokenizer = og.Tokenizer(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.check.fidelity import Comparison
 from pipeline.check.long_context import Found
-from pipeline.check.reference import Answer, Expected, ask
+from pipeline.check.reference import SENTENCE_END, Answer, Expected, ask
 from pipeline.common.matrices import Matrix, int4_ratio
 from pipeline.common.params import Limits, OpenvinoInt4, Validate, Variant
 from pipeline.common.progress import say
@@ -97,15 +97,22 @@ def check_float16_range(
 
 def check_tokenizer(runtime: Runtime, reference: Expected) -> Iterator[Failure]:
     """Compare token ids and decoded texts, of many scripts, digits, spaces and special tokens, with the source's."""
+    rendered = {chat.rendered for chat in reference.chats}
     for probe in reference.texts:
         ids = runtime.encode(probe.text)
         if ids != probe.ids:
             yield Failure("tokenizer", {"text": probe.text, "ids": probe.ids}, ids)
-        elif (decoded := runtime.decode(ids)) != probe.decoded:
-            yield Failure("tokenizer", {"ids": ids, "decoded": probe.decoded}, decoded)
+            return
+        # SentencePiece has a mark where a word begins. At the beginning of a text, and after a special token of a chat,
+        # transformers and onnxruntime-genai differ in whether it is a space.
+        decoded, expected = runtime.decode(ids), probe.decoded
+        if probe.text in rendered:
+            same = decoded.replace(" ", "") == expected.replace(" ", "")
         else:
-            continue
-        return
+            same = decoded.lstrip(" ") == expected.lstrip(" ")
+        if not same:
+            yield Failure("tokenizer", {"ids": ids, "decoded": expected}, decoded)
+            return
 
 
 def check_chat_template(runtime: Runtime, reference: Expected) -> Iterator[Failure]:
@@ -197,7 +204,7 @@ def _check_form(answer: Answer, source: Answer, *, params: Validate) -> Iterator
         yield Failure("empty", source.text, answer.text)
     elif is_loop(answer.ids) and not is_loop(source.ids):
         yield Failure("loop", source.text, answer.text)
-    elif source.stopped and not answer.stopped:
+    elif source.stopped and 2 * len(source.ids) <= params.max_new_tokens and not answer.stopped:
         yield Failure("stop", f"an end within {params.max_new_tokens} tokens, as: {source.text}", answer.text)
 
 
@@ -216,7 +223,7 @@ def recall(answer: Answer, source: Answer) -> float:
     New are the words in the first sentence of `source` that are not in its question: "The capital of France is Paris."
     adds "paris" to "What is the capital of France?".
     """
-    sentence = re.split(r"(?<=[.!?])\s|\n", source.text.strip(), maxsplit=1)[0]
+    sentence = SENTENCE_END.split(source.text.strip(), maxsplit=1)[0]
     added = _words(sentence) - _words(source.question)
     return len(added & _words(answer.text)) / len(added) if added else 1.0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.check.fidelity import Distributions, compare
 from pipeline.check.reference import Answer, Reference
+from pipeline.common.context import ORIGINAL
 from pipeline.common.memory import peak_memory
 from pipeline.common.params import OnnxInt4, Variant
 from pipeline.run.interface import Precision, Runtime, Scorer
@@ -42,7 +43,7 @@ def load_scorer(
     NPU variants run as a plain IR.
     """
     if isinstance(variant, OnnxInt4):
-        return OnnxGenai(directory, at_once="original_max_position_embeddings" in context)
+        return OnnxGenai(directory, original=context.get(ORIGINAL))
     return OpenvinoLogits(directory, device=device, precision=precision)
 
 

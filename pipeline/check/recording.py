@@ -1,5 +1,6 @@
 """Record what the source model says, and how probable it finds it: the reference with which variants are compared."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from pipeline.check.fidelity import Distributions, concatenate, distributions
 from pipeline.check.long_context import ROWS, make_prompts
-from pipeline.check.reference import CHATS, TEXTS, Answer, Chat, Continuation, Reference, Text
+from pipeline.check.reference import CHATS, SENTENCE_END, TEXTS, Answer, Chat, Continuation, Reference, Text
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import Params
 from pipeline.common.progress import say
@@ -35,7 +36,7 @@ def record(
 
     Raises PipelineError when no question is left, and when the source would have answered otherwise.
     """
-    rendered = [Chat(messages=messages, rendered=source.render_chat(messages)) for messages in CHATS]
+    rendered = list(render_chats(source))
     texts = [*TEXTS, *(chat.rendered for chat in rendered)]  # the rendered chats hold the special tokens
     ids = [source.encode(text) for text in texts]
     answers, continuations = _answer(source, fp16, params=params)
@@ -84,14 +85,33 @@ def record(
     return reference, concatenate(rows)
 
 
-def near_tie(source: Torch, answer: Answer, logits: Any) -> str | None:
-    """Return where in `answer` the source nearly ties between two tokens, as a sentence; None when it never does.
+def render_chats(source: Torch) -> Iterator[Chat]:
+    """Yield CHATS as the chat template of `source` renders them, without those that it refuses.
 
-    `logits`, shape (tokens of the answer, vocabulary), are those with which the source predicts the answer.
+    Raises PipelineError when it refuses all.
+    """
+    from jinja2 import TemplateError
+
+    refusals = []
+    for messages in CHATS:
+        try:
+            yield Chat(messages=messages, rendered=source.render_chat(messages))
+        except TemplateError as error:
+            refusals.append(str(error))
+            say(f"left out: a chat that the chat template refuses ({error})")
+    if len(refusals) == len(CHATS):
+        raise PipelineError(f"the chat template refuses every chat ({refusals[0]}): correct it in the checkpoint.")
+
+
+def near_tie(source: Torch, answer: Answer, logits: Any) -> str | None:
+    """Return where the source nearly ties between two tokens, as a sentence; None when it never does.
+
+    It is looked for in the first sentence of `answer`, with which variants' answers are compared. `logits`, shape
+    (tokens of the answer, vocabulary), are those with which the source predicts the answer.
     """
     import torch
 
-    scores = torch.from_numpy(logits)
+    scores = torch.from_numpy(logits[: _first_sentence(source, answer)])
     first, second = torch.log_softmax(scores, dim=1).topk(2, dim=1).values.unbind(dim=1)
     place = int((first - second).argmin())
     if first[place] - second[place] >= MIN_MARGIN:
@@ -102,6 +122,14 @@ def near_tie(source: Torch, answer: Answer, logits: Any) -> str | None:
         f"'{answer.question}' proves nothing: after {source.decode(answer.ids[:place])!r} the source model itself "
         f"nearly ties between {pair[0]} ({shares[0]}) and {pair[1]} ({shares[1]})"
     )
+
+
+def _first_sentence(source: Torch, answer: Answer) -> int:
+    # Return the number of tokens of the first sentence, up to the one with which the next begins.
+    for tokens in range(1, len(answer.ids)):
+        if len(SENTENCE_END.split(source.decode(answer.ids[:tokens]).strip(), maxsplit=1)) > 1:
+            return tokens
+    return len(answer.ids)
 
 
 def _answer(source: Torch, fp16: Path, *, params: Params) -> tuple[list[Answer], list[Continuation]]:

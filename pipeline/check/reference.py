@@ -4,12 +4,14 @@ pipeline/check/recording.py records them.
 """
 
 import json
+import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.run.interface import Message, Runtime
 
+SENTENCE_END = re.compile(r"(?<=[.!?])\s|\n")  # answers are compared in their first sentence
 # Texts that tokenizer conversions are known to get wrong.
 TEXTS = (
     "Hello, world!",

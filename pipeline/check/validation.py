@@ -17,7 +17,7 @@ from pipeline.check.directml.runtime import check_directml
 from pipeline.check.fidelity import Distributions, compare
 from pipeline.check.measurement import load_runtime, load_scorer, measure, measure_default_precision
 from pipeline.check.reference import Reference, ask
-from pipeline.common.checkpoint import read_json, tensor_shapes
+from pipeline.common.checkpoint import expected_shapes, read_json
 from pipeline.common.errors import PipelineError, refusal
 from pipeline.common.manifest import VariantManifest, digest, read_manifest, verify
 from pipeline.common.matrices import matrices, summary
@@ -39,7 +39,8 @@ def check_files(directory: Path, *, variant: Variant, model: Model, source: Path
         return [Failure("files", "the files of the manifest", str(error))]
     if missing := [name for name in library.REQUIRED if name not in manifest.files]:
         return [Failure("files", list(library.REQUIRED), f"no {', '.join(missing)}")]
-    config, original = read_json(source / "config.json"), matrices(tensor_shapes(source))
+    config = read_json(source / "config.json")
+    original = matrices(dict(expected_shapes(config)))
     options: dict[str, Any] = {
         "recipe": variant,
         "config": config,

@@ -75,7 +75,7 @@ def run_cell(node: Node, needed: dict[str, Built], *, origin: Origin, disk: floa
         for built in needed.values():
             for path, text in built.texts.items():
                 (clone / path).parent.mkdir(parents=True, exist_ok=True)
-                (clone / path).write_text(text, "utf-8")
+                (clone / path).write_text(text, "utf-8", newline="\n")  # on Windows, too: DVC hashes it
         command = [sys.executable, "-m", __name__, str(node.cell), *needed]
         # The events have every line; a local worker's own output would show it twice.
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):

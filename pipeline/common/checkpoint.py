@@ -139,6 +139,7 @@ def check(checkpoint: Path) -> None:
     """
     check_architecture(checkpoint)
     _check_tensors(checkpoint)
+    _check_head(checkpoint)
     if not (checkpoint / "tokenizer.json").is_file():
         raise PipelineError(f"{checkpoint / 'tokenizer.json'} is missing: the runtimes need the fast tokenizer's file.")
 
@@ -150,6 +151,12 @@ def check_architecture(checkpoint: Path) -> None:
         raise PipelineError(
             f"{checkpoint / 'config.json'} says architectures {config.get('architectures')}: this pipeline builds "
             "Phi3ForCausalLM only."
+        )
+    rope = config.get("rope_scaling")
+    if isinstance(rope, dict) and rope.get("type") == "su":
+        raise PipelineError(
+            f"{checkpoint / 'config.json'} says rope_scaling of type su, which transformers 5 cannot load: write "
+            "longrope, its newer name."
         )
 
 
@@ -167,6 +174,20 @@ def _check_tensors(checkpoint: Path) -> None:
                 )
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise PipelineError(f"{config} does not describe a Phi-3 model ({error!r}): download it again.") from error
+
+
+def _check_head(checkpoint: Path) -> None:
+    # A head that differs from the embedding is used by transformers 5, whatever the config says, and dropped by
+    # onnxruntime-genai's builder.
+    config = read_json(checkpoint / "config.json")
+    if not config.get("tie_word_embeddings", False) or "lm_head.weight" not in tensor_shapes(checkpoint):
+        return
+    read = open_weights(checkpoint)
+    if not (read("lm_head.weight") == read("model.embed_tokens.weight")).all():
+        raise PipelineError(
+            f"{checkpoint / 'config.json'} says tie_word_embeddings, but lm_head.weight differs from the embedding: "
+            "write false there, or remove the head."
+        )
 
 
 def eos_token_ids(checkpoint: Path) -> list[int]:
@@ -203,10 +224,10 @@ def to_float16(checkpoint: Path, target: Path, *, weight: Callable[[str], Any] |
                     raise PipelineError(f"{shard}: {name} has values beyond float16 (±65504): it has no FP16 form.")
                 weight_map[name] = f"model-{len(weight_map) + 1:05d}.safetensors"
                 save_file({name: half}, target / weight_map[name], metadata={"format": "pt"})
-    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")
+    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8", newline="\n")
     for path in checkpoint.iterdir():
         if path.name in CONFIG_FILES or path.suffix == ".py":
             (target / path.name).write_bytes(path.read_bytes())
     config = read_json(target / "config.json") | {"dtype": "float16"}
     config.pop("torch_dtype", None)
-    (target / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    (target / "config.json").write_text(json.dumps(config, indent=2), "utf-8", newline="\n")

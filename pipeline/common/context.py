@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.common.checkpoint import read_json
 
+ORIGINAL = "original_max_position_embeddings"  # the key of LongRoPE's original limit
 NPU_PROMPT = 1024  # tokens of openvino-genai's longest prompt on an NPU, unless MAX_PROMPT_LEN says otherwise
 
 
@@ -22,14 +23,14 @@ def limits(config: dict[str, Any], *, directml: bool) -> dict[str, int]:
     if (window := config.get("sliding_window")) and window < longest:
         found |= {"sliding_window": window} | ({"faithful_tokens": window} if directml else {})
     if is_longrope(config):
-        found["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+        found[ORIGINAL] = config[ORIGINAL]
     return found
 
 
 def is_longrope(config: dict[str, Any]) -> bool:
-    """Return whether a model with `config` uses LongRoPE, other rotary factors for long texts (older name: "su")."""
+    """Return whether a model with `config` uses LongRoPE, other rotary factors for long texts."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return rope.get("rope_type", rope.get("type")) in ("longrope", "su")
+    return bool(rope.get("rope_type", rope.get("type")) == "longrope")
 
 
 def describe(context: dict[str, int]) -> str:
@@ -39,7 +40,7 @@ def describe(context: dict[str, int]) -> str:
         said += f" Each attends to the last {window:,}."
     if faithful := context.get("faithful_tokens"):
         said += f" On DirectML it attends to all of them: beyond {faithful:,} it is another model than its source."
-    if original := context.get("original_max_position_embeddings"):
+    if original := context.get(ORIGINAL):
         said += f" An answer must not cross {original:,}: beyond them the prompt has to be read again."
     return said
 
@@ -52,7 +53,7 @@ def room(context: dict[str, int], prompt: int) -> tuple[int, str]:
     there; they read the next prompt as a whole.
     """
     longest = context["max_position_embeddings"]
-    original = context.get("original_max_position_embeddings", longest)
+    original = context.get(ORIGINAL, longest)
     if prompt <= original < longest:
         # The model never reads the last token of an answer, so this one may lie beyond the limit.
         return original + 1 - prompt, (

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 FULL = 1 << 20  # bytes; a disk with less free space counts as full when a write fails
@@ -13,6 +14,7 @@ FULL = 1 << 20  # bytes; a disk with less free space counts as full when a write
 NO_MEMORY = re.compile(
     "bad.alloc|(can.t|cannot|failed to) alloc|(out of|not enough) memory|failed to map segment", re.IGNORECASE
 )
+REINSTALL = "pip install it again; on Windows, install the Microsoft Visual C++ Redistributable, too"
 
 
 class PipelineError(Exception):
@@ -22,6 +24,16 @@ class PipelineError(Exception):
 def lines(error: BaseException) -> list[str]:
     """Return the lines of the message of `error`, or the name of its type when it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()
+
+
+def require_runtime(module: str, needs: str) -> None:
+    """Import `module`; raise PipelineError, which begins with `needs`, when it is not installed or does not load."""
+    try:
+        import_module(module)
+    except ModuleNotFoundError as error:
+        raise PipelineError(f"{needs}: pip install it.") from error
+    except (ImportError, OSError) as error:  # onnxruntime-genai loads a library by ctypes, which raises OSError
+        raise PipelineError(f"{needs}, which does not load ({lines(error)[-1]}): {REINSTALL}.") from error
 
 
 def full_disk(error: Exception) -> str | None:

@@ -6,10 +6,12 @@ and one rename gives the directory its name.
 
 import hashlib
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -20,6 +22,9 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.paths import MANIFEST
 
 SCHEMA_VERSION = 1
+WAITS = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds before each further attempt to rename a directory
+# Files that Finder and Explorer leave in folders that somebody looks at. They belong to no artifact.
+STRAY = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini")
 
 
 class Block(BaseModel):
@@ -201,12 +206,26 @@ def building(target: Path, *, resume: bool = False, last: str = MANIFEST) -> Ite
         if target.exists():
             (target / last).unlink(missing_ok=True)
             shutil.rmtree(target)
-        build.rename(target)
+        rename(build, target)
         _fsync(target.parent)
     except BaseException:
         if not resume:
             shutil.rmtree(build, ignore_errors=True)
         raise
+
+
+def rename(directory: Path, target: Path) -> None:
+    """Rename `directory` to `target`, in some seconds if not at once.
+
+    Windows refuses while a program, such as a virus scanner, has a file in the directory open. Raises PermissionError
+    when it still refuses in the end.
+    """
+    for wait in WAITS:
+        with suppress(PermissionError):
+            directory.rename(target)
+            return
+        time.sleep(wait)
+    directory.rename(target)
 
 
 def seal(directory: Path, manifest: Manifest) -> None:
@@ -223,7 +242,7 @@ def replace_file(path: Path, text: str) -> None:
     """Write `text` and a newline to `path` so that a reader sees the old or the new content, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text + "\n", "utf-8")
+    temporary.write_text(text + "\n", "utf-8", newline="\n")
     _fsync(temporary)
     temporary.replace(path)
     _fsync(path.parent)
@@ -277,6 +296,7 @@ def compare_files(directory: Path, files: dict[str, File], *, besides: set[str])
     """Return a sentence for each difference between `directory` and `files`, sorted; the paths `besides` are ignored.
 
     Every file is hashed. A link or a device in the place of a file counts as a change, a directory as a missing file.
+    What Finder and Explorer leave is ignored, so a file of `files` with such a name counts as missing.
     """
     present = set(_paths(directory)) - besides
     faults = [f"{path} is missing" for path in files.keys() - present]
@@ -310,13 +330,14 @@ def tool_versions(*packages: str) -> dict[str, str]:
 
 def _paths(directory: Path) -> list[str]:
     found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.relative_to(directory).as_posix() for path in found)
+    return sorted(path.relative_to(directory).as_posix() for path in found if not STRAY.fullmatch(path.name))
 
 
 def _fsync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open a directory to flush its entries
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    # Windows flushes only what is open for writing. Without O_BINARY it would cut a last byte 0x1A off the file.
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0) if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

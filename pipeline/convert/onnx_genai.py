@@ -1,5 +1,6 @@
 """Build ONNX models with onnxruntime-genai's builder, and replace their INT4 codes by the solver's."""
 
+import json
 import os
 import re
 import sys
@@ -7,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.checkpoint import read_json, to_float16
+from pipeline.common.checkpoint import eos_token_ids, read_json, to_float16
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import OnnxInt4
 from pipeline.common.programs import stream_lines
@@ -15,7 +16,16 @@ from pipeline.common.progress import Bar
 from pipeline.convert import onnx_builder
 from pipeline.convert.calibration import Calibration
 from pipeline.convert.onnx_builder import RESIDUAL_SCALE, WRITERS
-from pipeline.convert.onnx_format import INT4, MODEL, REQUIRED, matrix_name, node_attributes, qkv_rows, shares_float16
+from pipeline.convert.onnx_format import (
+    CONFIG,
+    INT4,
+    MODEL,
+    REQUIRED,
+    matrix_name,
+    node_attributes,
+    qkv_rows,
+    shares_float16,
+)
 from pipeline.convert.solver import Grid, pack
 
 BUILDER = onnx_builder.__name__
@@ -97,6 +107,11 @@ def _build(checkpoint: Path, target: Path, *, recipe: OnnxInt4, trust_remote_cod
     missing = [name for name in REQUIRED if not (target / name).is_file()]
     if missing:
         raise PipelineError(f"the onnxruntime-genai builder wrote no {missing[0]}.")
+    # The builder adds the tokenizer's eos token, at which the source model does not stop.
+    genai, eos = read_json(target / CONFIG), eos_token_ids(checkpoint)
+    if set(genai["model"]["eos_token_id"]) != set(eos):
+        genai["model"]["eos_token_id"] = eos
+        (target / CONFIG).write_text(json.dumps(genai, indent=4), "utf-8", newline="\n")
 
 
 def solve(target: Path, calibration: Calibration, config: dict[str, Any], *, directml: bool) -> None:

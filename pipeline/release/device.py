@@ -15,6 +15,7 @@ from pipeline.release.release import Release
 
 Target = Literal["auto", "cpu", "gpu", "npu", "directml", "foundry"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+LARGER = {"onnxruntime-genai": "onnxruntime-genai-winml"}  # the package that has the same module, with DirectML
 
 
 def choose_release(releases: Iterable[Release], target: Target) -> tuple[Release, str]:
@@ -52,8 +53,12 @@ def suits(release: Release, device: str) -> bool:
 
 
 def missing(release: Release) -> list[str]:
-    """Return the packages that `release` requires and that are not installed."""
-    return [package for package in release.requires if installed_version(package) is None]
+    """Return the packages that `release` requires, without those that are installed or whose larger form is."""
+    return [
+        package
+        for package in release.requires
+        if not any(map(installed_version, (package, LARGER.get(package, package))))
+    ]
 
 
 def installed_version(package: str) -> str | None:

@@ -49,10 +49,10 @@ def write_documents(directory: Path, *, model: str, variant: str, version: str) 
     if not manifest.runtime.openvino:
         documents[INFERENCE_MODEL] = inference_model(artifact, name=model_id(model, variant, version))
     for name, content in documents.items():
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8", newline="\n")
     excerpt = make_excerpt(read_reference(paths.reference(model)), read_distributions(paths.distributions(model)))
-    (directory / EXCERPT).write_text(excerpt.model_dump_json() + "\n", "utf-8")
-    (directory / CARD).write_text(card(manifest, metrics, machine, version=version), "utf-8")
+    (directory / EXCERPT).write_text(excerpt.model_dump_json() + "\n", "utf-8", newline="\n")
+    (directory / CARD).write_text(card(manifest, metrics, machine, version=version), "utf-8", newline="\n")
 
 
 def card(manifest: VariantManifest, metrics: dict[str, Any], measured: dict[str, Any], *, version: str) -> str:

@@ -26,7 +26,7 @@ def write_openvino_ep(target: Path, ir: Path, manifest: VariantManifest, *, npu_
     (target / MODEL).write_bytes(model.SerializeToString(deterministic=True))
     inputs, outputs = ([port.any_name for port in ports] for ports in (network.inputs, network.outputs))
     config = _genai_config(ir, manifest, inputs=inputs, outputs=outputs, npu_lengths=npu_lengths or NPU_LENGTHS)
-    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8", newline="\n")
 
 
 def _context_model(network: Any, sdk_version: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.common import paths
 from pipeline.common.checkpoint import LICENCE_FILES, read_json
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import BlobManifest, HubOrigin, VariantManifest, digest, read_manifest, verify
+from pipeline.common.manifest import BlobManifest, HubOrigin, Manifest, VariantManifest, digest, read_manifest, verify
 from pipeline.common.params import load_params
 from pipeline.common.paths import MANIFEST
 from pipeline.release.documents import write_documents
@@ -53,12 +53,12 @@ def publish(
         write_documents(added, model=model, variant=variant, version=version)
         if manifest.runtime.openvino:
             write_openvino_ep(added, directory, manifest, npu_lengths=asked_lengths(blobs.values()))
-        files = [*_of_source(model), *directory.iterdir(), *added.iterdir()]
+        files = [*_of_source(model), *_files(directory, manifest), *added.iterdir()]
         contents = {path.name: path for path in files} | {
             f"{RELEASED_BLOBS}/{platform}/{path.name}": path
             for platform, blob in blobs.items()
             if not blob.not_compiled
-            for path in paths.blob(directory, platform).iterdir()
+            for path in _files(paths.blob(directory, platform), blob)
         }
         release = Release(
             model=model,
@@ -161,6 +161,11 @@ def _blobs(directory: Path, ir: VariantManifest, *, progress: Callable[[str], No
         elif not belongs(blob, ir):
             raise PipelineError(f"{path} was compiled from another IR: run `dvc repro compile_npu` first.")
     return blobs
+
+
+def _files(directory: Path, manifest: Manifest) -> list[Path]:
+    # Return the files of an artifact, without what Finder or Explorer left beside them.
+    return [directory / name for name in (*manifest.files, MANIFEST)]
 
 
 def _of_source(model: str) -> list[Path]:

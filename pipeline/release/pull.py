@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]  # bytes so far, bytes in all, file
 
 def cache() -> Path:
     """Return the directory of the cache: PHI3_CACHE, or the system's cache directory for this user."""
-    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("phi3-pipeline"))
+    return Path(os.environ.get(CACHE_VARIABLE) or user_cache_path("phi3-pipeline", appauthor=False))
 
 
 def pull(
@@ -68,8 +68,10 @@ def pull(
         )
     if key:
         require_signature(content[0], content[1], key, origin=f"{registry.url}: {name} {version}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
+    # Beside `target` the lock would stay, and in some folders, such as C:\, Windows lets users make no file.
+    lock = cache() / "locks" / hashlib.sha256(os.fsencode(target.absolute())).hexdigest()[:16]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
         if _is_installed(target, name, version, key=key, cached=not to):  # another process was faster
             return target
         if to and to.exists() and any(to.iterdir()):

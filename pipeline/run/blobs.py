@@ -1,5 +1,6 @@
 """For applications: choose between the blob and the IR of an NPU variant, on the machine at hand."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,12 @@ def choose(directory: Path, *, architecture: str | None = None, openvino: str | 
         return Choice(
             "NPU", {**lengths}, f"the blob for NPU {architecture} does not fit, {reason}: the IR is compiled on loading"
         )
+    if sys.platform == "win32" and not str(blob_directory).isascii():
+        reason = (
+            f"on Windows openvino-genai cannot open the blob in {blob_directory}, only in a folder of plain letters"
+        )
+        remedy = "set PHI3_CACHE, or --to of `phi3 pull`, to one"
+        return Choice("NPU", {**lengths}, f"{reason} ({remedy}): the IR is compiled on loading")
     (name,) = blob.files
     options: dict[str, str | int] = {"BLOB_PATH": str(blob_directory / name)}
     if blob.recipe.asked.weightless:
@@ -90,7 +97,7 @@ def asked_lengths(blobs: Iterable[BlobManifest]) -> dict[str, int]:
 
 def _compiled_from(directory: Path, ir: VariantManifest) -> Iterator[BlobManifest]:
     # Yield the manifests of the blobs that were compiled from `ir` in `directory`; others may be there from earlier.
-    for path in (*directory.glob(f"{RELEASED_BLOBS}/*"), *directory.parent.glob(f"blobs/{directory.name}-*")):
+    for path in (*directory.glob(f"{RELEASED_BLOBS}/*/"), *directory.parent.glob(f"blobs/{directory.name}-*")):
         if belongs(blob := read_manifest(path, BlobManifest), ir):
             yield blob
 

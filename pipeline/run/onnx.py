@@ -22,7 +22,7 @@ class OnnxGenai:
     `precision` does not change how it computes: in the model's own types, with accuracy_level 4. With "f32", which is
     for judging, it uses all processors and takes less memory: it has no arena, and a model for CPUs maps weights that
     ONNX Runtime packed for this processor from a file. The results are the same.
-    `at_once` says how `logits` reads a text: at once, which LongRoPE needs, or in pieces, which needs less memory.
+    `original` is the original limit of a model with LongRoPE. DirectML reads a text at once, the CPU in pieces.
 
     Raises RuntimeError when the runtime cannot load the model, and OSError when the disk has no room for the packed
     weights.
@@ -31,11 +31,11 @@ class OnnxGenai:
     name = "onnxruntime-genai"
 
     def __init__(
-        self, directory: Path, *, precision: Precision = "f32", at_once: bool = True, directml: bool = False
+        self, directory: Path, *, precision: Precision = "f32", original: int | None = None, directml: bool = False
     ) -> None:
         import onnxruntime_genai
 
-        self._at_once = at_once
+        self._original, self._directml = original, directml
         self.device = "DirectML" if directml else "CPUExecutionProvider"
         config = onnxruntime_genai.Config(str(directory))
         if not directml:
@@ -97,7 +97,8 @@ class OnnxGenai:
         import numpy as np
 
         generator = self._generator(len(ids))
-        for start, end in pieces(len(ids), last=last, at_once=self._at_once):
+        whole = [(0, len(ids))]  # DirectML takes no second piece of a text
+        for start, end in whole if self._directml else pieces(len(ids), last=last, original=self._original):
             generator.append_tokens(ids[start:end])
         return np.asarray(generator.get_output("logits")[0, -last:], dtype=np.float32)
 

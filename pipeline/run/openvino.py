@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.checkpoint import read_json
-from pipeline.common.context import is_longrope, pipeline_options
+from pipeline.common.context import ORIGINAL, limits, pipeline_options
 from pipeline.common.params import Npu
 from pipeline.common.progress import Bar
 from pipeline.run.interface import Generation, Message, Precision
@@ -126,13 +126,13 @@ class OpenvinoLogits:
         _keep_last(model)
         options = F32 if precision == "f32" else {}
         self._request = core.compile_model(model, device, options).create_infer_request()
-        self._at_once = is_longrope(read_json(directory / "config.json"))
+        self._original = limits(read_json(directory / "config.json"), directml=False).get(ORIGINAL)
 
     def logits(self, ids: list[int], *, last: int) -> Any:
         import numpy as np
 
         self._request.reset_state()
-        for start, end in pieces(len(ids), last=last, at_once=self._at_once):
+        for start, end in pieces(len(ids), last=last, original=self._original):
             result = self._request.infer(model_inputs(ids[:end], start=start) | {"last": np.array([-last])})
         return np.array(result["logits"][0], dtype=np.float32)
 

@@ -4,14 +4,15 @@
 PIECE = 256
 
 
-def pieces(tokens: int, *, last: int, at_once: bool) -> list[tuple[int, int]]:
+def pieces(tokens: int, *, last: int, original: int | None) -> list[tuple[int, int]]:
     """Return the starts and ends of the pieces of a text of `tokens` tokens; the last has the text's `last` tokens.
 
-    A model with LongRoPE has to read all of the text `at_once`, since the keys of a piece depend on the length of the
-    text so far.
+    With LongRoPE the keys of a piece depend on whether the text so far is longer than the `original` limit. So the
+    first piece of a longer text ends beyond that limit.
     """
-    piece = tokens if at_once else piece_size(tokens)
-    ends = [*range(piece, tokens - last, piece), tokens]
+    piece = piece_size(tokens)
+    first = original + 1 if original and tokens > original else piece
+    ends = [*range(first, tokens - last, piece), tokens]
     return list(zip([0, *ends], ends, strict=False))
 
 

@@ -14,10 +14,10 @@ from pipeline.check.directml.runtime import DEVICE, Recorded, Request, check_dir
 from pipeline.check.reference import read_reference
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import load_params
-from pipeline.convert.onnx_format import MODEL
+from pipeline.convert.onnx_format import CONFIG, MODEL
 from pipeline.run.onnx import OnnxGenai
 from tests.convert.test_conversion import undivided
-from tests.helpers import LIMITS, ROOT
+from tests.helpers import LIMITS, ROOT, edit
 from tests.release_project import REFERENCE
 
 PARAMS = load_params(ROOT / "params.yaml")
@@ -77,9 +77,13 @@ needs_directml = pytest.mark.skipif(wine.unavailable() is not None, reason=f"{wi
 
 @pytest.mark.slow
 @needs_directml
-def test_runs_on_directml(smol_phi3):
-    """The variant passes on DirectML: its logits are those of the CPU provider, and its answer is the source's."""
-    directory = smol_phi3 / VARIANT
+def test_runs_on_directml(smol_phi3, tmp_path):
+    """The variant passes on DirectML: its logits are those of the CPU provider, and its answer is the source's.
+
+    Its config names tokens for tool calls, as Phi-4-mini's does.
+    """
+    directory = copy(smol_phi3, tmp_path)
+    edit(directory / CONFIG, '"model": {', '"model": {"bot_token_id": 5, "eot_token_id": 6,')
     failures, metrics = check_directml(
         directory,
         cpu=OnnxGenai(directory),

@@ -120,6 +120,6 @@ def test_the_check_finds_logits_of_pieces(longrope, monkeypatch, variant):
     monkeypatch.setattr(pieces, "PIECE", 32)
     for module in (onnx, openvino_runtimes):
         monkeypatch.setattr(
-            module, "pieces", lambda tokens, last, at_once: pieces.pieces(tokens, last=last, at_once=False)
+            module, "pieces", lambda tokens, last, original: pieces.pieces(tokens, last=last, original=None)
         )
     assert [prompt.kl_mean > 0.05 for prompt in longrope.found(variant)] == [True, True]

@@ -1,6 +1,7 @@
 """The reference is what the source model itself says, and how probable it finds the alternatives."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pipeline.check import recording, reference
 from pipeline.check.fidelity import concatenate, distributions
 from pipeline.check.long_context import ROWS
 from pipeline.check.recording import near_tie, record
-from pipeline.check.reference import Answer
+from pipeline.check.reference import CHATS, Answer
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import limits
 from pipeline.common.errors import PipelineError
@@ -157,6 +158,33 @@ def test_a_near_tie_is_told(tiny_checkpoint, monkeypatch):
     assert said[1] == source.decode([40])
     monkeypatch.setattr(recording, "MIN_MARGIN", 0.05)
     assert near_tie(source, answer, logits) is None
+
+
+def test_a_near_tie_after_the_first_sentence(tiny_checkpoint):
+    """A near tie counts only in the first sentence, with which variants' answers are compared."""
+    source = Torch(tiny_checkpoint)
+    said = [source.encode(text) for text in ("Yes", ".", " It", " is")]
+    ids = [token for part in said for token in part]
+    answer = Answer(question=QUESTION, prompt_ids=[30, 31], ids=ids, text="", stopped=False)
+    logits = np.zeros((len(ids), 320), np.float32)
+    logits[range(len(ids)), ids] = 20
+    logits[-1, 77] = 20
+    assert near_tie(source, answer, logits) is None
+    logits[0, 77] = 20
+    assert near_tie(source, answer, logits).startswith("'Who are you?' proves nothing: after '' the source model")
+
+
+def test_a_chat_that_the_template_refuses(tiny_checkpoint, tmp_path, capsys):
+    """A chat template without a system role leaves that chat out, and one that refuses everything is an error."""
+    shutil.copytree(tiny_checkpoint, tmp_path, dirs_exist_ok=True)
+    template = tmp_path / "chat_template.jinja"
+    refuse = "{%% if messages[0].role == '%s' %%}{{ raise_exception('No %s.') }}{%% endif %%}x"
+    template.write_text(refuse % ("system", "system"))
+    assert [chat.messages for chat in recording.render_chats(Torch(tmp_path))] == [CHATS[0], CHATS[2]]
+    assert capsys.readouterr().out == "left out: a chat that the chat template refuses (No system.)\n"
+    template.write_text("{{ raise_exception('No.') }}")
+    with pytest.raises(PipelineError, match=r"^the chat template refuses every chat \(No\.\): correct it"):
+        list(recording.render_chats(Torch(tmp_path)))
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pipeline.check.checks import CHECKS, check_answers, check_runtime
 from pipeline.check.fidelity import Distributions, read_distributions
@@ -220,6 +222,16 @@ def test_recipe_lied_about(artifact, smol_phi3):
     assert fault.check == "recipe"
     assert fault.expected.startswith("int4-sym-channel for model.layers.")
     assert {f.check for f in file_failures(artifact, smol_phi3, variant="openvino-fp16")} == {"recipe", "size"}
+
+
+def test_a_source_with_more_tensors(artifact, smol_phi3, tmp_path):
+    """A variant needs the matrices of the architecture, not others that the source stores, such as a tied head."""
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copyfile(smol_phi3 / "source/config.json", source / "config.json")
+    save_file({"lm_head.weight": torch.ones(49152, 576)}, source / "model.safetensors")
+    variant, params = PARAMS.variants["openvino-int4"], PARAMS.validate_
+    assert check_files(artifact, variant=variant, model=MODEL, source=source, params=params) == []
 
 
 def test_a_manifest_that_lies(artifact, smol_phi3):

@@ -81,6 +81,26 @@ def test_more_tensors_than_needed(tiny_checkpoint, tmp_path):
     checkpoint.check(tmp_path)
 
 
+def test_a_head_beside_a_tied_embedding(tiny_checkpoint, tmp_path):
+    """A checkpoint that is tied may store its head, too, but not another one than its embedding."""
+    tied, other = {"tie_word_embeddings": True}, {"lm_head.weight": torch.ones(320, 128, dtype=torch.bfloat16)}
+    embedding = load_file(tiny_checkpoint / "model.safetensors")["model.embed_tokens.weight"]
+    changed_checkpoint(tiny_checkpoint, tmp_path, config=tied, **{"lm_head.weight": embedding.clone()})
+    checkpoint.check(tmp_path)
+    changed_checkpoint(tiny_checkpoint, tmp_path, config=tied, **other)
+    with pytest.raises(
+        PipelineError, match=r"says tie_word_embeddings, but lm_head\.weight differs from the embedding"
+    ):
+        checkpoint.check(tmp_path)
+
+
+def test_an_older_name_of_longrope(tiny_checkpoint, tmp_path):
+    """A checkpoint with rope_scaling of type su, which transformers 5 cannot load, is refused with the newer name."""
+    changed_checkpoint(tiny_checkpoint, tmp_path, config={"rope_scaling": {"type": "su"}})
+    with pytest.raises(PipelineError, match=r"rope_scaling of type su, .*: write longrope, its newer name\.$"):
+        checkpoint.check(tmp_path)
+
+
 @pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"num_hidden_layers": None}])
 def test_a_config_of_nothing(tiny_checkpoint, tmp_path, change):
     """A config that describes no model is refused by its name."""

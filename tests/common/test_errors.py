@@ -1,10 +1,11 @@
-"""What a runtime's error says is told apart from lack of memory, which is no fault of the model."""
+"""What a runtime's error says is told apart from lack of memory, which is no fault of the model, and so is a runtime
+that does not load from one that is missing."""
 
 import re
 
 import pytest
 
-from pipeline.common.errors import refusal
+from pipeline.common.errors import PipelineError, refusal, require_runtime
 
 
 def test_a_refusal():
@@ -33,3 +34,31 @@ def test_lack_of_memory(message):
     """However OpenVINO, ONNX Runtime and the systems report lack of memory, it is a MemoryError."""
     with pytest.raises(MemoryError, match=re.escape(message)):
         refusal(RuntimeError(message))
+
+
+AGAIN = "pip install it again; on Windows, install the Microsoft Visual C++ Redistributable, too"
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("import no_such_module", "the model needs runtime==1: pip install it."),
+        (
+            "raise ImportError('in runtime.py:\\nDLL load failed')",
+            f"the model needs runtime==1, which does not load (DLL load failed): {AGAIN}.",
+        ),
+        (
+            "raise FileNotFoundError('no onnxruntime.dll, or one of its dependencies')",
+            "the model needs runtime==1, which does not load (no onnxruntime.dll, or one of its dependencies): "
+            f"{AGAIN}.",
+        ),
+    ],
+    ids=["missing", "import", "library"],
+)
+def test_a_runtime_that_does_not_load(code, sentence, tmp_path, monkeypatch):
+    """A runtime that is missing has another remedy than one that is installed and does not load."""
+    (tmp_path / "broken_runtime.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PipelineError) as refused:
+        require_runtime("broken_runtime", "the model needs runtime==1")
+    assert str(refused.value) == sentence

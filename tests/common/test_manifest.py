@@ -1,5 +1,9 @@
 """An artifact exists if and only if its manifest does, and every byte is accounted for."""
 
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from pipeline.common.errors import PipelineError
@@ -11,6 +15,7 @@ from pipeline.common.manifest import (
     VariantManifest,
     building,
     read_manifest,
+    replace_file,
     seal,
     verify,
 )
@@ -84,6 +89,78 @@ def test_a_killed_build_is_swept_or_resumed(tmp_path):
     with building(tmp_path / "v") as build:
         assert list(build.iterdir()) == []
         seal(build, MANIFEST)
+
+
+@pytest.fixture
+def scanner(monkeypatch):
+    """How often Windows still refuses to rename a directory, in a list of one number, and the waits in between."""
+    left, waits, rename = [2], [], Path.rename
+
+    def refuse(path, target):
+        if left[0]:
+            left[0] -= 1
+            raise PermissionError("a virus scanner has a file open")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr("time.sleep", waits.append)
+    return left, waits
+
+
+def test_a_virus_scanner_reads_what_was_built(scanner, tmp_path):
+    """A build that Windows does not rename at first gets its name some tenths of a second later."""
+    with building(tmp_path / "v") as build:
+        seal(build, MANIFEST)
+    assert (verify(tmp_path / "v"), scanner) == (MANIFEST, ([0], [0.1, 0.2]))
+
+
+def test_a_directory_that_stays_open(scanner, tmp_path):
+    """When Windows still refuses after three seconds, the build fails and leaves nothing."""
+    scanner[0][0] = 6
+    with pytest.raises(PermissionError, match="a virus scanner has a file open"), building(tmp_path / "v") as build:
+        seal(build, MANIFEST)
+    assert (list(tmp_path.iterdir()), scanner) == ([], ([0], [0.1, 0.2, 0.4, 0.8, 1.6]))
+
+
+def test_a_flush_on_windows(tmp_path, monkeypatch):
+    """Windows opens a file that it flushes in binary mode, so that it cuts no byte off, and opens no directory."""
+    opened = []
+
+    def open_(path, flags):
+        opened.append((path.name, flags))
+        return os.open(path, os.O_RDWR)
+
+    windows = SimpleNamespace(name="nt", O_RDWR=2, O_BINARY=0x8000, open=open_, fsync=os.fsync, close=os.close)
+    monkeypatch.setattr("pipeline.common.manifest.os", windows)
+    replace_file(tmp_path / "x", "{}")
+    assert opened == [(".x.partial", 0x8002)]
+
+
+def test_line_endings(tmp_path, monkeypatch):
+    """A file has the same line endings on every system."""
+    written, write_text = [], Path.write_text
+
+    def write(path, text, encoding, newline=None):
+        written.append(newline)
+        return write_text(path, text, encoding, newline=newline)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    replace_file(tmp_path / "x", "{}")
+    assert written == ["\n"]
+
+
+def test_what_finder_and_explorer_leave(sealed):
+    """Files that the systems' file managers leave anywhere in an artifact are no part of it; similar names are."""
+    for name in (".DS_Store", "sub/._b.bin", "Thumbs.db", "sub/desktop.ini"):
+        (sealed / name).touch()
+    assert verify(sealed).files == {"a.bin": HELLO, "sub/b.bin": HELLO}
+    for name in ("x.DS_Store", "Thumbs.db.bin", ".bin"):
+        (sealed / name).touch()
+    with pytest.raises(PipelineError) as refused:
+        verify(sealed)
+    assert str(refused.value) == (
+        f"{sealed}: .bin is not listed; Thumbs.db.bin is not listed; x.DS_Store is not listed. Build or pull it again."
+    )
 
 
 def test_verify_lists_every_fault(sealed):

@@ -25,6 +25,15 @@ def test_the_blob_of_a_release():
     }
 
 
+def test_what_finder_leaves_among_the_blobs():
+    """A file that Finder left beside the folders of a release's blobs is no blob."""
+    make_blob("4000")
+    publish_version()
+    directory = pull_latest(to=Path("model"))
+    (directory / "blobs/.DS_Store").touch()
+    assert choose(directory, architecture="5010", openvino="2026.4.1").options == LENGTHS
+
+
 @pytest.mark.parametrize(
     ("ir", "lengths"), [("weights", {"MAX_PROMPT_LEN": 256, "MIN_RESPONSE_LEN": 64}), ("other", {})]
 )

@@ -1,9 +1,10 @@
 """The cache of pulled releases: contents are stored once, damage is repaired, and it serves without a network."""
 
+import errno
 from pathlib import Path
 
 import pytest
-from platformdirs import user_cache_path
+from platformdirs.windows import Windows
 
 from pipeline.common.errors import PipelineError
 from pipeline.release import pull
@@ -37,10 +38,14 @@ def test_contents_are_shared():
     assert (first / "tokenizer.json").stat().st_ino == (second / "tokenizer.json").stat().st_ino
 
 
-def test_the_cache(monkeypatch):
-    """Without PHI3_CACHE the cache is this user's."""
+def test_the_cache(monkeypatch, tmp_path):
+    """Without PHI3_CACHE the cache is this user's, on Windows with one folder for the project's name."""
     monkeypatch.delenv("PHI3_CACHE")
-    assert pull.cache() == user_cache_path("phi3-pipeline")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert pull.cache() == tmp_path / "phi3-pipeline"
+    monkeypatch.setattr("platformdirs.windows.get_win_folder", {"CSIDL_LOCAL_APPDATA": "local"}.__getitem__)
+    monkeypatch.setattr(pull, "user_cache_path", lambda *name, **options: Windows(*name, **options).user_cache_path)
+    assert pull.cache() == Path("local/phi3-pipeline/Cache")
 
 
 def test_the_place_in_the_cache(tmp_path):
@@ -65,7 +70,7 @@ def test_a_stray_file_in_the_cache():
     """A directory of the cache in which some program left a file is installed again."""
     publish_version()
     directory = pull_latest()
-    (directory / ".DS_Store").touch()
+    (directory / "stray").touch()
     assert pull_latest() == directory
     verify_release(directory)
 
@@ -81,6 +86,22 @@ def test_offline(caplog):
     assert "is not there: is the share mounted? Taking tiny/openvino-int4 latest as it was: 1.0.0." in caplog.text
     with pytest.raises(PipelineError, match="is not there"):
         pull_latest(version="stage")
+
+
+def test_a_share_that_was_disconnected(tmp_path, monkeypatch, caplog):
+    """When the share of a registry no longer answers, what was pulled is taken, too."""
+    publish_version()
+    directory = pull_latest()
+
+    def fail(path):
+        raise OSError(errno.EHOSTDOWN, "Host is down", path)
+
+    monkeypatch.setattr("pipeline.release.registry.directory._small", fail)
+    assert pull_latest() == directory
+    assert caplog.messages == [
+        f"dir:{tmp_path}/registry cannot be read (Host is down): check its disk, or the connection to its share. "
+        f"Taking {NAME} latest as it was: 1.0.0."
+    ]
 
 
 def test_registries_do_not_mix():

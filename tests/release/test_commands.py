@@ -1,8 +1,11 @@
 """The commands of `phi3` for registries."""
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.common import paths
+from pipeline.release.foundry import registration
 from tests.helpers import phi3
 from tests.release_project import MODEL, NAME
 
@@ -32,6 +35,18 @@ def test_pull_and_verify():
     """`phi3 pull` prints the directory, which `phi3 verify` finds unchanged."""
     assert phi3("pull", "dir:registry", NAME, "--to", "model").stdout == "model\n"
     assert phi3("verify", "model").stdout.startswith(f"{NAME}: 14 files, 0.0 MB, all as in")
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_cache_that_is_elsewhere(monkeypatch):
+    """The directory in the cache is named, also to Foundry Local, by the path that every program sees, as the Python of
+    the Microsoft Store sees the user's cache under another."""
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    monkeypatch.setattr("pipeline.cli.INFERENCE_MODEL", "README.md")  # this release has none
+    result = phi3("pull", "dir:registry", NAME, "--for", "foundry", PHI3_CACHE="link")
+    (directory,) = Path("real").resolve().glob(f"releases/*/{NAME}/1.0.0")
+    assert (result.stdout, result.stderr) == (f"{directory}\n", f"in Foundry Local: {registration(directory)}\n")
 
 
 @pytest.mark.usefixtures("registry")

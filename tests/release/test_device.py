@@ -44,6 +44,14 @@ def test_the_runtime_that_is_installed():
     assert choose_release([lacking], "cpu") == (lacking, reason)
 
 
+def test_the_runtime_with_directml_has_the_cpu_too(monkeypatch):
+    """Where only the packages for DirectML are installed, the CPU gets the ONNX model, which they load, and no IR."""
+    packages = {"onnxruntime-genai-winml": "0.18.0", "onnxruntime-windowsml": "1.30.0"}
+    monkeypatch.setattr(device, "installed_version", packages.get)
+    onnx = release("onnx-cpu-int4", 4, ["CPU"], "onnxruntime-genai")
+    assert choose_release([*ALL, onnx], "cpu") == (onnx, "asked for; the smallest of 1 for cpu")
+
+
 def test_foundry_has_a_runtime_of_its_own():
     """Foundry Local gets the ONNX model for CPUs, whether or not its packages are installed here, and no other."""
     onnx = release("onnx-cpu-int4", 4, ["CPU"], "onnxruntime-genai")

@@ -1,5 +1,6 @@
 """A registry in a directory: what is particular to it."""
 
+import errno
 import io
 import os
 import shutil
@@ -32,6 +33,46 @@ def test_a_directory_that_is_not_there(tmp_path, ask):
     with pytest.raises(PipelineError, match=f"^dir:{tmp_path}/modles is not there: is the share mounted"):
         ask(open_registry("dir:modles"))
     assert not Path("modles").exists()
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda registry, release: registry.entries(),
+        lambda registry, release: registry.resolve(NAME, "latest"),
+        lambda registry, release: registry.read(NAME, "1.0.0"),
+        lambda registry, release: list(registry.download(release, "LICENSE", offset=0)),
+    ],
+    ids=["entries", "resolve", "read", "download"],
+)
+def test_a_share_that_was_disconnected(ask, tmp_path, monkeypatch):
+    """Whatever the system says of a share that no longer answers, reading from it is refused with one sentence."""
+    release = publish_version()
+
+    def fail(path, mode):
+        raise OSError(errno.ESTALE, "Stale file handle", path)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(PipelineError) as refused:
+        ask(open_registry("dir:registry"), release)
+    assert str(refused.value) == (
+        f"dir:{tmp_path}/registry cannot be read (Stale file handle): check its disk, or the connection to its share."
+    )
+
+
+def test_a_virus_scanner_reads_what_is_published(monkeypatch):
+    """A version that Windows does not rename at first is published some tenths of a second later."""
+    waits, rename = [], Path.rename
+
+    def refuse(path, target):
+        if len(waits) < 2:
+            raise PermissionError("a virus scanner has a file open")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr("time.sleep", waits.append)
+    release = publish_version()
+    assert (open_registry("dir:registry").read(NAME, "1.0.0"), waits) == ((release.content(), None), [0.1, 0.2])
 
 
 def test_a_folder_that_is_no_version():

@@ -101,6 +101,8 @@ def test_an_npu_variant(with_blob):
     validate()
     if with_blob:
         make_blob("4000", compiled=False)
+    else:
+        edit(Path("params.yaml"), "npu_platforms: [4000]", "npu_platforms: []")
     publish_version()
     prompt, response = (256, 64) if with_blob else (1024, 128)
     lengths = f'{{"NPU": {{"MAX_PROMPT_LEN": "{prompt}", "MIN_RESPONSE_LEN": "{response}"}}}}'

@@ -30,6 +30,27 @@ def test_publish_then_pull():
     assert (directory / "openvino_model.bin").read_bytes() == b"weights"
 
 
+def test_what_finder_leaves_is_not_published():
+    """A file that Finder left beside an artifact or its blob is not published."""
+    (make_blob("4000") / ".DS_Store").touch()
+    (paths.variant(MODEL, VARIANT) / ".DS_Store").touch()
+    assert [path for path in publish_version().files if "DS_Store" in path] == []
+
+
+def test_windows_publishes_the_same_bytes(monkeypatch):
+    """Every text of a release is written with the same line endings on every system."""
+    written, write_text = {}, Path.write_text
+
+    def write(path, text, encoding=None, newline=None):
+        written[path.name] = newline
+        return write_text(path, text, encoding, newline=newline)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    publish_version()
+    documents = ("metrics.json", "provenance.json", "sbom.cdx.json", "reference.json", "README.md", "genai_config.json")
+    assert written == dict.fromkeys(documents, "\n")
+
+
 def test_the_same_again_is_nothing():
     """Publishing the same bytes again writes nothing but the alias."""
     publish_version()

@@ -233,6 +233,27 @@ def test_what_is_no_longer_the_release():
     )
 
 
+def test_nothing_is_left_beside_the_target():
+    """Beside the directory that the user names there is nothing after a pull, such as a lock."""
+    publish_version()
+    pull_latest(to=Path("x/model"))
+    assert list(Path("x").iterdir()) == [Path("x/model")]
+
+
+def test_what_finder_and_explorer_leave():
+    """What the file managers leave in a pulled directory does no harm; a release that lists such a file never passes,
+    since it would not be hashed."""
+    release = publish_version()
+    directory = pull_latest(to=Path("model"))
+    for name in (".DS_Store", "._README.md"):
+        (directory / name).write_text("x")
+    assert verify_release(pull_latest(to=directory)) == release
+    files = release.files | {".DS_Store": digest(directory / ".DS_Store")}
+    (directory / "release.json").write_bytes(release.model_copy(update={"files": files}).content())
+    with pytest.raises(PipelineError, match=r"^model: \.DS_Store is missing\. Remove it and pull it again\.$"):
+        verify_release(directory)
+
+
 def test_a_target_that_is_taken(tmp_path):
     """A directory with other files in it is left as it is."""
     publish_version()

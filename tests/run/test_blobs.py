@@ -52,6 +52,20 @@ def test_choose_a_blob_with_weights(variant):
     assert "does not fit, it was not compiled (it ran out of patience): the IR is compiled" in choice.reason
 
 
+def test_a_folder_whose_blobs_windows_does_not_open(variant, monkeypatch):
+    """openvino-genai on Windows opens no blob in a folder such as ü: there the IR is chosen, with the remedy."""
+    moved = variant.parent.rename(variant.parent.with_name("ü")) / VARIANT
+    assert "BLOB_PATH" in choose(moved, architecture="4000", openvino="2026.4.1").options
+    monkeypatch.setattr("pipeline.run.blobs.sys.platform", "win32")
+    folder = moved.parent / f"blobs/{VARIANT}-4000"
+    assert choose(moved, architecture="4000", openvino="2026.4.1") == Choice(
+        "NPU",
+        LENGTHS,
+        f"on Windows openvino-genai cannot open the blob in {folder}, only in a folder of plain letters (set "
+        "PHI3_CACHE, or --to of `phi3 pull`, to one): the IR is compiled on loading",
+    )
+
+
 @pytest.mark.parametrize(
     ("architecture", "openvino", "device", "reason"),
     [

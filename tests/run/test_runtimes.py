@@ -16,7 +16,7 @@ from pipeline.common.params import Npu, OnnxInt4, OpenvinoFp16, OpenvinoInt4
 from pipeline.convert import onnx_genai
 from pipeline.run.onnx import OnnxGenai
 from pipeline.run.openvino import OpenvinoGenai, OpenvinoLogits, answer_together
-from pipeline.run.pieces import piece_size
+from pipeline.run.pieces import piece_size, pieces
 from pipeline.run.source_model import Torch
 from tests.helpers import LIMITS, ROOT, run
 
@@ -143,12 +143,26 @@ def test_each_variant_in_its_runtime(tiny_ir):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "size", "pieces"), [(1, 1, 1), (256, 256, 1), (257, 129, 2), (2048, 147, 14), (4088, 137, 30)]
+    ("tokens", "size", "count"), [(1, 1, 1), (256, 256, 1), (257, 129, 2), (2048, 147, 14), (4088, 137, 30)]
 )
-def test_pieces(tokens, size, pieces):
+def test_pieces(tokens, size, count):
     """A prompt is read in 1, 2, 6, 14 or 30 pieces, so that the doubling cache ends up just as long as the prompt."""
     assert piece_size(tokens) == size
-    assert -(-tokens // size) == pieces
+    assert -(-tokens // size) == count
+
+
+@pytest.mark.parametrize(
+    ("tokens", "last", "expected"),
+    [
+        (512, 1, [(0, 256), (256, 512)]),
+        (1000, 8, [(0, 514), (514, 681), (681, 848), (848, 1000)]),
+        (520, 8, [(0, 520)]),
+        (1000, 1000, [(0, 1000)]),
+    ],
+)
+def test_pieces_with_longrope(tokens, last, expected):
+    """The first piece of a text that is longer than the original limit, here 513, ends beyond it."""
+    assert pieces(tokens, last=last, original=513) == expected
 
 
 @pytest.fixture(scope="module")

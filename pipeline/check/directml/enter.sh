@@ -12,6 +12,7 @@ mount -t tmpfs tmpfs "$root/mnt"
 mkdir "$root/mnt/model" "$root/mnt/work"
 mount --bind "$model" "$root/mnt/model"
 mount --bind "$work" "$root/mnt/work"
+[ ! -e "$work/genai_config.json" ] || mount --bind "$work/genai_config.json" "$root/mnt/model/genai_config.json"
 exec chroot "$root" env -i PATH=/usr/bin:/bin HOME=/root WINEPREFIX=/root/prefix WINEDEBUG=-all \
   WINEDLLOVERRIDES="mscoree,mshtml,winedbg.exe=" VKD3D_SHADER_CACHE_PATH=0 DISPLAY=:0 XDG_RUNTIME_DIR=/tmp \
   sh -c 'Xvfb :0 -nolisten tcp >/dev/null 2>&1 & until [ -S /tmp/.X11-unix/X0 ]; do sleep 0.1; done; cd /opt/directml; exec timeout 3000 /usr/lib/wine/wine64 "$@"' sh "$@"

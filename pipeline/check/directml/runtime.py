@@ -4,6 +4,7 @@ Graph capture is refused when any node is left to the CPU, except nodes that com
 two of these there (they give GroupQueryAttention the length), so session.disable_cpu_ep_fallback cannot be set.
 """
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -17,14 +18,19 @@ from pipeline.check.checks import Failure, check_first_answer
 from pipeline.check.directml import wine
 from pipeline.check.fidelity import compare, concatenate, distributions
 from pipeline.check.reference import Answer, Reference
+from pipeline.common.checkpoint import read_json
 from pipeline.common.errors import PipelineError, refusal
 from pipeline.common.params import Limits, Validate
 from pipeline.common.progress import say
+from pipeline.convert.onnx_format import CONFIG
 from pipeline.run.interface import Scorer
 
 NAME, DEVICE = "onnxruntime-genai", "DirectML (software Vulkan under Wine)"
 PROMPTS = 2  # the shortest prompts, whose logits are compared; in software each takes half a minute
 SHARE = 0.1  # the KL divergence that running on DirectML may add, as a share of the variant's limit
+# Keys of genai_config.json, for models whose vocabulary has tokens for tool calls or thinking, that the pinned
+# onnxruntime-genai for DirectML refuses; newer versions take them.
+UNKNOWN = {"bot_token_id", "eot_token_id", "bor_token_id", "eor_token_id"}
 TYPES = {1: np.float32, 10: np.float16}  # onnx.TensorProto.DataType
 
 
@@ -44,6 +50,11 @@ def run(directory: Path, requests: list[Request]) -> tuple[list[Any], list[list[
     """
     with tempfile.TemporaryDirectory(prefix="directml-") as folder:
         work = Path(folder)
+        # enter.sh puts this file in the place of the model's.
+        genai = read_json(directory / CONFIG)
+        for key in UNKNOWN & genai["model"].keys():
+            del genai["model"][key]
+        (work / CONFIG).write_text(json.dumps(genai), "utf-8")
         numbers = [number for r in requests for number in (len(r.ids), r.last, r.max_new_tokens, *r.ids)]
         np.array(numbers, dtype=np.int32).tofile(work / "prompts")
         shapes: list[tuple[int, int]] = []

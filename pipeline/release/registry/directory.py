@@ -14,12 +14,12 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File, digest, is_regular
+from pipeline.common.manifest import File, digest, is_regular, rename
 from pipeline.release.registry.interface import Entry
 from pipeline.release.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release
 
@@ -37,23 +37,26 @@ class DirectoryRegistry:
 
     def entries(self) -> list[Entry]:
         found = []
-        for path in self._releases().glob(f"*/*/*/{RELEASE}"):
-            model, variant, version = path.parts[-4:-1]
-            if not re.fullmatch(VERSION, version):  # such as a copy that somebody made by hand
-                continue
-            aliases = [alias for alias in self._aliases(f"{model}/{variant}") if alias[1] == version]
-            found.append(Entry(f"{model}/{variant}", version, sorted(alias for alias, _ in aliases)))
+        with self._reading():
+            for path in self._releases().glob(f"*/*/*/{RELEASE}"):
+                model, variant, version = path.parts[-4:-1]
+                if not re.fullmatch(VERSION, version):  # such as a copy that somebody made by hand
+                    continue
+                aliases = [alias for alias in self._aliases(f"{model}/{variant}") if alias[1] == version]
+                found.append(Entry(f"{model}/{variant}", version, sorted(alias for alias, _ in aliases)))
         return sorted(found, key=lambda entry: entry.order)
 
     def resolve(self, name: str, version: str) -> str | None:
-        if re.fullmatch(VERSION, version):
-            return version if (self._versions(name) / version / RELEASE).exists() else None
-        return dict(self._aliases(name)).get(version)
+        with self._reading():
+            if re.fullmatch(VERSION, version):
+                return version if (self._versions(name) / version / RELEASE).exists() else None
+            return dict(self._aliases(name)).get(version)
 
     def read(self, name: str, version: str) -> tuple[bytes, bytes | None] | None:
-        directory = self._versions(name) / version
-        content = _small(directory / RELEASE)
-        return None if content is None else (content, _small(directory / SIGNATURE))
+        with self._reading():
+            directory = self._versions(name) / version
+            content = _small(directory / RELEASE)
+            return None if content is None else (content, _small(directory / SIGNATURE))
 
     def prepare(self, name: str) -> None:
         self._root.mkdir(parents=True, exist_ok=True)
@@ -81,7 +84,7 @@ class DirectoryRegistry:
             if signature is not None:
                 (build / SIGNATURE).write_bytes(signature)
             try:
-                build.rename(versions / version)  # fails if the version exists, since it is not empty
+                rename(build, versions / version)  # fails if the version exists, since it is not empty
             except OSError as error:
                 if (versions / version).exists():
                     raise FileExistsError(version) from error
@@ -92,15 +95,26 @@ class DirectoryRegistry:
 
     def download(self, release: Release, path: str, *, offset: int) -> Iterator[bytes]:
         content = self._content(release.files[path])
-        if not is_regular(content):
-            raise PipelineError(f"{self.url}: {path} is missing, or no plain file: nothing was installed.")
-        with content.open("rb") as stream:
-            stream.seek(offset)
-            while chunk := stream.read(CHUNK):
-                yield chunk
+        with self._reading():
+            if not is_regular(content):
+                raise PipelineError(f"{self.url}: {path} is missing, or no plain file: nothing was installed.")
+            with content.open("rb") as stream:
+                stream.seek(offset)
+                while chunk := stream.read(CHUNK):
+                    yield chunk
 
     def address(self, release: Release, path: str = "") -> str:
         return (self._content(release.files[path]) if path else self._versions(release.name) / release.version).as_uri()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        # A share that was disconnected causes errors of many kinds, after which a pull takes what it has.
+        try:
+            yield
+        except OSError as error:
+            raise PipelineError(
+                f"{self.url} cannot be read ({error.strerror}): check its disk, or the connection to its share."
+            ) from error
 
     def _releases(self) -> Path:
         # A directory that is not there is no empty registry: the path may be misspelt, or the share not mounted.
