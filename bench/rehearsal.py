@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from platformdirs import user_cache_path
 
 from bench.full_size import MODEL, add_model, clone_project, plans
 from bench.make_checkpoint import SHAPE, SMOL_PHI3, widen
@@ -44,7 +45,12 @@ class Steps:
     def __init__(self, folder: Path, project: Path) -> None:
         self._project, self._log, self._done = project, folder / "log", folder / "steps.json"
         self.costs = {name: Cost(**cost) for name, cost in read_json(self._done).items()} if self._done.exists() else {}
-        # In this empty cache there is no DirectML in software, which at this size takes hours.
+        # This cache has the NPU compiler that was fetched before, and no DirectML in software, which takes hours.
+        cache = folder / "cache/phi3-pipeline"
+        cache.mkdir(parents=True, exist_ok=True)
+        for compiler in user_cache_path("phi3-pipeline").glob("npu-compiler-*"):
+            if not (cache / compiler.name).exists():
+                (cache / compiler.name).symlink_to(compiler)
         self._environment = {"PYTHONPATH": str(project), "XDG_CACHE_HOME": str(folder / "cache")}
 
     def run(self, step: str, *command: str) -> None:

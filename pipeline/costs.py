@@ -25,19 +25,21 @@ MEMORY = {
     "download": (0.05e9, 0.0),
     "reference": (0.75e9, 0.0),
     "calibrate": (0.75e9, 0.0),
-    "export_openvino": (0.67e9, 0.0),
+    "export_openvino": (0.43e9, 0.0),
     "quantize_openvino": (0.3e9, 0.0),
     "compile_npu": (0.4e9, 0.05),
     "build_onnx": (0.3e9, 0.0),
     "validate": (0.5e9, 0.0),
     "report": (0.1e9, 0.0),
 }
-# Memory on top of that: copies of the largest matrix, in float32, that an export, NNCF and onnxruntime-genai's builder
-# hold at the same time, and the part of its result that the builder holds. The solver holds SQUARES copies of the
-# widest matrix's statistics, or SLICES copies of the rows that it solves at a time.
-EXPORT_COPIES, NNCF_COPIES, BUILDER_COPIES = 0.3, 2.2, {"dml": 1.0, "cpu": 5.2}
-BUILDER_HOLDS = {"dml": 1.1, "cpu": 0.46}
+# Memory on top of that: copies of the largest matrix, in float32, that are held at the same time by an export when the
+# head is the embedding, by NNCF, and by onnxruntime-genai's builder, which holds more when the head is a matrix of its
+# own; the part of its result that the builder holds. The solver holds SQUARES copies of the widest matrix's statistics,
+# or SLICES copies of the rows that it solves at a time. An export also holds a graph of each layer.
+EXPORT_COPIES, NNCF_COPIES, BUILDER_COPIES = 0.4, 2.35, {"dml": 1.4, "cpu": 5.2}
+HEAD_COPIES, BUILDER_HOLDS = {"dml": 2.6, "cpu": 1.5}, {"dml": 0.33, "cpu": 0.21}
 SQUARES, SLICES = 3, 6
+LAYER_GRAPH, ROTATION = 0.013e9, 1.0e9  # bytes; the second is what a rotated variant needs besides
 HALF = 0.6  # the part of a symmetric H that is computed
 CHAT, STATES = 60, 3  # tokens of a shipped prompt with its chat template; copies of the hidden states in memory
 RATE = 0.28e12  # float32 operations per second when the model answers prompts or reads texts, on 2 cores with AVX-512
@@ -54,12 +56,14 @@ TIME = {
     "export_openvino": (20.0, 6.0),
     "quantize_openvino": (4.0, 6.0),
     "compile_npu": (10.0, 2.5),
-    "build_onnx": (6.0, 12.0),
+    "build_onnx": (15.0, 12.0),
     "validate": (20.0, 5.0),
     "report": (0.5, 0.25),
 }
 GROUPED = (0.25, 14.0)  # groups cost an NPU's compiler this factor of the FP16 weights, and seconds per GB of them
-SOLVE = 40.0  # seconds per GB of the layers' FP16 weights for a calibrated variant
+# Seconds per GB of the layers' FP16 weights for a calibrated variant: for an IR, and for ONNX models, of which the one
+# for CPUs has fewer INT4 matrices.
+SOLVE = {"openvino": 40.0, "dml": 60.0, "cpu": 36.0}
 ROTATE = 12.0  # seconds per GB of FP16 weights for a rotated variant, besides an export
 
 
@@ -85,6 +89,7 @@ class _Model:
         self.fp16 = 2.0 * sum(matrix.elements for matrix in self.source)
         self.largest = 4.0 * max(matrix.elements for matrix in self.source)  # in float32
         self.layers = sum(matrix.elements for matrix in self.source if matrix.role == "layer")
+        self.tied = bool(config.get("tie_word_embeddings", False))
         self.layer = [matrix for matrix in self.source if ".layers.0." in matrix.name]
         self.widest = max(matrix.columns for matrix in self.source)
 
@@ -106,7 +111,8 @@ class _Model:
 
     def solving(self, variant: OpenvinoInt4 | OnnxInt4) -> float:
         # The seconds of the solver, and those of a rotation, which takes another export.
-        seconds = SOLVE * 2 * self.layers / 1e9 if variant.calibrated else 0.0
+        pace = SOLVE[variant.execution_provider if isinstance(variant, OnnxInt4) else "openvino"]
+        seconds = pace * 2 * self.layers / 1e9 if variant.calibrated else 0.0
         if self.rotates(variant):
             export, pace = TIME["export_openvino"]
             seconds += export + (pace + ROTATE) * self.fp16 / 1e9
@@ -141,7 +147,10 @@ def _more(cell: Cell, model: _Model) -> Cost:
             return Cost(disk=size, memory=GGUF * model.fp16 if model.block.source.pypi else 0.0)
         case "export_openvino", _:
             # The temporary disk is for a float16 copy of the checkpoint.
-            return Cost(disk=model.fp16, temporary=model.fp16, memory=EXPORT_COPIES * model.largest)
+            graph = LAYER_GRAPH * model.config["num_hidden_layers"]
+            return Cost(
+                disk=model.fp16, temporary=model.fp16, memory=graph + model.tied * EXPORT_COPIES * model.largest
+            )
         case "reference", _:
             return _reference(model)
         case "calibrate", _:
@@ -183,7 +192,7 @@ def _quantize_openvino(model: _Model, variant: OpenvinoInt4) -> Cost:
     temporary = 0.0
     if model.rotates(variant):
         temporary = 2 * model.fp16
-        memory += MEMORY["export_openvino"][0]
+        memory += ROTATION
     return Cost(disk=size, temporary=temporary, memory=memory, seconds=model.solving(variant))
 
 
@@ -192,7 +201,8 @@ def _build_onnx(model: _Model, variant: OnnxInt4) -> Cost:
     size = model.size(variant)
     temporary = size + (model.fp16 if model.rotates(variant) else 0.0)
     provider = variant.execution_provider
-    builder = BUILDER_COPIES[provider] * model.largest + BUILDER_HOLDS[provider] * size
+    copies = BUILDER_COPIES[provider] + (not model.tied) * HEAD_COPIES[provider]
+    builder = copies * model.largest + BUILDER_HOLDS[provider] * size
     memory = max(builder, model.solver(variant))
     return Cost(disk=size, temporary=temporary, memory=memory, seconds=model.solving(variant))
 
