@@ -198,8 +198,13 @@ def eos_token_ids(checkpoint: Path) -> list[int]:
     generation = checkpoint / "generation_config.json"
     for content in (read_json(generation) if generation.exists() else {}, read_json(checkpoint / "config.json")):
         if (eos := content.get("eos_token_id")) is not None:
-            return sorted({eos} if isinstance(eos, int) else set(eos))
+            return as_list(eos)
     raise PipelineError(f"{checkpoint} names no eos_token_id: generation would never stop; add it to config.json.")
+
+
+def as_list(eos: int | list[int]) -> list[int]:
+    """Return the ids of an `eos_token_id`, which configs have as one id or as a list, sorted."""
+    return sorted({eos} if isinstance(eos, int) else set(eos))
 
 
 def to_float16(checkpoint: Path, target: Path, *, weight: Callable[[str], Any] | None = None) -> None:

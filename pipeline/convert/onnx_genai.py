@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.checkpoint import eos_token_ids, read_json, to_float16
+from pipeline.common.checkpoint import as_list, eos_token_ids, read_json, to_float16
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import OnnxInt4
 from pipeline.common.programs import stream_lines
@@ -109,7 +109,7 @@ def _build(checkpoint: Path, target: Path, *, recipe: OnnxInt4, trust_remote_cod
         raise PipelineError(f"the onnxruntime-genai builder wrote no {missing[0]}.")
     # The builder adds the tokenizer's eos token, at which the source model does not stop.
     genai, eos = read_json(target / CONFIG), eos_token_ids(checkpoint)
-    if set(genai["model"]["eos_token_id"]) != set(eos):
+    if as_list(genai["model"]["eos_token_id"]) != eos:
         genai["model"]["eos_token_id"] = eos
         (target / CONFIG).write_text(json.dumps(genai, indent=4), "utf-8", newline="\n")
 
