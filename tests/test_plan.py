@@ -51,7 +51,7 @@ def test_what_cannot_fit_is_refused(tmp_path, monkeypatch):
     cell = Cell("export_openvino", "smol-phi3", "openvino-fp16")
     monkeypatch.setattr(plan, "available", lambda: plan.Need(disk=1e9, memory=1e9))
     plan.require(cell)
-    assert process._lack_of_memory("memory ran out", cell).startswith("memory ran out: it needs some 0.7 GB,")
+    assert process._lack_of_memory("memory ran out", cell).startswith("memory ran out: it needs some 0.4 GB,")
     monkeypatch.setattr(plan, "available", lambda: plan.Need(disk=1e9, memory=1e8))
     with pytest.raises(
         PipelineError,
