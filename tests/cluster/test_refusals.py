@@ -79,7 +79,7 @@ def test_a_cell_that_no_local_worker_can_hold(project):
     refused = run("phi3", "build", "--scheduler", "local:1000000", "export_openvino", cwd=project, check=False)
     assert refused.returncode == 1
     assert re.search(
-        r"Error: export_openvino@tiny-openvino-fp16 needs 0\.7 GB of memory, 0\.\d GB of disk, and each of 1000000 "
+        r"Error: export_openvino@tiny-openvino-fp16 needs 0\.4 GB of memory, 0\.\d GB of disk, and each of 1000000 "
         r"workers here would have ",
         refused.stderr,
     )
