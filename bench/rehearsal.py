@@ -96,7 +96,8 @@ def steps_table(results: dict[str, Any]) -> list[str]:
             f"The planned {what} is off by more than a factor of {factor} for: {', '.join(missed) or 'none'}.",
         ]
     planned = sum(said["disk_gb"] for said in results["planned"].values())
-    lines += ["", f"Disk: {planned:.2f} GB planned, {results['disk_gb']:.2f} GB in use."]
+    used = f"{results['disk_gb']:.2f} GB in use" if "disk_gb" in results else "not measured in that run"
+    lines += ["", f"Disk: {planned:.2f} GB planned, {used}."]
     return lines
 
 
