@@ -27,7 +27,7 @@ MEMORY = {
     "calibrate": (0.75e9, 0.0),
     "export_openvino": (0.43e9, 0.024),
     "quantize_openvino": (0.3e9, 0.0),
-    "compile_npu": (0.33e9, 0.05),
+    "compile_npu": (0.36e9, 0.05),
     "build_onnx": (0.3e9, 0.0),
     "validate": (0.25e9, 0.0),
     "report": (0.1e9, 0.0),
@@ -66,8 +66,9 @@ TIME = {
 # A blob has binaries of this size, in bytes, and the embedding in INT8. With groups it has all weights, although it is
 # asked for none.
 BINARIES = 0.035e9
-EMBEDDING = 25.0  # seconds in which an NPU's compiler converts each GB of the largest matrix in float32
-GROUPED = (0.25, 14.0)  # groups cost an NPU's compiler this factor of the FP16 weights, and seconds per GB of them
+# Seconds in which an NPU's compiler converts each GB of the largest matrix in float32, without and with groups.
+EMBEDDING = (25.0, 60.0)
+GROUPED = (0.25, 11.5)  # groups cost an NPU's compiler this factor of the FP16 weights, and seconds per GB of them
 # Seconds per GB of the layers' FP16 weights for a calibrated variant: for an IR, and for ONNX models, of which the one
 # for CPUs has fewer INT4 matrices.
 SOLVE = {"openvino": 40.0, "dml": 60.0, "cpu": 36.0}
@@ -168,10 +169,10 @@ def _more(cell: Cell, model: _Model) -> Cost:
         case "build_onnx", OnnxInt4():
             return _build_onnx(model, variant)
         case "compile_npu", OpenvinoInt4() if variant.group_size == CHANNEL_WISE:
-            return Cost(disk=BINARIES + model.largest / 4, seconds=EMBEDDING * model.largest / 1e9)
+            return Cost(disk=BINARIES + model.largest / 4, seconds=EMBEDDING[0] * model.largest / 1e9)
         case "compile_npu", OpenvinoInt4():
             disk = BINARIES + model.size(variant)
-            seconds = EMBEDDING * model.largest / 1e9 + GROUPED[1] * model.fp16 / 1e9
+            seconds = EMBEDDING[1] * model.largest / 1e9 + GROUPED[1] * model.fp16 / 1e9
             return Cost(disk=disk, memory=GROUPED[0] * model.fp16, seconds=seconds)
         case "validate", OpenvinoFp16() | OpenvinoInt4() | OnnxInt4():
             return _validate(model, variant)
