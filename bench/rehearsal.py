@@ -138,11 +138,12 @@ def main(size: str) -> None:
     planned = plans(project, artifacts / "source", {step: steps.costs[step] for step in cells})
     if size == WHOLE:
         publish(steps, folder, [*params.variants])
+    used = disk_used(project)
     found = {
         "date": made_by()["date"],
         "steps": {step: cost.figures() for step, cost in steps.costs.items()},
         "planned": planned,
-        "disk_gb": round(disk_used(project) / 1e9, 2),
+        "disk_gb": round(used / 1e9, 2),
     }
     results = read_json(RESULTS)
     if size == WHOLE:
@@ -152,7 +153,7 @@ def main(size: str) -> None:
         results["reached"] = {
             "minutes": round(sum(steps.costs[step].wall for step in cells) / 60, 1),
             "anonymous_gb": round(max(cost.anonymous for cost in steps.costs.values()) / 1e9, 2),
-            "disk_ratio": round(disk_used(project) / needed, 3),
+            "disk_ratio": round(used / needed, 3),
         }
     else:
         results["smaller"] = results.get("smaller", {}) | {size: found}

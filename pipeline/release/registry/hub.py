@@ -143,11 +143,16 @@ class HubRegistry:
         # This does not use hf_hub_download, because its cache returns old content when the Hub fails.
         address = hf_hub_url(self._repo, path, revision=revision, endpoint=self._api.endpoint)
         headers = build_hf_headers() | ({"Range": f"bytes={offset}-", "Accept-Encoding": "identity"} if offset else {})
-        options: dict[str, Any] = {"headers": headers, "follow_redirects": True}
-        options["timeout"] = constants.HF_HUB_DOWNLOAD_TIMEOUT
         # It waits and asks again while the Hub is busy or limits the rate. It must not do so for exceptions, because
         # huggingface_hub 1.x would then begin the body of a broken response again, and fail with another error.
-        with http_stream_backoff("GET", address, retry_on_exceptions=(), **options) as response:
+        with http_stream_backoff(
+            "GET",
+            address,
+            retry_on_exceptions=(),
+            headers=headers,
+            follow_redirects=True,
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        ) as response:
             hf_raise_for_status(response)
             if offset and response.status_code != httpx.codes.PARTIAL_CONTENT:
                 raise httpx.RequestError("it cannot continue a download")
