@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.check.fidelity import Distributions, divergence
 from pipeline.check.reference import LongContext
+from pipeline.common.context import ORIGINAL
 from pipeline.common.errors import refusal
 from pipeline.common.params import Variant
 from pipeline.common.progress import Bar
@@ -43,7 +44,7 @@ def lengths(limits: dict[str, int]) -> list[int]:
     longest = limits["max_position_embeddings"]
     wanted = {
         *LADDER,
-        *(limits[n] + BEYOND for n in ("sliding_window", "original_max_position_embeddings") if n in limits),
+        *_beyond(limits),
     }
     if longest <= PROBED_TO_THE_END:
         wanted.add(longest - ANSWER)
@@ -80,8 +81,7 @@ def tokens_read(chosen: Sequence[int]) -> int:
 
 
 def _beyond(limits: dict[str, int]) -> set[int]:
-    changes = ("sliding_window", "original_max_position_embeddings")
-    return {limits[name] + BEYOND for name in changes if name in limits}
+    return {limits[name] + BEYOND for name in ("sliding_window", ORIGINAL) if name in limits}
 
 
 def answer(runtime: Runtime, prompts: LongContext, chosen: Sequence[int]) -> Said:

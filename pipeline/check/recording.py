@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.check.fidelity import Distributions, concatenate, distributions
 from pipeline.check.long_context import ROWS, make_prompts
 from pipeline.check.reference import CHATS, SENTENCE_END, TEXTS, Answer, Chat, Continuation, Reference, Text
+from pipeline.common.context import ORIGINAL
 from pipeline.common.errors import PipelineError
 from pipeline.common.params import Params
 from pipeline.common.progress import say
@@ -44,7 +45,7 @@ def record(
     long_context = make_prompts(source.encode, limits)
     ends = long_context.lengths
     # With LongRoPE a prompt's length changes all its logits. Else the longest prompt has the ends of all others.
-    groups = [[end] for end in ends] if "original_max_position_embeddings" in limits else [ends]
+    groups = [[end] for end in ends] if ORIGINAL in limits else [ends]
     logits = source.read(
         [*(answer.prompt_ids + answer.ids[:-1] for answer in said), *(long_context.ids[: ends[-1]] for ends in groups)],
         positions=[
