@@ -49,14 +49,15 @@ def _packages() -> Iterator[Finding]:
     if not LOCK.exists():
         return
     locked = LOCK.read_text("utf-8").splitlines() + Path(LIBRARIES).read_text("utf-8").splitlines()
-    lines = [line for line in locked if line and not line.startswith(("#", "-"))]
+    lines = [Requirement(line) for line in locked if line and not line.startswith(("#", "-"))]
+    here = [wanted for wanted in lines if wanted.marker is None or wanted.marker.evaluate()]
     differing = []
-    for wanted in map(Requirement, lines):
+    for wanted in here:
         installed = installed_version(wanted.name)
         if installed is None or not wanted.specifier.contains(installed, prereleases=True):
             differing.append(f"{wanted.name} {installed or 'missing'} instead of {str(wanted.specifier)[2:]}")
     remedy = f"pip install --no-deps -r {LOCK}" if differing else None
-    yield Finding("packages", "; ".join(differing) or f"{len(lines)} as in {LOCK}", remedy)
+    yield Finding("packages", "; ".join(differing) or f"{len(here)} as in {LOCK}", remedy)
 
 
 def _openvino() -> Iterator[Finding]:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from pipeline.convert import onnx_genai
 from pipeline.convert.openvino import export_fp16
+from tests import forks
 from tests.checkpoints import make_checkpoint
 from tests.helpers import ROOT, built_once, commit, edit, run, use_hub
 from tests.hub_registry_server import HubRegistryServer
@@ -49,6 +51,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if reasons:
         parts = [f"{count} ({reason})" for reason, count in reasons.items()]
         terminalreporter.write_line(f"Skipped, since this machine cannot run them: {'; '.join(parts)}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def builder_in_forks() -> Iterator[None]:
+    """Let tests that call the ONNX backend start its builder in less time; stages start it as they do for users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_genai, "stream_lines", forks.stream_lines)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +127,7 @@ def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     tiny = f"  tiny:\n    {source}\n    license: MIT\n    group_size_fallback: error\n"
     edit(project / "params.yaml", "build: [smol-phi3]", "build: [tiny]")
     edit(project / "params.yaml", "models:\n", f"models:\n{tiny}")
+    edit(project / "params.yaml", "calibrate: {max_new_tokens: 48}", "calibrate: {max_new_tokens: 8}")
     run("git", "init", "-q", cwd=project)
     commit(project)
     return project

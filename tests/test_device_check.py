@@ -14,16 +14,14 @@ from pipeline import device_check
 from pipeline.check.excerpt import EXCERPT, read_excerpt
 from pipeline.check.fidelity import Distributions, compare
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import VariantManifest, read_manifest
 from pipeline.common.params import Npu
 from pipeline.convert.npu import compiler
 from pipeline.convert.npu.blob import MAGIC
 from pipeline.device_check import NPU_ON_CPU, check_device
-from pipeline.release.documents import card
 from pipeline.run.blobs import Choice, compile_chosen, static_on_cpu
 from pipeline.run.openvino import F32, STATIC_ON_CPU, OpenvinoLogits, StaticLogits
 from tests.convert.test_npu import properties_for_the_cpu
-from tests.helpers import edit, edit_json, phi3, run
+from tests.helpers import edit, edit_json, phi3
 
 pytestmark = pytest.mark.slow
 FIGURES = {"kl_mean_default", "top1_agreement", "load_time_s", "time_to_first_token_s", "tokens_per_second"}
@@ -33,46 +31,13 @@ COMPARED = r"compared at \d{3} tokens of 17 prompts"  # where the source nearly 
 
 @pytest.fixture
 def shorter(monkeypatch):
-    """Compare two prompts only, since the NPU's static pipeline on the CPU takes some tenths of a second per token."""
+    """Ask one question and compare two prompts: the NPU's static pipeline on the CPU takes seconds for each."""
 
     def two(directory):
         found = read_excerpt(directory)
-        return found.model_copy(update={"passages": found.passages[::12]})
+        return found.model_copy(update={"answers": found.answers[:1], "passages": found.passages[::12]})
 
     monkeypatch.setattr("pipeline.check.excerpt.read_excerpt", two)
-
-
-@pytest.mark.parametrize(
-    ("variant", "options", "ran"),
-    [
-        ("openvino-int4", (), r"openvino-genai 2026\.4\.1\.0 on CPU \(.+\)"),
-        ("onnx-cpu-int4", ("--device", "CPU"), r"onnxruntime-genai 0\.18\.0 on CPUExecutionProvider"),
-        (
-            "onnx-directml-int4",
-            (),
-            r"onnxruntime-genai 0\.18\.0 on CPUExecutionProvider \(not DirectML, for which the model is made\)",
-        ),
-    ],
-)
-def test_each_runtime(released, tmp_path, variant, options, ran):
-    """A right artifact passes; it shows what ran and each figure, and writes them to a file for the model card."""
-    directory, file = released(variant), tmp_path / "here.json"
-    output = run("phi3", "check", directory, *options, "--json", file, cwd=tmp_path).stdout
-    found = json.loads(file.read_text())
-    assert "What is the capital of Japan? The capital of Japan is Tokyo." in output
-    assert re.search(rf"^smol-phi3/{variant} 1\.0\.0: {ran}; .+ cores$", output, re.MULTILINE)
-    assert (
-        f"\nmean KL here    {found['kl_mean_default']:.4f} nats    at most {found['limits']['kl_mean']:.4f} nats\n"
-        in output
-    )
-    assert re.search(COMPARED + r"\npassed\n$", output)
-    assert (found["release"], found["passed"], found["failures"]) == (f"smol-phi3/{variant} 1.0.0", True, [])
-    assert all(found[name] > 0 for name in FIGURES)
-    metrics = json.loads((directory / "metrics.json").read_text())
-    assert metrics["kl_mean"] / 2 < found["kl_mean_default"] < 1.3 * metrics["kl_mean"]
-    shown = card(read_manifest(directory, VariantManifest), metrics, found, version="1.0.0")
-    assert f"on {found['device']}: {found['machine']}" in shown
-    assert f"| mean KL here | {found['kl_mean_default']:.4f} nats |" in shown
 
 
 def test_the_static_pipeline_of_npus(released, shorter):
@@ -132,14 +97,15 @@ def wrong_scales(directory):
 
 
 def wrong_precision(directory):
-    """Let each matrix read its inputs in an 8-bit float that reaches only to 448."""
+    """Let each matrix read its inputs in an 8-bit float and cut off at 4, which every CPU computes alike."""
     import openvino
     from openvino import opset15
 
     model = openvino.Core().read_model(directory / "openvino_model.xml")
     for node in model.get_ordered_ops():
         if node.get_type_name() == "MatMul" and "linear" in node.get_friendly_name():
-            low = opset15.convert(opset15.convert(node.input_value(0), "f8e4m3"), "f32")
+            within = opset15.clamp(node.input_value(0), -4, 4)
+            low = opset15.convert(opset15.convert(within, "f8e4m3"), "f32")
             node.input(0).replace_source_output(low.output(0))
     openvino.save_model(model, directory / "changed.xml", compress_to_fp16=False)
     del model
@@ -163,7 +129,7 @@ def wrong_onnx_scales(directory):
     ("variant", "damage", "device", "kl"),
     [
         ("openvino-int4", wrong_scales, None, 0.5),
-        ("openvino-int4", wrong_precision, None, 4),
+        ("openvino-int4", wrong_precision, None, 2),
         ("npu-int4-channelwise", wrong_scales, NPU_ON_CPU, 0.5),
         ("onnx-cpu-int4", wrong_onnx_scales, None, 0.5),
     ],

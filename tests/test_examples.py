@@ -1,6 +1,7 @@
 """The example applications and `phi3 check` run with only the base install and the runtimes."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.common.manifest import VariantManifest, read_manifest
+from pipeline.release.documents import card
 from tests.helpers import ANSWER, QUESTION, ROOT, run
 from tests.oci_registry_server import OciRegistryServer
+from tests.test_device_check import COMPARED, FIGURES
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +37,9 @@ def python(tmp_path_factory):
     project = shutil.copytree(ROOT / "pipeline", tmp_path_factory.mktemp("project") / "pipeline").parent
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, project)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", project, *requirements]
-    subprocess.run(pip, check=True)
+    # Most of the modules are never imported, so pip compiles none of them.
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    subprocess.run([*pip, project, *requirements], check=True)
     return python
 
 
@@ -110,11 +115,38 @@ def test_csharp(released, tmp_path):
         assert chat.stdout.strip() == ANSWER
 
 
-@pytest.mark.parametrize("variant", ["openvino-int4", "onnx-cpu-int4"])
-def test_check(released, tmp_path, python, variant):
-    """`phi3 check` needs neither torch and transformers nor scipy and safetensors."""
+@pytest.mark.parametrize(
+    ("variant", "options", "ran"),
+    [
+        ("openvino-int4", (), r"openvino-genai 2026\.4\.1\.0 on CPU \(.+\)"),
+        ("onnx-cpu-int4", ("--device", "CPU"), r"onnxruntime-genai 0\.18\.0 on CPUExecutionProvider"),
+        (
+            "onnx-directml-int4",
+            (),
+            r"onnxruntime-genai 0\.18\.0 on CPUExecutionProvider \(not DirectML, for which the model is made\)",
+        ),
+    ],
+)
+def test_check(released, tmp_path, python, variant, options, ran):
+    """`phi3 check` needs neither torch and transformers nor scipy and safetensors. A right artifact passes; what ran
+    and each figure are shown, and written to a file for the model card."""
     packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
     assert not re.search(r"^(torch|transformers|scipy|safetensors|tokenizers)==", packages, re.MULTILINE)
-    command = [python.parent / "phi3", "check", released(variant)]
-    result = subprocess.run(command, cwd=tmp_path, env={}, check=True, stdout=subprocess.PIPE, text=True)
-    assert re.search(r"compared at \d{3} tokens of 17 prompts\npassed\n$", result.stdout)
+    directory, file = released(variant), tmp_path / "here.json"
+    command = [python.parent / "phi3", "check", directory, *options, "--json", file]
+    output = subprocess.run(command, cwd=tmp_path, env={}, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(file.read_text())
+    assert "What is the capital of Japan? The capital of Japan is Tokyo." in output
+    assert re.search(rf"^smol-phi3/{variant} 1\.0\.0: {ran}; .+ cores$", output, re.MULTILINE)
+    assert (
+        f"\nmean KL here    {found['kl_mean_default']:.4f} nats    at most {found['limits']['kl_mean']:.4f} nats\n"
+        in output
+    )
+    assert re.search(COMPARED + r"\npassed\n$", output)
+    assert (found["release"], found["passed"], found["failures"]) == (f"smol-phi3/{variant} 1.0.0", True, [])
+    assert all(found[name] > 0 for name in FIGURES)
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert metrics["kl_mean"] / 2 < found["kl_mean_default"] < 1.3 * metrics["kl_mean"]
+    shown = card(read_manifest(directory, VariantManifest), metrics, found, version="1.0.0")
+    assert f"on {found['device']}: {found['machine']}" in shown
+    assert f"| mean KL here | {found['kl_mean_default']:.4f} nats |" in shown

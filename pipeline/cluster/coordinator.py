@@ -10,6 +10,7 @@ from typing import Any
 
 import dask
 from distributed import Client, Future, LocalCluster, as_completed
+from dvc.config import Config
 from dvc.exceptions import DvcException
 
 from pipeline import plan
@@ -80,7 +81,8 @@ def _origin(cells: dict[str, Node], *, local: bool) -> Origin:
     if edited := sorted(set(edited) - kept):
         raise PipelineError(f"{edited[0]} differs from the last commit, which workers build: commit or undo it first.")
     commit = _git("rev-parse", "HEAD")
-    url = _setting(f"remote.{_setting('core.remote')}.url")
+    config = Config(".dvc").read("repo")
+    url = config["remote"].get(config["core"].get("remote"), {}).get("url")
     if not url:
         raise PipelineError(
             "workers share results by a DVC remote, and .dvc/config names none: `dvc remote add -d store URL`, commit."
@@ -184,11 +186,6 @@ def _follow(tasks: dict[str, Future], cells: dict[str, Node], say: Say) -> None:
 def _dvc(*arguments: str) -> None:
     if code := run_dvc(*arguments).returncode:
         raise PipelineError(f"dvc {' '.join(arguments)} ended with status {code}.")
-
-
-def _setting(name: str) -> str:
-    # Return a value of .dvc/config, which is empty when it is not set.
-    return run_dvc("config", "--project", name, capture_output=True).stdout.rstrip()
 
 
 def _git(*arguments: str) -> str:

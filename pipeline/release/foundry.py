@@ -28,9 +28,9 @@ def inference_model(directory: Path, *, name: str) -> dict[str, Any]:
     Format: https://github.com/microsoft/Foundry-Local/blob/v0.7.0/docs/how-to/compile-models-for-foundry-local.md
     """
     from jinja2 import TemplateError
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     try:
         turns = _turns(tokenizer)
     except TemplateError:  # the chat template refuses a role

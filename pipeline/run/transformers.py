@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.common.checkpoint import as_list
 from pipeline.run.interface import Generation, Message
 
 
@@ -30,7 +31,7 @@ class Transformers:
 
     def eos_token_ids(self) -> list[int]:
         eos = self.model.generation_config.eos_token_id
-        return [eos] if isinstance(eos, int) else sorted(eos or [])
+        return [] if eos is None else as_list(eos)
 
     def generate(self, ids: list[int], *, max_new_tokens: int) -> Generation:
         import torch

@@ -176,11 +176,17 @@ def test_distributions_are_stored_as_they_are(answers, tmp_path, monkeypatch):
     assert (read.log_probs == reference.log_probs).all()
 
 
+@pytest.fixture(scope="module")
+def source(smol_phi3):
+    """The source model of smol-phi3."""
+    return Torch(smol_phi3 / "source")
+
+
 @pytest.mark.slow
-def test_the_figures_of_smol_phi3(smol_phi3):
+def test_the_figures_of_smol_phi3(smol_phi3, source):
     """On real answers a second implementation in torch confirms the INT4 IR's figures, and the kept tokens suffice."""
-    answers = read_reference(smol_phi3 / "reference.json").continuations[:64:16]
-    source, variant = Torch(smol_phi3 / "source"), OpenvinoLogits(smol_phi3 / "openvino-int4", device="CPU")
+    answers = read_reference(smol_phi3 / "reference.json").continuations[:32:16]
+    variant = OpenvinoLogits(smol_phi3 / "openvino-int4", device="CPU")
     reference = kept(source, answers)
     tail = np.exp(reference.log_probs[:, -1]).mean()
     metrics = compare(variant, answers, reference).metrics()
@@ -193,11 +199,11 @@ def test_the_figures_of_smol_phi3(smol_phi3):
 
 
 @pytest.mark.slow
-def test_what_the_stage_kept_is_what_teacher_forcing_gives(smol_phi3):
+def test_what_the_stage_kept_is_what_teacher_forcing_gives(smol_phi3, source):
     """The distributions recorded while the source reads all answers equal those of reading one answer alone."""
     answers = read_reference(smol_phi3 / "reference.json").continuations
     stored = read_distributions(smol_phi3 / "reference.safetensors")
-    last = kept(Torch(smol_phi3 / "source"), answers[-1:])
+    last = kept(source, answers[-1:])
     end = sum(len(answer.ids) for answer in answers)  # the rows after these belong to the ends of long prompts
     rows = slice(end - len(last.ids), end)
     np.testing.assert_allclose(stored.log_probs[rows], last.log_probs, atol=1e-3)

@@ -59,10 +59,13 @@ def load_model(style, factory):
 
 @pytest.fixture(scope="module")
 def recorded(model, params):
-    """What is recorded of a model, without looking for near ties, and transformers' own model in float32."""
+    """What is recorded of a model for every fourth prompt, without looking for near ties, and its float32 model of
+    transformers."""
     source, checkpoint, fp16 = model
     bounds = limits(read_json(checkpoint / "config.json"), directml=False)
+    prompts = recording.load_prompts("reference")[::4]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "load_prompts", lambda name: prompts)
         patch.setattr(recording, "MIN_MARGIN", 0.0)
         found, rows = record(source, fp16, params=params, limits=bounds, eos_token_ids=[0, 1])
     return found, rows, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
