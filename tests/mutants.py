@@ -8,20 +8,22 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from tests.helpers import ROOT, edit, run
+from tests.helpers import ROOT, commit, edit, run
 
 MUTATIONS = YAML(typ="safe").load((ROOT / "tests/mutations.yaml").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """A copy of the project as it is, with the artifacts that were built."""
+    """A copy of the project as it is, in a git repository of its own, with the artifacts that were built."""
     copy = tmp_path_factory.mktemp("mutants") / "project"
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
     for path in listed:
         if (ROOT / path).is_file():
             (copy / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / path, copy / path)
+    run("git", "init", "-q", cwd=copy)
+    commit(copy)  # `phi3 publish` names the commit
     shutil.copytree(ROOT / "artifacts", copy / "artifacts", dirs_exist_ok=True, copy_function=link)
     return copy
 

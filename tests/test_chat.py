@@ -8,8 +8,10 @@ from unittest.mock import MagicMock
 import numpy as np
 import openvino_genai
 import pytest
+from click.testing import CliRunner
 
 from pipeline.chat import Conversation, OnnxChat, OpenvinoChat, load_chat
+from pipeline.cli import main
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import Runtime, digest, seal
 from pipeline.device_check import check_device
@@ -169,6 +171,22 @@ def test_a_runtime_that_does_not_load(tmp_path, monkeypatch, load, package, modu
         f"{directory} needs {package}==1, which does not load (DLL load failed: the module could not be found.): "
         "pip install it again; on Windows, install the Microsoft Visual C++ Redistributable, too."
     )
+
+
+def test_a_question_that_is_refused(tmp_path, monkeypatch):
+    """The command tells why a question has no answer, and takes the next one; remarks go to the standard error."""
+
+    def ask(question, on_text):
+        if question == "too long":
+            raise PipelineError("this question has 900 tokens")
+        on_text("Tokyo.")
+        return "The answer ends here."
+
+    monkeypatch.setattr("pipeline.chat.load_chat", lambda directory, device: SimpleNamespace(ask=ask, device="CPU"))
+    result = CliRunner().invoke(main, ["chat", str(tmp_path)], input="too long\nWhich?\n\n")
+    assert (result.exit_code, result.stdout) == (0, "\nTokyo.\n")
+    for said in ("loaded for CPU\n", "this question has 900 tokens\n", "The answer ends here.\n"):
+        assert said in result.stderr
 
 
 @pytest.mark.parametrize("example", ["openvino-chat", "onnxruntime-chat"])

@@ -188,6 +188,24 @@ def test_eos_token_ids(tmp_path, generation, config, ids):
 
 
 @pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "is missing: build or download again what it belongs to."),
+        ("{", "is not valid JSON (Expecting property name"),
+        ("[1]", "does not hold a JSON object: build or download it again."),
+    ],
+)
+def test_a_json_file_that_cannot_be_read(tmp_path, content, reason):
+    """A file that is missing or holds no JSON object is refused by its name."""
+    path = tmp_path / "config.json"
+    if content:
+        path.write_text(content)
+    with pytest.raises(PipelineError) as refused:
+        checkpoint.read_json(path)
+    assert str(refused.value).startswith(f"{path} {reason}")
+
+
+@pytest.mark.parametrize(
     ("name", "wanted"),
     [
         ("model-00001-of-00002.safetensors", True),

@@ -147,6 +147,16 @@ def test_the_project_s_file():
             "algorithm: default\n    symmetric: false\n    block_size: 32\n    int8: [last_matmul]",
             "params.yaml: variants.onnx-directml-int4: int8 needs algorithm: rtn or",
         ),
+        (
+            "algorithm: rtn\n    symmetric: false",
+            "algorithm: k_quant\n    symmetric: true",
+            "params.yaml: variants.onnx-directml-int4: k_quant always stores zero points: set symmetric: false, or",
+        ),
+        (
+            "symmetric: false\n    block_size: 32",
+            "symmetric: false\n    block_size: 128",
+            "params.yaml: variants.onnx-directml-int4: the builder's rtn has block_size: 32 only; another size needs d",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(tmp_path, old, new, message):

@@ -144,6 +144,16 @@ def test_an_image_that_is_no_release(oci, registry):
         registry.read(NAME, "2.0.0")
 
 
+def test_other_bytes_than_the_manifest_says(oci, registry):
+    """A release that the registry changed on its disk is refused with a sentence."""
+    release = publish_version(registry=registry)
+    sha256 = hashlib.sha256(release.content()).hexdigest()
+    (stored,) = oci.root.rglob(f"blobs/sha256/*/{sha256}/data")
+    stored.write_bytes(release.content()[::-1])
+    with pytest.raises(PipelineError, match="gave other bytes than its manifest says: nothing was installed"):
+        registry.read(NAME, "1.0.0")
+
+
 def test_an_alias_of_a_version_that_is_gone(registry):
     """An alias is never said to stand for a version that cannot be read."""
     registry.prepare(NAME)

@@ -9,7 +9,9 @@ import pytest
 from safetensors.numpy import save
 
 from pipeline.common.manifest import HubOrigin, verify
-from tests.helpers import ROOT, edit
+from pipeline.common.params import Model
+from pipeline.plan import read_config
+from tests.helpers import ROOT, edit, use_hub
 from tests.hub_server import HubServer, Request
 from tests.source.hub_client import (
     CHUNK,
@@ -48,6 +50,16 @@ download.main.callback.__wrapped__("tiny")
 SOURCE = {"hub": {"repo": REPO, "revision": COMMIT}}
 
 # --- What is downloaded ---
+
+
+def test_a_plan_needs_the_config_alone(hub: HubServer, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`phi3 plan` asks the Hub for the config of a model that is not here, and for no weights."""
+    monkeypatch.chdir(client.folder)
+    use_hub(hub.url, monkeypatch)
+    said: list[str] = []
+    model = Model.model_validate({"source": SOURCE, "license": "MIT", "group_size_fallback": "error"})
+    assert read_config("tiny", model, progress=said.append) == CONFIG
+    assert (requested(hub), said) == ({"config.json"}, [f"asking the Hub for the config of {REPO}"])
 
 
 def test_only_the_files_of_the_allow_list_arrive(hub: HubServer, client: Client) -> None:
