@@ -62,8 +62,8 @@ def test_a_corrupt_file_in_the_cache():
     file = pull_latest() / "openvino_model.bin"
     file.chmod(0o644)
     file.write_bytes(b"wEights")
-    verify_release(pull_latest(to=Path("model")))
-    verify_release(pull_latest())
+    for directory in (pull_latest(to=Path("model")), pull_latest()):
+        assert (directory / "openvino_model.bin").read_bytes() == b"weights"
 
 
 def test_a_stray_file_in_the_cache():
