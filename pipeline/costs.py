@@ -4,6 +4,7 @@ Sizes follow from the recipes. Memory and time are straight lines through measur
 smol-phi3, of smol-phi3 widened to Phi-3-mini's shape (bench/rehearsal.md), and of Phi-4-mini's vocabulary.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -248,6 +249,7 @@ def _validate(model: _Model, variant: Variant) -> Cost:
     return Cost(temporary=temporary, memory=memory, seconds=2 * model.layers * read / rate)
 
 
+@functools.cache  # reading the prompts takes longer than the rest of a plan
 def _tokens(prompts: Literal["reference", "calibration"], max_new_tokens: int) -> int:
     # The tokens of the shipped `prompts` and their answers.
     return len(load_prompts(prompts)) * (CHAT + max_new_tokens)

@@ -134,9 +134,9 @@ def test_the_documented_plans(monkeypatch):
     """The page about full size says what `phi3 plan` says of each Phi model of the catalogue."""
     monkeypatch.chdir(ROOT)
     assert PHI_MODELS.keys() == PARAMS.models.keys() - {"smol-phi3"}
-    page = (ROOT / "docs/full-size.md").read_text("utf-8")
+    page, graph = (ROOT / "docs/full-size.md").read_text("utf-8"), read_graph(PARAMS)
     for model, config in PHI_MODELS.items():
-        cells = [replace(node.cell, model=model) for node in read_graph(PARAMS).values()]
+        cells = [replace(node.cell, model=model) for node in graph.values()]
         costs = [estimate(cell, params=PARAMS, config=config) for cell in cells]
         need = plan.total([plan.Planned(c, config, False, cost) for c, cost in zip(cells, costs, strict=True)])
         row = f"| `{model}` | {need.disk / 1e9:.1f} GB | {need.memory / 1e9:.1f} GB | {need.seconds / 60:.0f} minutes |"
