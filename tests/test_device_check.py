@@ -52,12 +52,13 @@ def test_the_static_pipeline_in_float32(released):
     """In float32, token by token, it has the divergence that validation measured with the plain IR."""
     directory = released("npu-int4-channelwise")
     answers, source = read_excerpt(directory).passages_up_to(1024)
-    few = Distributions(source.ids[: 2 * 32], source.log_probs[: 2 * 32])
+    first = len(answers[0].ids)
+    few = Distributions(source.ids[:first], source.log_probs[:first])
     choice = static_on_cpu(directory)
     assert (choice.options["MAX_PROMPT_LEN"], choice.options["MIN_RESPONSE_LEN"]) == (1024, 128)
     static = StaticLogits(compile_chosen(directory, replace(choice, options=choice.options | F32)))
     plain = OpenvinoLogits(directory, device="CPU")
-    found, expected = (compare(scorer, answers[:2], few) for scorer in (static, plain))
+    found, expected = (compare(scorer, answers[:1], few) for scorer in (static, plain))
     np.testing.assert_allclose(found.kl, expected.kl, rtol=0.02, atol=5e-3)
     assert found.kl.mean() == pytest.approx(expected.kl.mean(), rel=0.01)
 
