@@ -49,8 +49,8 @@ def _packages() -> Iterator[Finding]:
     if not LOCK.exists():
         return
     locked = LOCK.read_text("utf-8").splitlines() + Path(LIBRARIES).read_text("utf-8").splitlines()
-    lines = [Requirement(line) for line in locked if line and not line.startswith(("#", "-"))]
-    here = [wanted for wanted in lines if wanted.marker is None or wanted.marker.evaluate()]
+    lines = [line for line in locked if line and not line.startswith(("#", "-"))]
+    here = [wanted for wanted in map(Requirement, lines) if wanted.marker is None or wanted.marker.evaluate()]
     differing = []
     for wanted in here:
         installed = installed_version(wanted.name)

@@ -47,9 +47,11 @@ def commit(folder: Path, message: str = "start") -> None:
     run("git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", message, cwd=folder)
 
 
-def phi3(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command `phi3` in this process; the result is that of `run`."""
-    result = CliRunner(env=environment).invoke(main, list(map(str, arguments)))
+def phi3(
+    *arguments: object, check: bool = True, typed: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command `phi3` in this process with `typed` as its standard input; the result is that of `run`."""
+    result = CliRunner(env=environment).invoke(main, list(map(str, arguments)), input=typed)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     completed = subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)

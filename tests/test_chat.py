@@ -8,17 +8,15 @@ from unittest.mock import MagicMock
 import numpy as np
 import openvino_genai
 import pytest
-from click.testing import CliRunner
 
 from pipeline.chat import Conversation, OnnxChat, OpenvinoChat, load_chat
-from pipeline.cli import main
 from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import Runtime, digest, seal
 from pipeline.device_check import check_device
 from pipeline.release.release import Release
 from pipeline.run import blobs
 from pipeline.run.blobs import Choice
-from tests.helpers import ROOT, run
+from tests.helpers import ROOT, phi3, run
 from tests.manifests import variant_manifest
 
 # This program runs an example with a runtime whose answer is an arrow.
@@ -183,8 +181,8 @@ def test_a_question_that_is_refused(tmp_path, monkeypatch):
         return "The answer ends here."
 
     monkeypatch.setattr("pipeline.chat.load_chat", lambda directory, device: SimpleNamespace(ask=ask, device="CPU"))
-    result = CliRunner().invoke(main, ["chat", str(tmp_path)], input="too long\nWhich?\n\n")
-    assert (result.exit_code, result.stdout) == (0, "\nTokyo.\n")
+    result = phi3("chat", tmp_path, typed="too long\nWhich?\n\n")
+    assert result.stdout == "\nTokyo.\n"
     for said in ("loaded for CPU\n", "this question has 900 tokens\n", "The answer ends here.\n"):
         assert said in result.stderr
 

@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.common.manifest import VariantManifest, read_manifest
 from pipeline.release.documents import card
+from tests.environments import pip_install
 from tests.helpers import ANSWER, QUESTION, ROOT, run
 from tests.oci_registry_server import OciRegistryServer
 from tests.test_device_check import COMPARED, FIGURES
@@ -37,9 +38,7 @@ def python(tmp_path_factory):
     project = shutil.copytree(ROOT / "pipeline", tmp_path_factory.mktemp("project") / "pipeline").parent
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, project)
-    # Most of the modules are never imported, so pip compiles none of them.
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    subprocess.run([*pip, project, *requirements], check=True)
+    pip_install(python, project, *requirements)
     return python
 
 

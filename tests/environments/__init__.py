@@ -20,17 +20,12 @@ def python_of(name: str) -> Path:
     with FileLock(f"{directory}.lock"):
         if not installed.exists() or installed.read_bytes() != versions.read_bytes():
             venv.create(directory, clear=True, with_pip=True)
-            # Most of the modules are never imported, so pip compiles none of them.
-            pip = [
-                python,
-                "-m",
-                "pip",
-                "install",
-                "--quiet",
-                "--disable-pip-version-check",
-                "--no-compile",
-                "--no-deps",
-            ]
-            subprocess.run([*pip, "--requirement", versions], check=True)
+            pip_install(python, "--no-deps", "--requirement", versions)
             shutil.copy(versions, installed)
     return python
+
+
+def pip_install(python: Path, *what: object) -> None:
+    """Install `what` in the environment of `python`; most of its modules are never imported, so pip compiles none."""
+    options = ("--quiet", "--disable-pip-version-check", "--no-compile")
+    subprocess.run([python, "-m", "pip", "install", *options, *what], check=True)

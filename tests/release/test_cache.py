@@ -63,6 +63,7 @@ def test_a_corrupt_file_in_the_cache():
     file.chmod(0o644)
     file.write_bytes(b"wEights")
     for directory in (pull_latest(to=Path("model")), pull_latest()):
+        verify_release(directory)
         assert (directory / "openvino_model.bin").read_bytes() == b"weights"
 
 
