@@ -19,9 +19,9 @@ models: $(VENV)/.installed
 	dvc repro calibrate
 	dvc stage list --name-only build_onnx quantize_openvino | OMP_NUM_THREADS=1 xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
 
-# Two tests at a time share two cores: OpenMP's threads wait for each other by spinning, so each test gets one. All tests of
-# a file run in one process, which makes the file's fixtures once.
-PYTEST := pytest -n 2 --dist loadscope --no-loadscope-reorder
+# Three tests at a time keep two cores busy, since some wait for servers or moments. OpenMP's threads wait for each other by
+# spinning, so each test gets one. All tests of a file run in one process, which makes the file's fixtures once.
+PYTEST := pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 test: $(VENV)/.installed wine chromium docker-registry compilers
 	OMP_NUM_THREADS=1 $(PYTEST)

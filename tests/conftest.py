@@ -26,12 +26,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A test may be skipped for these reasons on a machine where everything is set up, such as CI's.
 MAY_SKIP = re.compile("the kernel gives huge pages to all, or to nobody")
-LONGEST = ("test_killed_at_any_time", "test_build_then_nothing_then_one_branch")
+REPRODUCED = ("quantize_openvino@tiny-openvino-int4", "quantize_openvino@tiny-npu-int4-group128")
+LONGEST = ("test_faults.py", "test_examples.py", "test_local.py", "test_device_check.py", "test_directml.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest tests first, so that they do not run alone at the end."""
-    items.sort(key=lambda item: item.name not in LONGEST)
+    """Start the files that take longest first, so that none of them runs alone at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -64,7 +65,7 @@ def builder_in_forks() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random checkpoint in the style of Phi-3-mini-4k."""
-    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+    return built_once(tmp_path_factory, "tiny", lambda folder: make_checkpoint(folder / "checkpoint")) / "checkpoint"
 
 
 @pytest.fixture(scope="session")
@@ -131,6 +132,19 @@ def project(tmp_path: Path, tiny_checkpoint: Path) -> Path:
     run("git", "init", "-q", cwd=project)
     commit(project)
     return project
+
+
+@pytest.fixture
+def built_project(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project after `dvc repro` of REPRODUCED, made once, which tests must not change; its `output` has what DVC
+    printed."""
+
+    def build(folder: Path) -> None:
+        shutil.copytree(project, folder / "project")
+        done = run("dvc", "repro", *REPRODUCED, cwd=folder / "project")
+        (folder / "project/output").write_text(done.stdout, "utf-8")
+
+    return built_once(tmp_path_factory, "built-project", build) / "project"
 
 
 @pytest.fixture

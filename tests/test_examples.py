@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.common.manifest import VariantManifest, read_manifest
 from pipeline.release.documents import card
-from tests.environments import pip_install
+from tests.environments import pip, pip_install
 from tests.helpers import ANSWER, QUESTION, ROOT, run
 from tests.oci_registry_server import OciRegistryServer
 from tests.test_device_check import COMPARED, FIGURES
@@ -32,7 +32,7 @@ def oci(tmp_path_factory):
 def python(tmp_path_factory):
     """The Python of an environment with only phi3-pipeline's base install and the examples' requirements."""
     directory = tmp_path_factory.mktemp("environment") / "venv"
-    venv.create(directory, with_pip=True)
+    venv.create(directory)
     python = directory / "bin/python"
     requirements = [part for file in sorted((ROOT / "examples").glob("*/requirements.txt")) for part in ("-r", file)]
     project = shutil.copytree(ROOT / "pipeline", tmp_path_factory.mktemp("project") / "pipeline").parent
@@ -67,7 +67,7 @@ def library(package: str, pattern: str) -> Path:
 
 def test_openvino_chat(smol_phi3, tmp_path, hub_registry, oci, python):
     """With only the base install and the runtime, the example answers with a model from each kind of registry."""
-    packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
+    packages = pip(python, "list", "--format=freeze")
     assert not re.search(r"^(torch|transformers|optimum.*|nncf|dvc)==", packages, re.MULTILINE)
     registries = {f"dir:{tmp_path}/registry": {}, "hf:someone/smol-phi3-int4": hub_registry.environment, oci.url: {}}
     for number, (url, environment) in enumerate(registries.items()):
@@ -119,17 +119,12 @@ def test_csharp(released, tmp_path):
     [
         ("openvino-int4", (), r"openvino-genai 2026\.4\.1\.0 on CPU \(.+\)"),
         ("onnx-cpu-int4", ("--device", "CPU"), r"onnxruntime-genai 0\.18\.0 on CPUExecutionProvider"),
-        (
-            "onnx-directml-int4",
-            (),
-            r"onnxruntime-genai 0\.18\.0 on CPUExecutionProvider \(not DirectML, for which the model is made\)",
-        ),
     ],
 )
 def test_check(released, tmp_path, python, variant, options, ran):
     """`phi3 check` needs neither torch and transformers nor scipy and safetensors. A right artifact passes; what ran
     and each figure are shown, and written to a file for the model card."""
-    packages = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path).stdout
+    packages = pip(python, "list", "--format=freeze")
     assert not re.search(r"^(torch|transformers|scipy|safetensors|tokenizers)==", packages, re.MULTILINE)
     directory, file = released(variant), tmp_path / "here.json"
     command = [python.parent / "phi3", "check", directory, *options, "--json", file]

@@ -62,7 +62,8 @@ CELLS = [
     f"validate@{MODEL}-npu-int4-channelwise",
     f"validate@{MODEL}-openvino-int4",
 ]
-REPORT = "report" + "".join(f"validate-{name}{name}download" for name in ("openvino-int4", "npu-int4-channelwise"))
+VARIANTS = ("openvino-int4", "npu-int4-channelwise")
+REPORT = "report" + "".join(f"validate-{name}{name}download" for name in VARIANTS)
 
 
 def use_store(project: Path, url: object) -> None:

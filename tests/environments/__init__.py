@@ -19,7 +19,7 @@ def python_of(name: str) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if not installed.exists() or installed.read_bytes() != versions.read_bytes():
-            venv.create(directory, clear=True, with_pip=True)
+            venv.create(directory, clear=True)
             pip_install(python, "--no-deps", "--requirement", versions)
             shutil.copy(versions, installed)
     return python
@@ -27,5 +27,10 @@ def python_of(name: str) -> Path:
 
 def pip_install(python: Path, *what: object) -> None:
     """Install `what` in the environment of `python`; most of its modules are never imported, so pip compiles none."""
-    options = ("--quiet", "--disable-pip-version-check", "--no-compile")
-    subprocess.run([python, "-m", "pip", "install", *options, *what], check=True)
+    pip(python, "install", "--quiet", "--no-compile", *what)
+
+
+def pip(python: Path, *arguments: object) -> str:
+    """Run this environment's pip on the environment of `python`, which needs none, and return what it prints."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout

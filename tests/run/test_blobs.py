@@ -6,6 +6,7 @@ from pipeline.common.errors import PipelineError
 from pipeline.common.manifest import BlobManifest, building, read_manifest, seal
 from pipeline.convert.npu.blob import MAGIC
 from pipeline.run.blobs import Choice, choose, load_pipeline
+from pipeline.run.openvino import STATIC_ON_CPU
 from tests.convert.test_npu import VARIANT, manifest
 from tests.helpers import QUESTION
 from tests.manifests import blob_manifest
@@ -106,8 +107,7 @@ def test_a_blob_that_the_driver_refuses_gives_way_to_the_ir(smol_phi3, tmp_path,
     blob.write_bytes(MAGIC + bytes(1000))
     choice = Choice("NPU", {"BLOB_PATH": str(blob)}, "it fits", LENGTHS)
     monkeypatch.setattr("pipeline.run.blobs.choose", lambda _: choice)
-    options = {"NPU_USE_NPUW": "YES", "NPUW_DEVICES": "CPU"}
-    pipeline, how = load_pipeline(smol_phi3 / VARIANT, **options)
+    pipeline, how = load_pipeline(smol_phi3 / VARIANT, **STATIC_ON_CPU)
     assert how.startswith("the driver refused the blob (")
     assert how.endswith("): the IR was compiled on loading")
     assert "Tokyo" in pipeline.generate(QUESTION, max_new_tokens=40)
