@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from bench.full_size import ROOT, add_model, clone_project
 from bench.make_checkpoint import SMOL_PHI3, Widening, widen
 from bench.measure import WORK, made_by
-from pipeline.common.manifest import replace_file
+from pipeline.common.files import replace_file
 from pipeline.common.params import load_params
 from pipeline.costs import estimate
 from pipeline.graph import read_graph

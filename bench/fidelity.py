@@ -23,7 +23,8 @@ from pipeline.check.fidelity import compare, read_distributions
 from pipeline.check.measurement import load_runtime, load_scorer
 from pipeline.check.reference import read_reference
 from pipeline.common import paths
-from pipeline.common.manifest import replace_file, tool_versions
+from pipeline.common.files import replace_file
+from pipeline.common.manifest import tool_versions
 from pipeline.common.params import OnnxInt4, OpenvinoInt4, load_params
 from pipeline.convert import onnx_genai, openvino
 from pipeline.convert.backend import backend

@@ -19,7 +19,7 @@ import click
 from bench.make_checkpoint import SMOL_PHI3, widen
 from bench.measure import WORK, Cost, disk_used, made_by, measure, require_free
 from pipeline.common.checkpoint import read_json
-from pipeline.common.manifest import digest, replace_file
+from pipeline.common.files import digest, replace_file
 from pipeline.common.params import load_params
 from pipeline.convert import onnx_format, openvino_format
 from pipeline.costs import estimate

@@ -16,7 +16,7 @@ from bench.fidelity import FORMER, SMOL_PHI3, Source, calibrated_by_nncf
 from bench.make_checkpoint import Widening, widen
 from bench.measure import WORK, Cost, made_by, measure
 from pipeline.common.checkpoint import read_json
-from pipeline.common.manifest import replace_file
+from pipeline.common.files import replace_file
 from pipeline.common.params import OnnxInt4, OpenvinoInt4, load_params
 from pipeline.convert import onnx_genai, openvino
 from pipeline.convert.calibration import Calibration

@@ -26,7 +26,7 @@ from pipeline.check.fidelity import compare, read_distributions
 from pipeline.check.measurement import load_runtime, load_scorer
 from pipeline.check.reference import read_reference
 from pipeline.common import paths
-from pipeline.common.manifest import replace_file
+from pipeline.common.files import replace_file
 from pipeline.common.params import load_params
 from pipeline.convert.calibration import Calibration
 

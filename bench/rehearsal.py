@@ -18,7 +18,7 @@ from bench.full_size import MODEL, add_model, clone_project, plans
 from bench.make_checkpoint import SHAPE, SMOL_PHI3, widen
 from bench.measure import WORK, Cost, disk_used, made_by, measure, require_free
 from pipeline.common.checkpoint import read_json
-from pipeline.common.manifest import replace_file
+from pipeline.common.files import replace_file
 from pipeline.common.params import load_params
 from pipeline.graph import read_graph
 

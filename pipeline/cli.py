@@ -11,7 +11,7 @@ import click
 from tqdm import tqdm
 
 from pipeline.common.errors import REINSTALL, PipelineError, full_disk, lines
-from pipeline.common.manifest import replace_file
+from pipeline.common.files import replace_file
 from pipeline.common.params import json_schema, load_params
 from pipeline.common.paths import PARAMS_FILE
 from pipeline.dvc_yaml import DVC_FILE, render

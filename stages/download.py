@@ -2,7 +2,8 @@
 
 from pipeline.common import paths
 from pipeline.common.checkpoint import eos_token_ids, read_json
-from pipeline.common.manifest import CheckpointManifest, Nothing, building, seal, tool_versions
+from pipeline.common.files import building
+from pipeline.common.manifest import CheckpointManifest, Nothing, seal, tool_versions
 from pipeline.common.params import load_params
 from pipeline.process import stage_command
 from pipeline.source import fetch_checkpoint

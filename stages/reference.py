@@ -7,7 +7,8 @@ from pipeline.check.recording import record
 from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import limits
-from pipeline.common.manifest import read_manifest, replace_file
+from pipeline.common.files import replace_file
+from pipeline.common.manifest import read_manifest
 from pipeline.common.params import load_params
 from pipeline.common.progress import say
 from pipeline.process import stage_command

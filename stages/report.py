@@ -2,7 +2,7 @@
 
 from pipeline.check import report
 from pipeline.common import paths
-from pipeline.common.manifest import replace_file
+from pipeline.common.files import replace_file
 from pipeline.common.params import load_params
 from pipeline.common.progress import say
 from pipeline.process import stage_command

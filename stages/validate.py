@@ -7,7 +7,7 @@ from pipeline.check.reference import read_reference
 from pipeline.check.validation import validate
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import replace_file
+from pipeline.common.files import replace_file
 from pipeline.common.params import load_params
 from pipeline.process import stage_command
 

@@ -12,7 +12,8 @@ from pipeline.check.fidelity import Distributions, write_distributions
 from pipeline.check.reference import Answer, Continuation, LongContext, Reference
 from pipeline.check.report import FIGURES
 from pipeline.common import paths
-from pipeline.common.manifest import HubOrigin, building, read_manifest, seal
+from pipeline.common.files import building
+from pipeline.common.manifest import HubOrigin, read_manifest, seal
 from pipeline.release import publish, pull
 from pipeline.release.registry import open_registry
 from tests.helpers import ROOT

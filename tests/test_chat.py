@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.chat import Conversation, OnnxChat, OpenvinoChat, load_chat
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import Runtime, digest, seal
+from pipeline.common.files import digest
+from pipeline.common.manifest import Runtime, seal
 from pipeline.device_check import check_device
 from pipeline.release.release import Release
 from pipeline.run import blobs

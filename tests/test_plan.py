@@ -78,7 +78,8 @@ def test_needs():
     costs = [Cost(2e9, 5e9, 1e9, 60), Cost(1e9, 1e9, 3e9, 120), Cost(9e9, 9e9, 9e9, 999)]
     need = plan.total([plan.Planned(Cell("validate", str(i)), {}, i == 2, cost) for i, cost in enumerate(costs)])
     assert need == plan.Need(8e9, 3e9, 180)
-    assert str(need) == "8.0 GB of disk, 3.0 GB of memory, 3 minutes"
+    time = "3 minutes on 2 cores with AVX-512 (twice as many without)"
+    assert str(need) == f"8.0 GB of disk, 3.0 GB of memory, {time}"
     assert need.beyond(plan.Need(9e9, 9e9)) == ""
     assert need.beyond(plan.Need(7e9, 1e9)) == "1.0 GB of disk and 2.0 GB of memory"
 

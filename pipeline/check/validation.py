@@ -19,7 +19,8 @@ from pipeline.check.measurement import load_runtime, load_scorer, measure, measu
 from pipeline.check.reference import Reference, ask
 from pipeline.common.checkpoint import expected_shapes, read_json
 from pipeline.common.errors import PipelineError, refusal
-from pipeline.common.manifest import VariantManifest, digest, read_manifest, verify
+from pipeline.common.files import digest, list_files
+from pipeline.common.manifest import VariantManifest, read_manifest, verify
 from pipeline.common.matrices import matrices, summary
 from pipeline.common.params import Model, OnnxInt4, Validate, Variant
 from pipeline.common.paths import MANIFEST
@@ -131,7 +132,7 @@ def validate(
     # The manifest's hash proves, when the artifact is published, that these very files were validated.
     stated = {"manifest_sha256": digest(directory / MANIFEST).sha256, "recipe": manifest.recipe.model_dump()}
     stated |= {"runs_on": manifest.runtime.model_dump(), "tools": manifest.tools}
-    size = sum(path.stat().st_size for path in directory.iterdir())
+    size = sum((directory / path).stat().st_size for path in list_files(directory))
     parts = [Part(metrics={"size_bytes": size}, evidence=stated, measured=_measure(case))]
     answered, said = _answer(case)
     parts.append(answered)

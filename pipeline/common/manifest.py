@@ -4,14 +4,7 @@ An artifact exists if and only if its manifest does: it is built in a sibling di
 and one rename gives the directory its name.
 """
 
-import hashlib
-import os
-import re
-import shutil
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -19,25 +12,16 @@ from typing import Any, Literal, TypeVar, overload
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.common.errors import PipelineError
+from pipeline.common.files import File, compare_files, digest, flush, list_files, replace_file
 from pipeline.common.paths import MANIFEST
 
 SCHEMA_VERSION = 1
-WAITS = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds before each further attempt to rename a directory
-# Files that Finder and Explorer leave in folders that somebody looks at. They belong to no artifact.
-STRAY = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini")
 
 
 class Block(BaseModel):
     """A closed, immutable block of a manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class File(Block):
-    """One file of an artifact: size in bytes and SHA-256 in hexadecimal."""
-
-    size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class HubOrigin(Block):
@@ -186,66 +170,14 @@ class BlobManifest(Manifest):
 M = TypeVar("M", bound=Manifest)
 
 
-@contextmanager
-def building(target: Path, *, resume: bool = False, last: str = MANIFEST) -> Iterator[Path]:
-    """Yield a hidden sibling of `target` to build in; it becomes `target` when the block ends.
-
-    `last` is the file without which the directory counts as unfinished: the manifest, which `seal` writes.
-
-    Files that an earlier, killed build left there are removed, unless `resume` is true. After an error the sibling is
-    removed, unless `resume` is true.
-    """
-    build = target.with_name(f".{target.name}.partial")
-    if not resume:
-        shutil.rmtree(build, ignore_errors=True)
-    build.mkdir(parents=True, exist_ok=True)
-    try:
-        yield build
-        if not (build / last).exists():
-            raise AssertionError(f"{target} was built without {last}")
-        if target.exists():
-            (target / last).unlink(missing_ok=True)
-            shutil.rmtree(target)
-        rename(build, target)
-        _fsync(target.parent)
-    except BaseException:
-        if not resume:
-            shutil.rmtree(build, ignore_errors=True)
-        raise
-
-
-def rename(directory: Path, target: Path) -> None:
-    """Rename `directory` to `target`, in some seconds if not at once.
-
-    Windows refuses while a program, such as a virus scanner, has a file in the directory open. Raises PermissionError
-    when it still refuses in the end.
-    """
-    for wait in WAITS:
-        with suppress(PermissionError):
-            directory.rename(target)
-            return
-        time.sleep(wait)
-    directory.rename(target)
-
-
 def seal(directory: Path, manifest: Manifest) -> None:
     """Hash and flush every file in `directory`, then write `manifest` with the hashes as its last file."""
-    paths = _paths(directory)
+    paths = list_files(directory)
     with ThreadPoolExecutor() as pool:  # the disk writes while the processor hashes
-        flushed = pool.map(lambda path: _fsync(directory / path), paths)
+        flushed = pool.map(lambda path: flush(directory / path), paths)
         files = dict(zip(paths, pool.map(lambda path: digest(directory / path), paths), strict=True))
         list(flushed)  # raises the error when a flush failed
     replace_file(directory / MANIFEST, manifest.model_copy(update={"files": files}).model_dump_json(indent=2))
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write `text` and a newline to `path` so that a reader sees the old or the new content, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text + "\n", "utf-8", newline="\n")
-    _fsync(temporary)
-    temporary.replace(path)
-    _fsync(path.parent)
 
 
 @overload
@@ -292,53 +224,6 @@ def verify(directory: Path, kind: type[Manifest] = Manifest) -> Manifest:
     return manifest
 
 
-def compare_files(directory: Path, files: dict[str, File], *, besides: set[str]) -> list[str]:
-    """Return a sentence for each difference between `directory` and `files`, sorted; the paths `besides` are ignored.
-
-    Every file is hashed. A link or a device in the place of a file counts as a change, a directory as a missing file.
-    What Finder and Explorer leave is ignored, so a file of `files` with such a name counts as missing.
-    """
-    present = set(_paths(directory)) - besides
-    faults = [f"{path} is missing" for path in files.keys() - present]
-    faults += [f"{path} is not listed" for path in present - files.keys()]
-    faults += [
-        f"{path} has changed"
-        for path in present & files.keys()
-        if not is_regular(directory / path)
-        or (directory / path).stat().st_size != files[path].size
-        or digest(directory / path) != files[path]
-    ]
-    return sorted(faults)
-
-
-def is_regular(path: Path) -> bool:
-    """Return whether `path` is a regular file, not a link to one and not a device."""
-    return path.is_file() and not path.is_symlink()
-
-
-def digest(path: Path) -> File:
-    """Return size and SHA-256 of the file `path`."""
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return File(size=path.stat().st_size, sha256=sha256)
-
-
 def tool_versions(*packages: str) -> dict[str, str]:
     """Return the installed version of each of `packages`."""
     return {package: version(package) for package in packages}
-
-
-def _paths(directory: Path) -> list[str]:
-    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.relative_to(directory).as_posix() for path in found if not STRAY.fullmatch(path.name))
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a directory to flush its entries
-    # Windows flushes only what is open for writing. Without O_BINARY it would cut a last byte 0x1A off the file.
-    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0) if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.common.manifest import building, replace_file
+from pipeline.common.files import building, replace_file
 from pipeline.common.progress import say
 from pipeline.convert.statistics import HEAD, SUMMARY, Summary, fold
 from pipeline.run.openvino import answer_together

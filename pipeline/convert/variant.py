@@ -11,12 +11,12 @@ from typing import Any
 from pipeline.common import paths
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import limits
+from pipeline.common.files import building
 from pipeline.common.manifest import (
     CheckpointManifest,
     Recipe,
     Runtime,
     VariantManifest,
-    building,
     read_manifest,
     seal,
     tool_versions,

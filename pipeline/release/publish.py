@@ -8,7 +8,8 @@ from pathlib import Path
 from pipeline.common import paths
 from pipeline.common.checkpoint import LICENCE_FILES, read_json
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import BlobManifest, HubOrigin, Manifest, VariantManifest, digest, read_manifest, verify
+from pipeline.common.files import digest
+from pipeline.common.manifest import BlobManifest, HubOrigin, Manifest, VariantManifest, read_manifest, verify
 from pipeline.common.params import load_params
 from pipeline.common.paths import MANIFEST
 from pipeline.release.documents import write_documents

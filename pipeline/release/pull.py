@@ -13,7 +13,8 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import Manifest, building, compare_files, digest, is_regular, replace_file, verify
+from pipeline.common.files import building, compare_files, digest, is_regular, replace_file
+from pipeline.common.manifest import Manifest, verify
 from pipeline.release.device import Target, choose_release
 from pipeline.release.registry.interface import Registry
 from pipeline.release.release import RELEASE, SIGNATURE, VERSION, Release, read_release, split_name

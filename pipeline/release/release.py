@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File
+from pipeline.common.files import File
 
 RELEASE = "release.json"
 SIGNATURE = "release.sig"

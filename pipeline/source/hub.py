@@ -11,7 +11,8 @@ from typing import Any
 
 from pipeline.common.checkpoint import check_architecture, is_wanted, read_json
 from pipeline.common.errors import PipelineError, lines
-from pipeline.common.manifest import HubOrigin, digest
+from pipeline.common.files import digest
+from pipeline.common.manifest import HubOrigin
 from pipeline.common.params import COMMIT, HubSource
 from pipeline.common.progress import Bar, say
 

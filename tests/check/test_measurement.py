@@ -7,7 +7,8 @@ from pipeline.check import measurement, recording, validation
 from pipeline.check.validation import validate
 from pipeline.common.checkpoint import read_json
 from pipeline.common.context import limits
-from pipeline.common.manifest import Recipe, Runtime, building, seal
+from pipeline.common.files import building
+from pipeline.common.manifest import Recipe, Runtime, seal
 from pipeline.common.matrices import summary
 from pipeline.common.params import OpenvinoFp16, load_params
 from pipeline.convert.openvino import export_fp16

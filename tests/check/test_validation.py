@@ -187,7 +187,10 @@ def test_a_small_weight_block_zeroed(artifact, smol_phi3, monkeypatch):
         stream.seek(path.stat().st_size * 2 // 3)
         stream.write(bytes(200_000))
     reseal(artifact)
+    (artifact / ".DS_Store").write_bytes(bytes(6148))  # Finder's, and no part of the artifact
     metrics, evidence, _ = validate_artifact(artifact, smol_phi3)
+    files = read_manifest(artifact).files.values()
+    assert metrics["size_bytes"] == sum(file.size for file in files) + (artifact / "manifest.json").stat().st_size
     limit = PARAMS.variants["openvino-int4"].limits.kl_mean
     assert metrics["passed"] is False
     assert (

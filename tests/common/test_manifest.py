@@ -1,24 +1,10 @@
 """An artifact exists if and only if its manifest does, and every byte is accounted for."""
 
-import os
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import (
-    File,
-    Manifest,
-    Nothing,
-    PathOrigin,
-    VariantManifest,
-    building,
-    read_manifest,
-    replace_file,
-    seal,
-    verify,
-)
+from pipeline.common.files import File, building
+from pipeline.common.manifest import Manifest, Nothing, PathOrigin, VariantManifest, read_manifest, seal, verify
 from tests.helpers import edit_json
 
 MANIFEST = Manifest(
@@ -61,92 +47,6 @@ def test_two_builds_give_the_same_manifest(sealed, tmp_path):
         (build / "sub/b.bin").write_text("hello")
         seal(build, MANIFEST)
     assert (tmp_path / "again/manifest.json").read_bytes() == (sealed / "manifest.json").read_bytes()
-
-
-def test_a_failed_build_leaves_the_old_artifact(sealed):
-    """An error in the middle of a rebuild changes nothing and leaves no temporary data."""
-    before = (sealed / "manifest.json").read_bytes()
-
-    def fail(build):
-        (build / "a.bin").mkdir()
-        (build / "a.bin").write_text("other")
-
-    with pytest.raises(IsADirectoryError), building(sealed) as build:
-        fail(build)
-    assert (sealed / "manifest.json").read_bytes() == before
-    assert [path.name for path in sealed.parent.iterdir()] == ["v"]
-
-
-def test_a_killed_build_is_swept_or_resumed(tmp_path):
-    """The next build removes what a killed build left behind, or receives it if it can continue."""
-    (tmp_path / ".v.partial").mkdir()
-    (tmp_path / ".v.partial/shard").touch()
-    with building(tmp_path / "v", resume=True) as build:
-        assert [path.name for path in build.iterdir()] == ["shard"]
-        seal(build, MANIFEST)
-    (tmp_path / ".v.partial").mkdir()
-    (tmp_path / ".v.partial/shard").touch()
-    with building(tmp_path / "v") as build:
-        assert list(build.iterdir()) == []
-        seal(build, MANIFEST)
-
-
-@pytest.fixture
-def scanner(monkeypatch):
-    """How often Windows still refuses to rename a directory, in a list of one number, and the waits in between."""
-    left, waits, rename = [2], [], Path.rename
-
-    def refuse(path, target):
-        if left[0]:
-            left[0] -= 1
-            raise PermissionError("a virus scanner has a file open")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", refuse)
-    monkeypatch.setattr("time.sleep", waits.append)
-    return left, waits
-
-
-def test_a_virus_scanner_reads_what_was_built(scanner, tmp_path):
-    """A build that Windows does not rename at first gets its name some tenths of a second later."""
-    with building(tmp_path / "v") as build:
-        seal(build, MANIFEST)
-    assert (verify(tmp_path / "v"), scanner) == (MANIFEST, ([0], [0.1, 0.2]))
-
-
-def test_a_directory_that_stays_open(scanner, tmp_path):
-    """When Windows still refuses after three seconds, the build fails and leaves nothing."""
-    scanner[0][0] = 6
-    with pytest.raises(PermissionError, match="a virus scanner has a file open"), building(tmp_path / "v") as build:
-        seal(build, MANIFEST)
-    assert (list(tmp_path.iterdir()), scanner) == ([], ([0], [0.1, 0.2, 0.4, 0.8, 1.6]))
-
-
-def test_a_flush_on_windows(tmp_path, monkeypatch):
-    """Windows opens a file that it flushes in binary mode, so that it cuts no byte off, and opens no directory."""
-    opened = []
-
-    def open_(path, flags):
-        opened.append((path.name, flags))
-        return os.open(path, os.O_RDWR)
-
-    windows = SimpleNamespace(name="nt", O_RDWR=2, O_BINARY=0x8000, open=open_, fsync=os.fsync, close=os.close)
-    monkeypatch.setattr("pipeline.common.manifest.os", windows)
-    replace_file(tmp_path / "x", "{}")
-    assert opened == [(".x.partial", 0x8002)]
-
-
-def test_line_endings(tmp_path, monkeypatch):
-    """A file has the same line endings on every system."""
-    written, write_text = [], Path.write_text
-
-    def write(path, text, encoding, newline=None):
-        written.append(newline)
-        return write_text(path, text, encoding, newline=newline)
-
-    monkeypatch.setattr(Path, "write_text", write)
-    replace_file(tmp_path / "x", "{}")
-    assert written == ["\n"]
 
 
 def test_what_finder_and_explorer_leave(sealed):

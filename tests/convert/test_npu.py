@@ -9,7 +9,8 @@ from scipy.special import log_softmax
 
 from pipeline.check.reference import read_reference
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import building, read_manifest, seal, verify
+from pipeline.common.files import building
+from pipeline.common.manifest import read_manifest, seal, verify
 from pipeline.common.params import OWN_PROPERTIES, Npu
 from pipeline.convert.npu import compiler
 from pipeline.convert.npu.blob import read_blob

@@ -4,7 +4,7 @@ import openvino
 import pytest
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File
+from pipeline.common.files import File
 from pipeline.release import device
 from pipeline.release.device import best_device, choose_release, suits
 from pipeline.release.release import Release

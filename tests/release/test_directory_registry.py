@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import digest
+from pipeline.common.files import digest
 from pipeline.release.pull import verify_release
 from pipeline.release.registry import directory, open_registry
 from pipeline.release.registry.directory import DirectoryRegistry

@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 
-from pipeline.common.manifest import digest
+from pipeline.common.files import digest
 from pipeline.release.foundry import inference_model
 from pipeline.release.release import read_release
 from tests.checkpoints import TEMPLATE, make_tokenizer

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pipeline.chat import load_chat
 from pipeline.common.checkpoint import check
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import Manifest, Runtime, building, read_manifest, seal, verify
+from pipeline.common.files import building
+from pipeline.common.manifest import Manifest, Runtime, read_manifest, seal, verify
 from pipeline.common.params import load_params
 from pipeline.convert.npu.blob import ELF, MAGIC, read_blob
 from pipeline.release.release import read_release, unsafe

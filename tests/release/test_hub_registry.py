@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import digest
+from pipeline.common.files import digest
 from pipeline.release import pull
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.hub import HubRegistry

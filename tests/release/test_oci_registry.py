@@ -9,7 +9,8 @@ import requests
 from urllib3.util import Retry
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File, Recipe, Runtime, Stored
+from pipeline.common.files import File
+from pipeline.common.manifest import Recipe, Runtime, Stored
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.oci import FILEPATH, MANIFEST_TYPE, OciRegistry, _config, _kind
 from pipeline.release.release import Release

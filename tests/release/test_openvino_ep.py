@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.chat import load_chat
 from pipeline.common import paths
-from pipeline.common.manifest import Runtime, building, digest, read_manifest, seal
+from pipeline.common.files import building, digest
+from pipeline.common.manifest import Runtime, read_manifest, seal
 from pipeline.common.paths import MANIFEST
 from pipeline.release.openvino_ep import write_openvino_ep
 from pipeline.release.pull import verify_release

@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import HubOrigin, Recipe, building, seal
+from pipeline.common.files import building
+from pipeline.common.manifest import HubOrigin, Recipe, seal
 from pipeline.common.params import load_params
 from pipeline.convert.variant import _runtime, asked
 from pipeline.release import publish

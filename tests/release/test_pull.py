@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import digest, read_manifest, seal
+from pipeline.common.files import digest
+from pipeline.common.manifest import read_manifest, seal
 from pipeline.release import publish, pull
 from pipeline.release.pull import verify_release
 from pipeline.release.registry import open_registry

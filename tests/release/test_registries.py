@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import digest
+from pipeline.common.files import digest
 from pipeline.release import publish, pull
 from pipeline.release.registry import open_registry
 from pipeline.release.registry.interface import Entry, require_own

@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import PathOrigin, PypiOrigin, Runtime, building, seal
+from pipeline.common.files import building
+from pipeline.common.manifest import PathOrigin, PypiOrigin, Runtime, seal
 from pipeline.common.paths import MANIFEST
 from pipeline.release import publish
 from pipeline.release.registry import open_registry

@@ -3,7 +3,8 @@
 import pytest
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import BlobManifest, building, read_manifest, seal
+from pipeline.common.files import building
+from pipeline.common.manifest import BlobManifest, read_manifest, seal
 from pipeline.convert.npu.blob import MAGIC
 from pipeline.run.blobs import Choice, choose, load_pipeline
 from pipeline.run.openvino import STATIC_ON_CPU

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.common import paths
 from pipeline.common.errors import PipelineError
+from pipeline.common.files import building
 from pipeline.common.manifest import (
     BlobManifest,
     BlobRecipe,
@@ -13,7 +14,6 @@ from pipeline.common.manifest import (
     Nothing,
     Shapes,
     VariantManifest,
-    building,
     read_manifest,
     seal,
     tool_versions,

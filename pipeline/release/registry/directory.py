@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File, digest, is_regular, rename
+from pipeline.common.files import File, digest, is_regular, rename
 from pipeline.release.registry.interface import Entry
 from pipeline.release.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release
 

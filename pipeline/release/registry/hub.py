@@ -22,7 +22,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from pipeline.common.errors import PipelineError, lines
-from pipeline.common.manifest import File
+from pipeline.common.files import File
 from pipeline.release.registry.interface import Entry, require_own
 from pipeline.release.release import NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 

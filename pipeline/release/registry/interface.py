@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.common.errors import PipelineError
-from pipeline.common.manifest import File
+from pipeline.common.files import File
 from pipeline.release.release import Release, read_release
 
 

@@ -27,7 +27,8 @@ from urllib3.util import Retry
 
 from pipeline.common.checkpoint import expected_shapes
 from pipeline.common.errors import PipelineError, lines
-from pipeline.common.manifest import File, HubOrigin, VariantManifest, digest
+from pipeline.common.files import File, digest
+from pipeline.common.manifest import HubOrigin, VariantManifest
 from pipeline.common.paths import MANIFEST
 from pipeline.release.registry.interface import Entry, require_own
 from pipeline.release.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
