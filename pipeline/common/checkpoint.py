@@ -22,6 +22,7 @@ CONFIG_FILES = (
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE.md", "NOTICE", "NOTICE.txt")
 INDEX = "model.safetensors.index.json"
+ROWS = 4096  # of an embedding, compared at a time
 
 
 def is_wanted(name: str, *, code: bool = False) -> bool:
@@ -119,10 +120,7 @@ def open_weights(checkpoint: Path) -> Callable[[str], Any]:
 
     For `lm_head.weight` of a checkpoint without a head of its own, it returns the embedding, which is then the head.
     """
-    from safetensors import safe_open
-
-    files: list[Any] = [safe_open(shard, framework="pt") for shard in shards(checkpoint)]
-    places = {name: file for file in files for name in file.keys()}  # noqa: SIM118  `file` is not a dictionary
+    places = _places(checkpoint)
 
     def read(name: str) -> Any:
         if name == "lm_head.weight" and name not in places:
@@ -130,6 +128,14 @@ def open_weights(checkpoint: Path) -> Callable[[str], Any]:
         return places[name].get_tensor(name).float()
 
     return read
+
+
+def _places(checkpoint: Path) -> dict[str, Any]:
+    # Return the open file that has each tensor, by the tensor's name.
+    from safetensors import safe_open
+
+    files: list[Any] = [safe_open(shard, framework="pt") for shard in shards(checkpoint)]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118  `file` is not a dictionary
 
 
 def check(checkpoint: Path) -> None:
@@ -179,11 +185,12 @@ def _check_tensors(checkpoint: Path) -> None:
 def _check_head(checkpoint: Path) -> None:
     # A head that differs from the embedding is used by transformers 5, whatever the config says, and dropped by
     # onnxruntime-genai's builder.
-    config = read_json(checkpoint / "config.json")
-    if not config.get("tie_word_embeddings", False) or "lm_head.weight" not in tensor_shapes(checkpoint):
+    config, places = read_json(checkpoint / "config.json"), _places(checkpoint)
+    if not config.get("tie_word_embeddings", False) or "lm_head.weight" not in places:
         return
-    read = open_weights(checkpoint)
-    if not (read("lm_head.weight") == read("model.embed_tokens.weight")).all():
+    head, embedding = (places[name].get_slice(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    rows = [slice(start, start + ROWS) for start in range(0, config["vocab_size"], ROWS)]
+    if not all((head[part] == embedding[part]).all() for part in rows):
         raise PipelineError(
             f"{checkpoint / 'config.json'} says tie_word_embeddings, but lm_head.weight differs from the embedding: "
             "write false there, or remove the head."

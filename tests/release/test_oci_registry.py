@@ -10,19 +10,15 @@ from urllib3.util import Retry
 
 from pipeline.common.errors import PipelineError
 from pipeline.common.files import File
-from pipeline.common.manifest import Recipe, Runtime, Stored
 from pipeline.release.registry import open_registry
-from pipeline.release.registry.oci import FILEPATH, MANIFEST_TYPE, OciRegistry, _config, _kind
-from pipeline.release.release import Release
+from pipeline.release.registry.modelpack import FILEPATH, MANIFEST_TYPE
+from pipeline.release.registry.oci import OciRegistry
 from tests.helpers import phi3
-from tests.manifests import variant_manifest
 from tests.release_project import NAME, build, publish_version
 
 pytestmark = [pytest.mark.usefixtures("release_folder"), pytest.mark.slow, pytest.mark.mutants]
 BIG = bytes(range(256)) * 100
 MODELPACK = "application/vnd.cncf.model"
-PHI_3_MINI = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
-PHI_3_MINI |= {"num_attention_heads": 32, "num_key_value_heads": 32}
 
 
 @pytest.fixture
@@ -100,37 +96,6 @@ def test_the_config_of_modelpack(oci, registry):
         },
         "modelfs": {"type": "layers", "diffIds": [f"sha256:{file.sha256}" for file in release.files.values()]},
     }
-
-
-@pytest.mark.parametrize(
-    ("formats", "precision", "quantization"),
-    [
-        (["int4-asym-g32", "f16", "int8-asym-g32"], "float16,int4,int8", "int4-asym-g32,int8-asym-g32"),
-        (["int4-sym-g32", "f32"], "float32,int4", "int4-sym-g32"),  # the embedding of an untied model for CPUs
-    ],
-)
-def test_the_config_of_several_formats(formats, precision, quantization):
-    """All precisions and formats of a model are named; a local checkpoint has no address."""
-    stored = Stored(int4_ratio=0.8, formats=dict.fromkeys(formats, 0.1), matrices={})
-    runtime = Runtime(requires={"onnxruntime-genai": "1"}, devices=["CPU"])
-    made = variant_manifest(NAME, runtime=runtime, recipe=Recipe(asked={}, achieved=stored))
-    files = {"x": File(size=1, sha256="0" * 64)}
-    release = Release(model="m", variant="v", version="1.0.0", devices=["CPU"], requires={}, files=files)
-    config = _config(release, made, PHI_3_MINI)
-    assert config["descriptor"].keys() == {"name", "version", "family", "licenses"}
-    found = config["config"]
-    assert (found["format"], found["paramSize"]) == ("onnx", "3.82b")
-    assert (found["precision"], found["quantization"]) == (precision, quantization)
-
-
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [(f"x.{end}", "weight") for end in ("bin", "data", "onnx", "safetensors", "blob")]
-    + [("README.md", "doc"), ("LICENSE", "doc"), ("tokenizer.json", "weight.config"), ("x.xml", "weight.config")],
-)
-def test_kinds_of_layers(path, kind):
-    """Weights, documents and configs are layers of different kinds."""
-    assert _kind(path) == kind
 
 
 def test_an_image_that_is_no_release(oci, registry):

@@ -1,14 +1,9 @@
-"""A repository of an OCI registry as the registry of one artifact, in the format of CNCF ModelPack: a tag per version
-or alias, a layer per file.
-
-Format: https://github.com/modelpack/model-spec/blob/main/docs/spec.md
-"""
+"""A repository of an OCI registry as the registry of one artifact: a tag per version or alias, a layer per file."""
 
 import functools
 import hashlib
 import json
 import logging
-import math
 import re
 import tempfile
 import time
@@ -25,18 +20,22 @@ from oras.provider import Registry as Provider
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from pipeline.common.checkpoint import expected_shapes
 from pipeline.common.errors import PipelineError, lines
 from pipeline.common.files import File, digest
-from pipeline.common.manifest import HubOrigin, VariantManifest
+from pipeline.common.manifest import VariantManifest
 from pipeline.common.paths import MANIFEST
 from pipeline.release.registry.interface import Entry, require_own
+from pipeline.release.registry.modelpack import (
+    FILEPATH,
+    MANIFEST_SCHEMA,
+    MANIFEST_TYPE,
+    describe,
+    make_config,
+    make_manifest,
+)
 from pipeline.release.release import MAX_RELEASE, NAME, RELEASE, SIGNATURE, VERSION, Release, read_release
 
-TYPE = "application/vnd.cncf.model"
-FILEPATH = "org.cncf.model.filepath"
 CONFIG = "config.json"  # of the source checkpoint
-MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 UPLOAD_CHUNK, DOWNLOAD_CHUNK = 64 << 20, 1 << 20
 TOKEN_LIFETIME = 60  # seconds at least: https://distribution.github.io/distribution/spec/auth/token/
 TIMEOUT = 120  # seconds without an answer; a registry may take long to move a large content to its place
@@ -115,29 +114,22 @@ class OciRegistry:
 
     def has(self, name: str, file: File) -> bool:
         with _sentences(self.url):
-            return bool(self._client.blob_exists(_descriptor(file, ""), self._container("latest")))
+            return bool(self._client.blob_exists(describe(file, ""), self._container("latest")))
 
     def upload(self, name: str, path: str, local: Path, file: File) -> None:
         self._upload(local, file)
 
     def publish(self, release: Release, signature: bytes | None) -> None:
-        layers = [_descriptor(file, path) for path, file in release.files.items()]
+        layers = [describe(file, path) for path, file in release.files.items()]
         documents = {RELEASE: release.content()} | ({} if signature is None else {SIGNATURE: signature})
         contents = {layer["annotations"][FILEPATH]: layer for layer in layers}
         made, shape = (self._small(contents[path]) for path in (MANIFEST, CONFIG))
-        config = _config(release, VariantManifest.model_validate_json(made), json.loads(shape))
-        config |= {"modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers]}}
+        config = make_config(release, VariantManifest.model_validate_json(made), json.loads(shape), layers)
         with tempfile.TemporaryDirectory(prefix="phi3-oci-") as folder:
             for path, content in documents.items():
                 layers.append(self._upload_bytes(Path(folder) / path, content, path))
             configuration = self._upload_bytes(Path(folder) / "config.json", json.dumps(config).encode(), "")
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": MANIFEST_TYPE,
-            "artifactType": f"{TYPE}.manifest.v1+json",
-            "config": configuration | {"mediaType": f"{TYPE}.config.v1+json"},
-            "layers": layers,
-        }
+        manifest = make_manifest(configuration, layers)
         if self._manifest(release.version) is not None:
             raise FileExistsError(release.version)
         self._put(manifest, release.version)
@@ -217,14 +209,14 @@ class OciRegistry:
     def _upload(self, local: Path, file: File) -> None:
         with _sentences(self.url):
             self._client.upload_blob(
-                str(local), self._container("latest"), _descriptor(file, ""), do_chunked=True, chunk_size=UPLOAD_CHUNK
+                str(local), self._container("latest"), describe(file, ""), do_chunked=True, chunk_size=UPLOAD_CHUNK
             ).raise_for_status()
 
     def _upload_bytes(self, local: Path, content: bytes, path: str) -> dict[str, Any]:
         local.write_bytes(content)
         file = digest(local)
         self._upload(local, file)
-        return _descriptor(file, path)
+        return describe(file, path)
 
 
 @contextmanager
@@ -258,63 +250,3 @@ def _client(container: Container, *, url: str) -> Any:
     if basic and not hasattr(client.auth, "_basic_auth"):
         raise PipelineError(f"{url} wants a password: run `docker login {container.registry}` first.")
     return client
-
-
-MANIFEST_SCHEMA = {
-    "type": "object",
-    "required": ["layers"],
-    "properties": {
-        "layers": {
-            "type": "array",
-            "maxItems": 1010,
-            "items": {
-                "type": "object",
-                "required": ["digest"],
-                "properties": {
-                    "digest": {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
-                    "annotations": {"type": "object", "additionalProperties": {"type": "string"}},
-                },
-            },
-        }
-    },
-}
-
-
-def _config(release: Release, manifest: VariantManifest, shape: dict[str, Any]) -> dict[str, Any]:
-    # What ModelPack's tools show of a model: https://github.com/modelpack/model-spec/blob/main/docs/config.md
-    formats = manifest.recipe.achieved.formats
-    parameters = sum(math.prod(tensor) for _, tensor in expected_shapes(shape))
-    precisions = {name.split("-")[0].replace("f", "float") for name in formats}  # of f16, f32 and int4-sym-channel
-    hub = manifest.source if isinstance(manifest.source, HubOrigin) else None
-    return {
-        "descriptor": {
-            "name": release.name,
-            "version": release.version,
-            "family": "phi3",
-            "licenses": [manifest.license],
-        }
-        | ({"sourceURL": f"https://huggingface.co/{hub.hub}", "revision": hub.revision} if hub else {}),
-        "config": {
-            "architecture": "transformer",
-            "format": "openvino" if manifest.runtime.openvino else "onnx",
-            "paramSize": f"{parameters / 1e9:.3g}b" if parameters >= 1e9 else f"{parameters / 1e6:.3g}m",
-            "precision": ",".join(sorted(precisions)),
-            "quantization": ",".join(sorted(name for name in formats if name.startswith("int"))),
-            "capabilities": {"inputTypes": ["text"], "outputTypes": ["text"]},
-        },
-    }
-
-
-def _descriptor(file: File, path: str) -> dict[str, Any]:
-    descriptor: dict[str, Any] = {
-        "mediaType": f"{TYPE}.{_kind(path)}.v1.raw",
-        "digest": f"sha256:{file.sha256}",
-        "size": file.size,
-    }
-    return descriptor | ({"annotations": {FILEPATH: path}} if path else {})
-
-
-def _kind(path: str) -> str:
-    if path.endswith((".bin", ".data", ".onnx", ".safetensors", ".blob")):
-        return "weight"
-    return "doc" if path.endswith((".md", "LICENSE")) else "weight.config"
