@@ -19,19 +19,20 @@ models: $(VENV)/.installed
 	dvc repro calibrate
 	dvc stage list --name-only build_onnx quantize_openvino | OMP_NUM_THREADS=1 xargs -P 2 -n 1 dvc --wait-for-lock repro --single-item
 
-# Three tests at a time keep two cores busy, since some wait for servers or moments. OpenMP's threads wait for each other by
-# spinning, so each test gets one. All tests of a file run in one process, which makes the file's fixtures once.
-PYTEST := pytest -n 3 --dist loadscope --no-loadscope-reorder
+# Three processes keep two cores busy, since some slow tests wait for servers or moments; fast ones do not. OpenMP's threads
+# wait for each other by spinning, so each test gets one. All tests of a file run in one process, which makes the file's
+# fixtures once.
+PYTEST := pytest --dist loadscope --no-loadscope-reorder -n
 
 test: $(VENV)/.installed wine chromium docker-registry compilers
-	OMP_NUM_THREADS=1 $(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST) 3
 
 test-fast: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTEST) 2 -m "not slow"
 
 # Run all tests and say which lines of the code they never reach.
 coverage: $(VENV)/.installed wine chromium docker-registry compilers
-	OMP_NUM_THREADS=1 coverage run -m $(PYTEST)
+	OMP_NUM_THREADS=1 coverage run -m $(PYTEST) 3
 	coverage combine --quiet
 	coverage report
 

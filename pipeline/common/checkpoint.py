@@ -185,9 +185,10 @@ def _check_tensors(checkpoint: Path) -> None:
 def _check_head(checkpoint: Path) -> None:
     # A head that differs from the embedding is used by transformers 5, whatever the config says, and dropped by
     # onnxruntime-genai's builder.
-    config, places = read_json(checkpoint / "config.json"), _places(checkpoint)
-    if not config.get("tie_word_embeddings", False) or "lm_head.weight" not in places:
+    config = read_json(checkpoint / "config.json")
+    if not config.get("tie_word_embeddings", False) or "lm_head.weight" not in tensor_shapes(checkpoint):
         return
+    places = _places(checkpoint)
     head, embedding = (places[name].get_slice(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     rows = [slice(start, start + ROWS) for start in range(0, config["vocab_size"], ROWS)]
     if not all((head[part] == embedding[part]).all() for part in rows):
