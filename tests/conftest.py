@@ -17,7 +17,7 @@ from pipeline.convert import onnx_genai
 from pipeline.convert.openvino import export_fp16
 from tests import forks
 from tests.checkpoints import make_checkpoint
-from tests.helpers import ROOT, built_once, commit, edit, run, use_hub
+from tests.helpers import REPRODUCED, ROOT, built_once, commit, edit, run, use_hub
 from tests.hub_registry_server import HubRegistryServer
 from tests.oci_registry_server import OciRegistryServer
 
@@ -26,7 +26,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A test may be skipped for these reasons on a machine where everything is set up, such as CI's.
 MAY_SKIP = re.compile("the kernel gives huge pages to all, or to nobody")
-REPRODUCED = ("quantize_openvino@tiny-openvino-int4", "quantize_openvino@tiny-npu-int4-group128")
 LONGEST = ("test_faults.py", "test_examples.py", "test_local.py", "test_device_check.py", "test_directml.py")
 
 

@@ -18,6 +18,7 @@ from pipeline.common.params import Limits
 
 ROOT = Path(__file__).parents[1]
 LIMITS = Limits(kl_mean=1, kl_p99=9, top1_agreement=0.1, perplexity_ratio=2)  # of variants that are not judged
+REPRODUCED = ("quantize_openvino@tiny-openvino-int4", "quantize_openvino@tiny-npu-int4-group128")  # in built_project
 QUESTION, ANSWER = "What is the capital of Japan?", "The capital of Japan is Tokyo."  # of smol-phi3
 
 

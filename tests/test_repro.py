@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.common.manifest import verify
-from tests.conftest import REPRODUCED
-from tests.helpers import commit, edit, environment, run
+from tests.helpers import REPRODUCED, commit, edit, environment, run
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,7 @@ import pytest
 
 from pipeline.common.manifest import verify
 from tests.cluster.project import CELLS, MODEL, REPORT, VARIANTS, build, built, lock, ran, settings, use_store
-from tests.conftest import REPRODUCED
-from tests.helpers import commit, edit, run
+from tests.helpers import REPRODUCED, commit, edit, run
 
 pytestmark = pytest.mark.slow
 
